@@ -1,0 +1,1 @@
+"""Direct preference optimisation of Mistral-architecture models in raw PyTorch."""

@@ -1,0 +1,474 @@
+"""The configuration: strict JSON in sections, read into frozen dataclasses.
+
+The dataclasses are the documentation of the keys: what each means, its unit, its default and, as
+its type, what it may hold. Adding a key means adding a field. `load_config` reads a file,
+`to_dict` gives back what was resolved, and `INERT` says which keys do nothing under which settings.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from notus.errors import UserError
+
+
+class Bound(NamedTuple):
+    """What an annotated type accepts beyond its type: the words for a message, and the test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+Text = Annotated[str, Bound("a non-empty string", lambda x: x != "")]
+Count = Annotated[int, Bound("an integer of at least 1", lambda x: x >= 1)]
+Seed = Annotated[int, Bound("an integer from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
+Positive = Annotated[float, Bound("a number above 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Bound("a number of at least 0", lambda x: x >= 0)]
+Fraction = Annotated[float, Bound("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Decay = Annotated[float, Bound("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    policy: Text  # path or hub id of a Mistral-architecture causal LM (safetensors + tokenizer)
+    reference: Text | None = None  # path or hub id; null: the policy's initial weights
+    # dtype of forward and backward; parameters and optimiser state are float32 either way
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    """How a chosen and a rejected response are picked from rated completions."""
+
+    rule: Literal["mean-rating", "overall-score"]  # the rating that ranks a row's completions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One dataset of preferences."""
+
+    path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
+    split: Text | None = None  # null: "train", where the dataset has splits
+    weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
+    format: Text | None = None  # a name from notus/data/preferences.py; null: seen from the rows
+    curation: Curation | None = None  # for rated completions only; null: the rows are pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdout:
+    """Evaluation pairs taken out of the training data."""
+
+    holdout: Count  # rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    train: tuple[Source, ...]
+    eval: tuple[Source, ...] | Holdout | None = None  # null: no evaluation
+    max_length: Count = 1024  # tokens of prompt and response together
+    max_prompt_length: Count = 512  # tokens left of a prompt whose pair is too long
+    # a pair over max_length: "pair" shortens the prompt from its start, then both responses from
+    # their end; "sequence" keeps each sequence's first max_length tokens; "drop" leaves it out
+    truncation: Literal["pair", "sequence", "drop"] = "pair"
+    # "trl-0.7.4" is the tokenization that Zephyr and Notus were trained with, to the token
+    tokenization: Literal["clean", "trl-0.7.4"] = "clean"
+    system_prompt: str | None = None  # system turn of rows without one ("": empty); null: none
+    shuffle: bool = True  # a new order of pairs in each epoch; false: the files' order in each
+    prefix_sharing: bool = True  # a pair's prompt is computed once for both of its responses
+    tokens_per_microbatch: Count = 8192  # token slots of one forward pass on one rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Every other key of the section is a parameter of the loss, which checks it itself."""
+
+    name: Text = "sigmoid"  # a name from notus/objective/losses.py
+    # a weighted sum of losses instead of one: [{"name": ..., "weight": ..., parameters}, ...]
+    mix: tuple[dict[str, Any], ...] | None = None
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"other_keys_such_as": ("beta", "label_smoothing")}
+    )
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The section as written: {"name", **options}, or {"mix": [...], **options}."""
+        chosen = {"name": self.name} if self.mix is None else {"mix": list(self.mix)}
+        return chosen | self.options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    # "cached": computed in one pass and kept on disk; "online": the frozen model runs in every
+    # step; "none": for losses that use no reference
+    log_probs: Literal["cached", "online", "none"] = "cached"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The defaults of betas, alpha and eps are torch's own."""
+
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    learning_rate: NonNegative = 5e-7  # the highest of the schedule
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw: decay of the first and second moment
+    alpha: Decay = 0.99  # rmsprop: decay of the squared gradient
+    eps: NonNegative = 1e-8
+    max_grad_norm: Positive = 1.0  # a longer gradient (2-norm over all parameters) is scaled to it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    # what follows the warmup: a fall to 0 at the last step ("linear", "cosine"), or no change
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.1  # share of all steps over which the rate rises from 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    pairs_per_step: Count = 64  # pairs of one optimiser step, over all ranks
+    epochs: Count = 1
+    max_steps: Count | None = None  # the run ends here if the epochs hold more; null: no limit
+    seed: Seed = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
+    replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
+    cpu_offload: bool = False  # parameters and optimiser state rest in the host's memory
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Responses that policy and reference write to the same prompts at the end of the run."""
+
+    # a JSONL file, each line {"prompt": text or messages} and perhaps "answer", the right response
+    prompts: Text
+    count: Count = (
+        3  # prompts shown side by side; all are answered
+    )
+    max_new_tokens: Count = 64
+    temperature: NonNegative = 1.0  # 0: the likeliest token each time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    every: Count | None = 100  # steps; null: at the start and the end only
+    samples: Samples | None = None  # null: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    every: Count = 1  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: Count | None = 500  # steps; null: never before the end
+    keep: Count = 2  # complete checkpoints on disk; older ones are removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Model
+    data: Data
+    loss: Loss
+    reference: Reference
+    optimizer: Optimizer
+    schedule: Schedule
+    train: Train
+    parallel: Parallel
+    evaluation: Evaluation
+    log: Log
+    checkpoint: Checkpoint
+    output_dir: Text  # relative to the working directory
+
+
+# (key, does it do nothing?, why): an error where the key is given, and left out of `to_dict`.
+# `{0}` in the words is the configuration.
+Rule = tuple[str, Callable[[Config], bool], str]
+# fmt: off
+INERT: tuple[Rule, ...] = (
+    ("model.reference", lambda c: c.reference.log_probs == "none", 'reference.log_probs is "none"'),
+    ("data.max_prompt_length", lambda c: c.data.truncation != "pair",
+     'data.truncation is "{0.data.truncation}", and only "pair" shortens prompts by themselves'),
+    ("loss.name", lambda c: c.loss.mix is not None, "loss.mix names the losses"),
+    ("optimizer.betas", lambda c: c.optimizer.name != "adamw", "only adamw uses it"),
+    ("optimizer.alpha", lambda c: c.optimizer.name != "rmsprop", "only rmsprop uses it"),
+    ("evaluation.every", lambda c: c.data.eval is None, "data.eval is null"),
+)
+
+# (key, do the settings contradict each other?, what was found and expected)
+CONFLICTS: tuple[Rule, ...] = (
+    ("data.tokenization",
+     lambda c: c.data.tokenization == "trl-0.7.4" and c.data.truncation != "pair",
+     'found "trl-0.7.4" with data.truncation "{0.data.truncation}", expected "pair", the only '
+     "rule of that version"),
+    ("data.max_prompt_length",
+     lambda c: c.data.truncation == "pair" and c.data.max_prompt_length >= c.data.max_length,
+     "found {0.data.max_prompt_length} (the default is 512), expected less than data.max_length, "
+     "{0.data.max_length}"),
+)
+# fmt: on
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a JSON file, with `section.key=value` overrides that win over it.
+
+    An override's value is JSON or, failing that, a plain string; `data.train.0.path=x` reaches into
+    lists, and the index one past the end appends. Raises UserError, which names the file or the
+    override, the dotted key, what was found and what was expected.
+    """
+    try:
+        tree = _read_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: found bytes that are not UTF-8 at {error.start}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}: not valid JSON at {where}: {error.msg}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: found {_show(tree)}, expected an object of sections")
+
+    origins: dict[str, str] = {}
+    for override in overrides:
+        _apply_override(tree, override, origins)
+    try:
+        _reject_malformed(tree, "")
+        config = _parse(tree, Config, "")
+        _reject_contradictions(config, tree)
+    except _Invalid as error:
+        raise UserError(f"{_origin(error.key, origins, path)}: {error.key}: {error}") from None
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as JSON-able objects, without the keys that do nothing in it.
+
+    Written as JSON and read by `load_config`, it gives an equal Config.
+    """
+    sections = _plain(config)
+    for key, is_inert, _ in INERT:
+        section, name = key.split(".")
+        if is_inert(config):
+            del sections[section][name]
+    return sections
+
+
+class _Invalid(Exception):
+    """A problem at a dotted key; `load_config` adds where that key was given."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(problem)
+        self.key = key
+
+
+_REPEATED = object()  # the value of a key that occurs twice, until its dotted key is known
+
+
+def _read_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        return {name: _REPEATED if names.count(name) > 1 else value for name, value in pairs}
+
+    # Python bounds the digits of an integer by an error of its own; no key needs more than 64 bits.
+    def integer(digits: str) -> int | float:
+        return int(digits) if len(digits) < 20 else float(digits)
+
+    return json.loads(text, object_pairs_hook=unique, parse_int=integer)
+
+
+def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]) -> None:
+    """Sets one key of the tree; `origins` gains that key and every container made on the way."""
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise UserError(f'command line: found "{override}", expected section.key=value')
+    try:
+        value = _read_json(text)
+    except json.JSONDecodeError:
+        value = text
+
+    node: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        at = ".".join(parts[:depth])
+        if isinstance(node, dict):
+            index: Any = part
+            node.setdefault(index, None)
+        elif isinstance(node, list) and part.isdecimal() and int(part) <= len(node):
+            index = int(part)
+            node.extend([None] * (index == len(node)))
+        else:
+            problem = f"found {_show(node)} around it, which has no such key or index"
+            raise UserError(f"command line, {override}: {at}: {problem}")
+        if depth == len(parts):
+            node[index] = value
+            origins[at] = override
+        elif node[index] is None:
+            node[index] = [] if parts[depth].isdecimal() else {}
+            origins[at] = override
+        node = node[index]
+
+
+def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
+    """The override that gave the key, or the value around it; else the file."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        override = origins.get(prefix, "")
+        if override and (prefix == key or override.startswith(f"{prefix}=")):
+            return f"command line, {override}"
+    return str(path)
+
+
+def _reject_malformed(node: Any, key: str) -> None:
+    """What JSON should not hold, anywhere in the tree: repeated keys, NaN and infinities."""
+    if node is _REPEATED:
+        raise _Invalid(key, "occurs twice in one object, expected once")
+    if isinstance(node, float) and not math.isfinite(node):
+        raise _Invalid(key, f"found {_show(node)}, expected a finite number")
+    if isinstance(node, dict | list):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            _reject_malformed(child, _join(key, name))
+
+
+def _reject_contradictions(config: Config, tree: dict[str, Any]) -> None:
+    for key, contradicts, problem in CONFLICTS:
+        if contradicts(config):
+            raise _Invalid(key, problem.format(config))
+    for key, is_inert, reason in INERT:
+        section, name = key.split(".")
+        if name in tree.get(section, {}) and is_inert(config):
+            raise _Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")
+
+
+def _parse(value: Any, expected: Any, key: str) -> Any:
+    """A JSON value read as the annotation `expected`; raises _Invalid where it does not fit."""
+    origin, args = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        for member in args:
+            if _fits(value, member):
+                return _parse(value, member, key)
+    elif _fits(value, expected):
+        if is_dataclass(expected):
+            return _parse_section(value, expected, key)
+        if origin is Annotated:
+            value = _parse(value, args[0], key)
+            if args[1].holds(value):
+                return value
+        elif origin is tuple:
+            members = args[:1] * len(value) if args[-1] is Ellipsis else args
+            if value and len(value) == len(members):
+                items = enumerate(zip(value, members, strict=True))
+                return tuple(_parse(item, member, _join(key, i)) for i, (item, member) in items)
+        else:
+            return float(value) if expected is float else value
+    raise _Invalid(key, f"found {_show(value)}, expected {_describe(expected)}")
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether the value is of the JSON type that the annotation is read from."""
+    origin, args = get_origin(expected), get_args(expected)
+    if origin is Annotated:
+        return _fits(value, args[0])
+    if origin is Literal:  # 1 equals True in Python, and not in JSON
+        return any(type(value) is type(choice) and value == choice for choice in args)
+    if origin is tuple:
+        return isinstance(value, list)
+    if origin is dict or is_dataclass(expected):
+        return isinstance(value, dict)
+    return type(value) is expected or (expected is float and type(value) is int)
+
+
+def _parse_section(value: dict[str, Any], cls: type, key: str) -> Any:
+    hints, rest = get_type_hints(cls, include_extras=True), _rest_field(cls)
+    known = {entry.name: entry for entry in fields(cls) if entry is not rest}
+    others = {name: value[name] for name in value if name not in known}
+    if others and rest is None:
+        unknown = _join(key, next(iter(others)))
+        raise _Invalid(unknown, f"unknown key; {_suggest(unknown)}")
+    arguments = {rest.name: others} if rest else {}
+    for name, entry in known.items():
+        at = _join(key, name)
+        if name in value:
+            arguments[name] = _parse(value[name], hints[name], at)
+        elif is_dataclass(hints[name]):  # a section left out has its defaults, or misses a key
+            arguments[name] = _parse_section({}, hints[name], at)
+        elif entry.default is MISSING:
+            raise _Invalid(at, f"missing, expected {_describe(hints[name])}")
+    return cls(**arguments)
+
+
+def _suggest(unknown: str) -> str:
+    """The valid key nearest to an unknown one: in its section, else with a name like its own."""
+    section, _, name = re.sub(r"\.\d+\.", ".0.", unknown).rpartition(".")
+    names = {key: key.rpartition(".")[2] for key in _valid_keys(Config, "")}
+    same_section = [key for key in names if key.rpartition(".")[0] == section]
+    for pool, cutoff in ((same_section, 0.6), (list(names), 0.8)):
+        for near in get_close_matches(name, [names[key] for key in pool], 1, cutoff):
+            keys = [key for key in pool if names[key] == near]
+            nearest = max(keys, key=lambda key: SequenceMatcher(None, key, unknown).ratio())
+            return f"nearest valid key: {nearest}"
+    return f"valid keys here: {', '.join(same_section)}"
+
+
+def _valid_keys(expected: Any, key: str) -> Iterator[str]:
+    """Every dotted key below an annotation, with 0 for the index into a list."""
+    if is_dataclass(expected):
+        rest = _rest_field(expected)
+        for name in rest.metadata["other_keys_such_as"] if rest else ():
+            yield _join(key, name)
+        for name, hint in get_type_hints(expected, include_extras=True).items():
+            if rest is None or name != rest.name:
+                yield _join(key, name)
+                yield from _valid_keys(hint, _join(key, name))
+    for member in get_args(expected):
+        yield from _valid_keys(member, _join(key, 0) if get_origin(expected) is tuple else key)
+
+
+def _rest_field(cls: type) -> Field | None:
+    """The field that takes a section's other keys, unchecked."""
+    return next((entry for entry in fields(cls) if "other_keys_such_as" in entry.metadata), None)
+
+
+def _describe(expected: Any) -> str:
+    origin, args = get_origin(expected), get_args(expected)
+    if origin is Annotated:
+        return args[1].expected
+    if origin in (Union, UnionType, Literal):
+        words = [_show(arg) if origin is Literal else _describe(arg) for arg in args]
+        return f"{', '.join(words[:-1])} or {words[-1]}"
+    if origin is tuple:
+        size = "one or more values" if args[-1] is Ellipsis else f"{len(args)} values"
+        return f"a list of {size}, each {_describe(args[0])}"
+    if is_dataclass(expected):
+        return f"an object with the keys {', '.join(entry.name for entry in fields(expected))}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return {**words, NoneType: "null"}.get(expected, "an object")
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=lambda _: "...")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _join(key: str, name: str | int) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        entries = {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+        rest = _rest_field(type(value))
+        others = entries.pop(rest.name) if rest else {}
+        return entries | others
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,134 @@
+"""Which pair comes when, and where: pure functions of (slot counts, seed, step, ranks, budget).
+
+Which pairs a step holds depends on the seed and the step alone; how they are divided over ranks
+and microbatches changes neither the gradient nor any metric. Nothing here has a state, so a run
+resumes from its step number, on any number of ranks.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SLOT_GRAIN = 128  # rows are whole attention blocks long, and few different lengths occur
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The division of some pairs: bins[microbatch][rank] lists pair indices, maybe none.
+
+    Every rank has the same number of microbatches, because ranks compute in step with each other.
+    slots: length of every microbatch's row, the fullest bin rounded up.
+    """
+
+    bins: list[list[list[int]]]
+    slots: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What every optimiser step of a run trains on, and how that is divided.
+
+    slot_counts: int64 [pairs], see `plan`, as ranks, budget and grain. pairs_per_step: the global
+    batch. max_steps: the run ends there if the epochs hold more.
+    """
+
+    slot_counts: np.ndarray
+    pairs_per_step: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+    shuffle: bool
+    ranks: int
+    budget: int
+    grain: int = SLOT_GRAIN
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch; the last holds what is left over."""
+        return steps_per_epoch(len(self.slot_counts), self.pairs_per_step)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def pairs_of(self, step: int) -> np.ndarray:
+        """Indices of the pairs of optimiser step `step`, counted from 0."""
+        return pairs_of_step(
+            step,
+            pairs=len(self.slot_counts),
+            pairs_per_step=self.pairs_per_step,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+
+    def division(self, pairs: np.ndarray) -> Plan:
+        """Those pairs over ranks and microbatches."""
+        return plan(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget, grain=self.grain)
+
+
+def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
+    """Optimiser steps in one epoch; the last holds what is left over."""
+    return -(-pairs // pairs_per_step)
+
+
+def pairs_of_step(
+    step: int, *, pairs: int, pairs_per_step: int, seed: int, shuffle: bool
+) -> np.ndarray:
+    """Indices of the pairs that optimiser step `step` (from 0) trains on: int64 [at most G].
+
+    The next G of the epoch's permutation, keyed by (seed, epoch); of the file's order without
+    `shuffle`. No step spans two epochs.
+    """
+    epoch, within = divmod(step, steps_per_epoch(pairs, pairs_per_step))
+    order = np.random.default_rng((seed, epoch)).permutation(pairs) if shuffle else range(pairs)
+    return np.asarray(order[within * pairs_per_step : (within + 1) * pairs_per_step], np.int64)
+
+
+def plan(
+    pairs: Sequence[int] | np.ndarray,
+    slot_counts: np.ndarray,
+    *,
+    ranks: int,
+    budget: int,
+    grain: int = SLOT_GRAIN,
+) -> Plan:
+    """Divide `pairs` into as few microbatches as the budget allows, evenly filled.
+
+    slot_counts: int64, slots of every pair of the data set (`packing.slots_of`); budget: slots of
+    one microbatch on one rank; grain: the row length is a multiple of it, but at most the budget.
+    Each pair, largest first, goes into the emptiest bin: the fullest one stays near the mean, and
+    with it the padding of all others. No pair may be larger than the budget.
+    """
+    sizes = slot_counts[np.asarray(pairs, dtype=np.int64)]
+    assert not len(sizes) or sizes.max() <= budget, (sizes.max(), budget)
+    largest_first = [int(pairs[i]) for i in np.argsort(-sizes, kind="stable")]
+    microbatches = max(1, -(-int(sizes.sum()) // (ranks * budget)))
+    while (filled := _fill(largest_first, slot_counts, microbatches * ranks, budget)) is None:
+        microbatches += 1
+    filled.sort(key=lambda bin: -bin[0])  # ranks that run at the same time get similar loads
+    loads = [load for load, _ in filled]
+    bins = [
+        [sorted(members) for _, members in filled[m * ranks : (m + 1) * ranks]]
+        for m in range(microbatches)
+    ]
+    return Plan(bins, slots=min(budget, -(-max(loads[0], 1) // grain) * grain))
+
+
+def _fill(
+    largest_first: list[int], slot_counts: np.ndarray, bins: int, budget: int
+) -> list[tuple[int, list[int]]] | None:
+    """(load, members) of each bin, or None when a pair finds no room."""
+    emptiest = [(0, bin) for bin in range(bins)]
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for pair in largest_first:
+        load, bin = emptiest[0]
+        load += int(slot_counts[pair])
+        if load > budget:
+            return None
+        heapq.heapreplace(emptiest, (load, bin))
+        members[bin].append(pair)
+    return [(load, members[bin]) for load, bin in sorted(emptiest, key=lambda item: item[1])]

@@ -1,0 +1,395 @@
+"""Pairs of text or conversations -> token ids, split exactly where the response begins.
+
+"clean" renders each branch as one text, encodes it once, and finds the boundary by character
+offsets, so the tokens are those the model meets when it answers. "trl-0.7.4" is what Zephyr and
+Notus were trained with: the three texts encoded apart (a response then begins with the tokenizer's
+dummy prefix), every end-of-sequence token inside them hidden from attention, one more appended.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from notus.data.preferences import Message, Pair
+from notus.errors import UserError
+
+PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """All pairs of a data set in three flat arrays; pair i is prompt, chosen, rejected in a row.
+
+    tokens: int32, every pair's tokens one after another. hidden: bool, same shape, True for tokens
+    outside attention. lengths: int64 [pairs, 3], tokens of prompt, chosen, rejected.
+    """
+
+    tokens: np.ndarray
+    hidden: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each part begins in `tokens`: int64 [pairs, 3]."""
+        ends = self.lengths.reshape(-1).cumsum()
+        return (ends - self.lengths.reshape(-1)).reshape(-1, 3)
+
+    @cached_property
+    def response_starts(self) -> np.ndarray:
+        """Where each pair begins in a flat array of all response tokens: int64 [pairs + 1].
+
+        The order is that of `tokens` without the prompts; the last entry is the total.
+        """
+        return np.concatenate(([0], self.lengths[:, 1:].sum(1).cumsum()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pairs: any other token, length or order gives another."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.hidden, self.lengths):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+    def parts(self, pair: int) -> list[slice]:
+        """The slices of `tokens` that hold the pair's prompt, chosen and rejected response."""
+        pieces = zip(self.starts[pair], self.lengths[pair], strict=True)
+        return [slice(start, start + length) for start, length in pieces]
+
+    @classmethod
+    def join(cls, parts: Sequence["TokenizedPairs"]) -> "TokenizedPairs":
+        """The pairs of all parts, in order."""
+        return cls(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            hidden=np.concatenate([part.hidden for part in parts]),
+            lengths=np.concatenate([part.lengths for part in parts]),
+        )
+
+
+class Tokenized(NamedTuple):
+    """What became of the input pairs.
+
+    pairs: those to train on. kept: int64, each one's place in the input. inputs: pairs given.
+    counts: how many were "dropped: <reason>" and had parts that were "cut: <part>".
+    """
+
+    pairs: TokenizedPairs
+    kept: np.ndarray
+    inputs: int
+    counts: dict[str, int]
+
+    @classmethod
+    def join(cls, parts: Sequence["Tokenized"]) -> "Tokenized":
+        """The result for a data set from those for consecutive shares of it."""
+        shifts = np.cumsum([0, *(part.inputs for part in parts[:-1])])
+        counts: Counter[str] = Counter()
+        for part in parts:
+            counts.update(part.counts)
+        return cls(
+            TokenizedPairs.join([part.pairs for part in parts]),
+            np.concatenate([p.kept + shift for p, shift in zip(parts, shifts, strict=True)]),
+            sum(part.inputs for part in parts),
+            dict(counts),
+        )
+
+
+class _Branches(NamedTuple):
+    """One pair's token ids, with a flag for each: True where the token is outside attention."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    hidden: tuple[list[bool], list[bool], list[bool]]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, from tokenizer.json as it stands or tokenizer.model.
+
+    Not AutoTokenizer: for Llama-type tokenizers transformers 5 rebuilds the normaliser, and from a
+    tokenizer.model also the merges, after which runs of spaces split otherwise than in training.
+    Raises UserError when the folder has neither file or names no end-of-sequence token.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        elif (folder / "tokenizer.model").is_file():
+            backend = sentencepiece_backend(folder / "tokenizer.model")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
+        else:
+            raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; expected a tokenizer")
+    except (json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
+    return tokenizer
+
+
+def sentencepiece_backend(path: Path) -> Tokenizer:
+    """A fast tokenizer equal to the sentencepiece BPE model at `path`, with its offsets.
+
+    Merges are ordered by the score of the piece they make, as sentencepiece applies them.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i, piece in enumerate(pieces):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
+        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(-model.get_score(i), pair) for pair in known]
+    merges.sort(key=lambda merge: merge[0])  # stable: equal scores keep the pieces' order
+    bpe = models.BPE(
+        ids,
+        [pair for _, pair in merges],
+        unk_token=pieces[model.unk_id()],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [model.unk_id(), model.bos_id(), model.eos_id()]
+    tokenizer.add_special_tokens([AddedToken(pieces[i], normalized=False) for i in special])
+    bos = pieces[model.bos_id()]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, model.bos_id())]
+    )
+    return tokenizer
+
+
+def tokenize_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    style: str,
+    truncation: str,
+    max_length: int,
+    max_prompt_length: int,
+    system_prompt: str | None,
+) -> Tokenized:
+    """Render, encode and truncate `pairs`; style is "clean" or "trl-0.7.4".
+
+    Raises UserError, showing the pair, when its prompt is not a prefix of both branches, in text
+    or in tokens, and when a conversation meets a tokenizer without a chat template.
+    """
+    branches = _clean if style == "clean" else _trl_0_7_4
+    tokens: list[int] = []
+    hidden: list[bool] = []
+    lengths: list[tuple[int, int, int]] = []
+    kept: list[int] = []
+    counts: Counter[str] = Counter()
+    for index, ids in enumerate(branches(pairs, tokenizer, system_prompt)):
+        full = (len(ids.prompt), len(ids.chosen), len(ids.rejected))
+        if full[0] == 0:
+            counts["dropped: empty prompt"] += 1
+            continue
+        cut = truncate(
+            *full,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            rule="trl-0.7.4" if style == "trl-0.7.4" else truncation,
+        )
+        if cut is None:
+            counts["dropped: longer than max_length"] += 1
+            continue
+        if style == "clean" and ids.chosen[: cut[1]] == ids.rejected[: cut[2]]:
+            counts["dropped: identical responses after truncation"] += 1
+            continue
+        for name, before, after in zip(("prompt", "chosen", "rejected"), full, cut, strict=True):
+            counts[f"cut: {name}"] += after < before
+        skip = _keep_end(full[0], cut[0], has_bos=ids.prompt[0] == tokenizer.bos_token_id)
+        tokens += [ids.prompt[i] for i in skip] + ids.chosen[: cut[1]] + ids.rejected[: cut[2]]
+        hidden += [ids.hidden[0][i] for i in skip]
+        hidden += ids.hidden[1][: cut[1]] + ids.hidden[2][: cut[2]]
+        lengths.append(cut)
+        kept.append(index)
+    return Tokenized(
+        TokenizedPairs(
+            np.array(tokens, dtype=np.int32),
+            np.array(hidden, dtype=bool),
+            np.array(lengths, dtype=np.int64).reshape(-1, 3),
+        ),
+        np.array(kept, dtype=np.int64),
+        len(pairs),
+        {reason: count for reason, count in counts.items() if count},
+    )
+
+
+def truncate(
+    prompt: int, chosen: int, rejected: int, *, max_length: int, max_prompt_length: int, rule: str
+) -> tuple[int, int, int] | None:
+    """Tokens kept of each part (the prompt's last, a response's first), or None to drop the pair.
+
+    "pair": if the prompt and the longer response exceed max_length, the prompt keeps at most
+    max_prompt_length and both responses are cut to what is left. "sequence": each sequence keeps
+    its first max_length tokens. "drop": nothing is ever cut. "trl-0.7.4": as "pair", but responses
+    are cut to max_length - max_prompt_length however short the prompt is.
+    """
+    longer = max(chosen, rejected)
+    if rule == "sequence":
+        room = max_length - prompt
+        return (prompt, min(chosen, room), min(rejected, room)) if room > 0 else None
+    if prompt + longer <= max_length:
+        return prompt, chosen, rejected
+    if rule == "drop":
+        return None
+    prompt = min(prompt, max_prompt_length)
+    if prompt + longer > max_length:
+        room = max_length - (max_prompt_length if rule == "trl-0.7.4" else prompt)
+        chosen, rejected = min(chosen, room), min(rejected, room)
+    return prompt, chosen, rejected
+
+
+def _keep_end(length: int, keep: int, has_bos: bool) -> list[int]:
+    """Indices of the last `keep` of `length` prompt tokens; a cut prompt keeps its BOS in front."""
+    if has_bos and keep < length:
+        return [0, *range(length - keep + 1, length)]
+    return list(range(length - keep, length))
+
+
+def _batches(pairs: Sequence[Pair]) -> Iterator[tuple[bool, list[Pair]]]:
+    """Runs of pairs of one kind, small enough to encode at once: (conversational, pairs)."""
+    for conversational, run in groupby(pairs, key=lambda pair: not isinstance(pair.prompt, str)):
+        while batch := list(islice(run, PAIRS_AT_ONCE)):
+            yield conversational, batch
+
+
+def _clean(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+) -> Iterator[_Branches]:
+    for conversational, batch in _batches(pairs):
+        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
+        # A conversation has the special tokens its template writes; plain text the tokenizer's.
+        encoded = tokenizer(
+            [prompt + response for prompt, *responses in texts for response in responses],
+            add_special_tokens=not conversational,
+            return_offsets_mapping=True,
+        )
+        for i, (pair, (prompt, *_)) in enumerate(zip(batch, texts, strict=True)):
+            chosen = _split(encoded, 2 * i, prompt, tokenizer, pair)
+            rejected = _split(encoded, 2 * i + 1, prompt, tokenizer, pair)
+            if chosen[0] != rejected[0]:
+                raise UserError(
+                    f"{pair.where}: the prompt's tokens differ between the two branches, "
+                    f"{_tail(tokenizer, chosen[0])} and {_tail(tokenizer, rejected[0])}; "
+                    "expected the same"
+                )
+            ids = (chosen[0], chosen[1], rejected[1])
+            yield _Branches(*ids, hidden=tuple([False] * len(part) for part in ids))
+
+
+def _split(
+    encoded: BatchEncoding, row: int, prompt: str, tokenizer: PreTrainedTokenizerFast, pair: Pair
+) -> tuple[list[int], list[int]]:
+    """One encoded branch as (prompt tokens, response tokens), the response with one final EOS."""
+    ids = encoded["input_ids"][row]
+    boundary = encoded.char_to_token(row, len(prompt))
+    if boundary is None:  # nothing follows the prompt but what the tokenizer swallows
+        boundary = len(ids)
+    elif boundary > 0 and encoded["offset_mapping"][row][boundary - 1][1] > len(prompt):
+        raise UserError(
+            f"{pair.where}: the prompt is not a token prefix of its branch: the token "
+            f"{tokenizer.convert_ids_to_tokens(ids[boundary - 1])!r} covers the end of "
+            f"{prompt[-40:]!r} and the response's beginning; expected the response to begin with "
+            "a token of its own (does the prompt end in a space that belongs to the response?)"
+        )
+    return ids[:boundary], _one_final_eos(ids[boundary:], tokenizer)
+
+
+def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The response up to its last EOS if only white space follows, with exactly one EOS last."""
+    eos = tokenizer.eos_token_id
+    end = len(response)
+    if eos in response:
+        last = end - 1 - response[::-1].index(eos)
+        if not tokenizer.decode(response[last + 1 :]).strip():
+            end = last
+    while end > 0 and response[end - 1] == eos:
+        end -= 1
+    return [*response[:end], eos]
+
+
+def _tail(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return repr(tokenizer.decode(ids[-20:]))
+
+
+def _trl_0_7_4(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+) -> Iterator[_Branches]:
+    eos = tokenizer.eos_token_id
+    for _, batch in _batches(pairs):
+        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
+        flat = [text for branch in texts for text in branch]
+        encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
+        for _ in batch:
+            prompt, chosen, rejected = next(encoded), next(encoded), next(encoded)
+            hidden = tuple([token == eos for token in part] for part in (prompt, chosen, rejected))
+            for part, flags in zip((chosen, rejected), hidden[1:], strict=True):
+                part.append(eos)
+                flags.append(False)
+            yield _Branches(prompt, chosen, rejected, hidden)
+
+
+def _branch_texts(
+    pair: Pair, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+) -> tuple[str, str, str]:
+    """The pair as text: the prompt up to where the answer begins, then both answers."""
+    if isinstance(pair.prompt, str):
+        return pair.prompt, pair.chosen, pair.rejected
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{pair.where}: a conversation, but the tokenizer has no chat template; expected "
+            "chat_template in its tokenizer_config.json, or rows of plain text"
+        )
+    messages = pair.prompt
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    prompt = _render(tokenizer, messages, pair, add_generation_prompt=True)
+    answers = []
+    for answer in (pair.chosen, pair.rejected):
+        branch = _render(tokenizer, [*messages, *answer], pair, add_generation_prompt=False)
+        if not branch.startswith(prompt):
+            raise UserError(
+                f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
+                f"template ends the prompt with {prompt[-40:]!r}, the branch continues "
+                f"{branch[len(prompt) - 40 : len(prompt) + 20]!r}; expected the same text"
+            )
+        answers.append(branch[len(prompt) :])
+    return prompt, answers[0], answers[1]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    pair: Pair,
+    add_generation_prompt: bool,
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.TemplateError as error:  # a template may refuse roles or their order
+        raise UserError(f"{pair.where}: the chat template refuses this row: {error}") from None

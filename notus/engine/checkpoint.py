@@ -1,0 +1,282 @@
+"""Complete checkpoints in sharded safetensors, and the final export.
+
+    checkpoints/step-00000500/
+        model-0000r-of-0000W.safetensors      float32 masters; the folder loads with transformers
+        model.safetensors.index.json, config.json, tokenizer files
+        optimizer-0000r-of-0000W.safetensors  state tensors, named "<state>/<parameter>"
+        optimizer.safetensors.index.json
+        state.json                            step, and what a resumed run must have in common
+        manifest.json                         size and SHA-256 of every file, written last
+
+A folder has its final name only once everything in it is on disk, so every folder named step-* is
+complete unless it was damaged later.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from torch.optim import Optimizer
+
+from notus.data.tokenization import TokenizedPairs
+from notus.errors import UserError
+from notus.model.mistral import MistralForCausalLM
+from notus.model.weights import copy_tokenizer, load_weights, local_rows, save_sharded
+
+Plain = dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    model: MistralForCausalLM,
+    optimizer: Optimizer,
+    *,
+    common: Mapping[str, Any],
+    source: Path,
+    keep: int,
+) -> None:
+    """Write root/step-<step> from all ranks, then remove all but the newest `keep`.
+
+    common: what a run that resumes from here must have in common with this one; source: the folder
+    whose config.json and tokenizer describe the model. Collective.
+    """
+    folder = root / f"step-{step:08d}"
+    partial = root / f".partial-{folder.name}"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    save_model(partial, model, torch.float32, source)
+    index = save_sharded(_optimizer_tensors(model, optimizer), partial, "optimizer")
+    dist.barrier()
+    if first:
+        _write_json(partial / "optimizer.safetensors.index.json", index)
+        _write_json(partial / "state.json", {"step": step, "common": dict(common)})
+        _write_manifest(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+        for old in checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def export(folder: Path, model: MistralForCausalLM, source: Path) -> None:
+    """Write the finished model as a bfloat16 Hugging Face folder; it has its name once whole.
+
+    Collective.
+    """
+    partial = folder.with_name(f".partial-{folder.name}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    save_model(partial, model, torch.bfloat16, source)
+    if dist.get_rank() == 0:
+        os.rename(partial, folder)
+    dist.barrier()
+
+
+def save_model(folder: Path, model: MistralForCausalLM, dtype: torch.dtype, source: Path) -> None:
+    """Write the model as a Hugging Face folder in `dtype`: weights, index, config, tokenizer.
+
+    The folder must exist. Collective: every rank writes its own whole tensors.
+    """
+    names = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    index = save_sharded(((name, tensor.to(dtype)) for name, tensor in names), folder, "model")
+    if dist.get_rank() == 0:
+        _write_json(folder / "model.safetensors.index.json", index)
+        config = json.loads((source / "config.json").read_text())
+        config.pop("torch_dtype", None)  # the key's name before transformers 5
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        _write_json(folder / "config.json", config)
+        copy_tokenizer(source, folder)
+    dist.barrier()
+
+
+# Settings that may change between a run and its continuation: none of them changes what is learnt.
+FREE = (
+    "output_dir",
+    "parallel",
+    "log",
+    "checkpoint",
+    "evaluation",
+    "data.eval",
+    "data.tokens_per_microbatch",
+    "data.prefix_sharing",
+    "reference.log_probs",
+)
+# Where things lie; a checkpoint holds the hashes of what they are instead.
+PATHS = ("model.policy", "model.reference", "data.train")
+
+
+def essence(settings: Plain, ignored: tuple[str, ...] = FREE) -> Plain:
+    """The resolved configuration by dotted key, without the `ignored` sections and keys."""
+    flat = {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in settings.items()
+        for key, value in (values if isinstance(values, dict) else {section: values}).items()
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in ignored and key.split(".")[0] not in ignored
+    }
+
+
+def check_output_dir(folder: Path, settings: Plain, resume: str) -> None:
+    """Refuse an output_dir that holds anything but an earlier part of this same run.
+
+    Raises UserError that names the first differing setting, or what was found there.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    advice = "give another output_dir or remove it"
+    try:
+        earlier = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}") from None
+    different = differences(essence(earlier), essence(settings))
+    if different:
+        raise UserError(f"output_dir: {folder} holds another run ({different}); {advice}")
+    if resume == "never":
+        raise UserError(f"output_dir: {folder} holds a run, and --resume is never; {advice}")
+
+
+def write_settings(folder: Path, settings: Plain) -> None:
+    """Create output_dir and write its config.json; rank 0 alone does it. Collective."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", settings)
+    dist.barrier()
+
+
+def common_ground(
+    settings: Plain, pairs: TokenizedPairs, reference: Mapping[str, str] | None, steps: int
+) -> Plain:
+    """What a run and its continuation must share: settings, tokens, reference, number of steps."""
+    return essence(settings, FREE + PATHS) | {
+        "tokens_sha256": pairs.fingerprint(),
+        "reference_sha256": reference["sha256"] if reference else None,
+        "steps": steps,
+    }
+
+
+def differences(before: Plain, now: Plain) -> str:
+    """The entries that differ, in words; empty if none do."""
+    return "; ".join(
+        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first."""
+    return sorted(root.glob("step-*"))
+
+
+def find_checkpoint(root: Path, resume: str) -> Path | None:
+    """The checkpoint that --resume names: "auto" (the newest, if any), "never", or a path.
+
+    Raises UserError when a path is not a checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return checkpoints(root)[-1] if checkpoints(root) else None
+    if not (Path(resume) / "manifest.json").is_file():
+        raise UserError(
+            f"--resume {resume}: no manifest.json there; expected a complete checkpoint"
+        )
+    return Path(resume)
+
+
+def load_checkpoint(
+    folder: Path, model: MistralForCausalLM, optimizer: Optimizer, common: Mapping[str, Any]
+) -> int:
+    """Restore weights and optimiser state, each rank its own slices; returns the steps done.
+
+    Raises UserError when the checkpoint was made by a run that differs in `common`, naming what.
+    """
+    _verify(folder)
+    state = json.loads((folder / "state.json").read_text())
+    different = differences(state["common"], dict(common))
+    if different:
+        raise UserError(
+            f"{folder}: made by another run ({different}); resume with the settings it was made "
+            "with, or begin a new run in another output_dir"
+        )
+    load_weights(model, folder)
+    _load_optimizer(folder, model, optimizer, state["step"])
+    return state["step"]
+
+
+def _optimizer_tensors(
+    model: MistralForCausalLM, optimizer: Optimizer
+) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for key, value in sorted(optimizer.state[parameter].items()):
+            if key != "step":  # equal to the run's step, which state.json holds
+                yield f"{key}/{name}", value
+
+
+@torch.no_grad()
+def _load_optimizer(
+    folder: Path, model: MistralForCausalLM, optimizer: Optimizer, step: int
+) -> None:
+    files = json.loads((folder / "optimizer.safetensors.index.json").read_text())["weight_map"]
+    # Fused optimisers keep the step on the device, the others on the host.
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter in model.parameters():
+        device = parameter.device if fused else "cpu"
+        optimizer.state[parameter]["step"] = torch.tensor(float(step), device=device)
+    for tensor_name, file in files.items():
+        key, name = tensor_name.split("/", 1)
+        parameter = model.get_parameter(name)
+        value = torch.zeros_like(parameter)
+        local, rows = local_rows(value)
+        with safe_open(folder / file, framework="pt") as handle:
+            local.copy_(handle.get_slice(tensor_name)[rows])
+        optimizer.state[parameter][key] = value
+
+
+def _write_json(path: Path, value: Plain) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    _write_json(folder / "manifest.json", files)
+
+
+def _verify(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, expected in manifest.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            found = "nothing" if size is None else f"{size} bytes"
+            raise UserError(f"{path}: found {found}, expected {expected['bytes']} bytes")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,193 @@
+"""Processes, device mesh and sharding: what turns the plain model into a distributed one.
+
+Started by torchrun on any number of nodes, or as a single process; both take the same path.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from notus.errors import UserError
+from notus.model.mistral import MistralForCausalLM
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Rank 0 may hash or download for minutes while others wait in a collective.
+TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its rank, how many there are, and its device."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes shared files."""
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Join the process group that torchrun describes, or make one of a single process.
+
+    NCCL for tensors on CUDA, one GPU per local rank; gloo for those on the CPU.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: torchrun started more processes than the "
+                f"{torch.cuda.device_count()} GPUs of this machine; lower --nproc_per_node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(function: Callable[[], Result]) -> Result:
+    """Call `function` on every rank; a UserError on any rank is raised on all of them.
+
+    Without this, ranks that found nothing wrong would wait for the failed one in a collective.
+    """
+    result, problem = None, None
+    try:
+        result = function()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise UserError(found)
+    return result
+
+
+def divide(items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> list[Result]:
+    """Give each rank a contiguous share of `items`; every rank gets all ranks' results, in order.
+
+    A UserError on any rank is raised on all of them.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    bounds = [len(items) * r // ranks for r in range(ranks + 1)]
+    own = agree(lambda: function(items[bounds[rank] : bounds[rank + 1]]))
+    results: list[Result] = [own] * ranks
+    dist.all_gather_object(results, own)
+    return results
+
+
+def make_mesh(ranks: Ranks, shard: int | None, replicate: int) -> DeviceMesh:
+    """The device mesh: parameters are sharded over "shard" and repeated over "replicate".
+
+    shard None takes all ranks that `replicate` leaves. Raises UserError when the product is not
+    the number of ranks.
+    """
+    if shard is None:
+        shard = max(1, ranks.count // replicate)
+    if shard * replicate != ranks.count:
+        raise UserError(
+            f"parallel.shard ({shard}) x parallel.replicate ({replicate}) is {shard * replicate}, "
+            f"but {ranks.count} processes were started; expected the same number"
+        )
+    kind = ranks.device.type
+    if replicate == 1:
+        return init_device_mesh(kind, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(
+    model: MistralForCausalLM,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype,
+    activation_checkpointing: str,
+    compile_blocks: bool,
+    cpu_offload: bool,
+) -> None:
+    """Activation checkpointing, then compilation, then sharding, of a model on the meta device.
+
+    Afterwards parameters are sharded, uninitialised, in the dtype they were made in. They are cast
+    to compute_dtype when gathered. Gradients are summed in float32 over all ranks, never averaged:
+    the loss is divided once, by the number of pairs in the global step.
+    """
+    for block in model.model.layers:
+        if activation_checkpointing != "none":
+            block.forward = _recomputed(block.forward, activation_checkpointing)
+        if compile_blocks:
+            block.forward = torch.compile(block.forward)
+    shard = partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    )
+    units = [*model.model.layers]
+    if not model.shape.tie_word_embeddings:  # a tied head lives with the embedding, in the root
+        units.append(model.lm_head)
+    units.append(model)
+    for unit in units:
+        shard(unit)
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        # Without this, a factor of 1 asks for a premultiplied sum, which gloo does not have.
+        unit.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=torch.device("cpu") if cpu_offload else device)
+
+
+# What "selective" keeps: the results of matrix products and attention, the costly operations.
+KEPT_OPERATIONS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _recomputed(forward: Callable, mode: str) -> Callable:
+    """A forward that keeps its inputs alone ("full"), or also the costly results ("selective")."""
+    context = {}
+    if mode == "selective":
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **context)
+
+
+def _keep_costly(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    kept = operation in KEPT_OPERATIONS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

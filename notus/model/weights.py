@@ -1,0 +1,214 @@
+"""Hugging Face safetensors <-> a sharded model, tensor by tensor, without a rename.
+
+Loading reads only this rank's slices; saving divides whole tensors over the ranks by bytes, so
+that every rank writes one file and none ever holds the model.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from notus.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Buffers that old checkpoints carry; the decoder computes them.
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies on disk, and its shape there."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def model_folder(path: str) -> Path:
+    """The local folder of a model: `path` itself, or a hub id's snapshot (downloaded if need be).
+
+    Raises UserError when `path` is neither a folder nor a repository that can be had.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.safetensors.index.json",
+                    "config.json",
+                    *TOKENIZER_FILES,
+                ],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: not a local folder, and not to be had from the Hugging Face hub ({reason})"
+        ) from None
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a model folder by name, from the files' headers alone.
+
+    Raises UserError for missing, truncated or unreadable files.
+    """
+    if (folder / INDEX).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    elif (folder / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise UserError(f"{folder}: no {SINGLE} or {INDEX}; expected safetensors weights")
+    tensors = {}
+    for name in files:
+        file = folder / name
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 (not a mapping)
+                    shape = tuple(handle.get_slice(key).get_shape())
+                    tensors[key] = Stored(file, shape)
+        except FileNotFoundError:
+            raise UserError(f"{file}: missing, though {INDEX} names it") from None
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a complete safetensors file ({error})") from None
+    return tensors
+
+
+def check_weights(
+    folder: Path, expected: Mapping[str, torch.Size], tied: bool
+) -> dict[str, Stored]:
+    """The stored tensors, once every expected one is there in its shape and none is unknown.
+
+    expected: full shapes by name. tied: the head shares the embedding, and a stored
+    `lm_head.weight` is redundant. Raises UserError that names file, tensor and both shapes.
+    """
+    stored = stored_tensors(folder)
+    for name, shape in expected.items():
+        if name not in stored:
+            raise UserError(f"{folder}: tensor {name} is missing; expected shape {tuple(shape)}")
+        if stored[name].shape != tuple(shape):
+            raise UserError(
+                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected "
+                f"{tuple(shape)} by config.json"
+            )
+    redundant = {"lm_head.weight"} if tied else set()
+    unknown = [
+        name
+        for name in stored
+        if name not in expected and name not in redundant and not name.endswith(IGNORED_SUFFIX)
+    ]
+    if unknown:
+        raise UserError(
+            f"{stored[unknown[0]].file}: tensor {unknown[0]} is not part of the model that "
+            "config.json describes; expected only its parameters"
+        )
+    return stored
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill the model's parameters from a Hugging Face folder, each rank its own slices.
+
+    Parameters may be plain or sharded along their first dimension; values are cast to their dtype.
+    """
+    parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    stored = check_weights(folder, shapes, tied=model.shape.tie_word_embeddings)
+    by_file: dict[Path, list[str]] = {}
+    for name in parameters:
+        by_file.setdefault(stored[name].file, []).append(name)
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as handle:
+            for name in names:
+                local, rows = local_rows(parameters[name])
+                local.copy_(handle.get_slice(name)[rows])
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
+    """This rank's part of a tensor, and the rows of the whole tensor that it holds."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(0, len(tensor))
+    mesh, placements = tensor.device_mesh, tensor.placements
+    sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+    assert len(sharded) == 1 and placements[sharded[0]].dim == 0, placements
+    ranks = mesh.size(sharded[0])
+    chunk = -(
+        -len(tensor) // ranks
+    )  # FSDP divides as torch.chunk does: the last ranks may get less
+    start = min(chunk * mesh.get_local_rank(sharded[0]), len(tensor))
+    local = tensor.to_local()
+    return local, slice(start, start + len(local))
+
+
+def weights_identity(path: str, folder: Path) -> dict[str, str]:
+    """What a model's weights are: {"path", "sha256"} over the contents of its safetensors files.
+
+    The ranks hash different files at the same time. Collective: all ranks must call it.
+    """
+    files = sorted({tensor.file for tensor in stored_tensors(folder).values()})
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    digests = torch.zeros(len(files), 32, dtype=torch.int64)
+    for i in range(rank, len(files), ranks):
+        with files[i].open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").digest()
+        digests[i] = torch.tensor(list(digest))
+    if dist.is_initialized():
+        dist.all_reduce(digests)
+    combined = hashlib.sha256(bytes(digests.flatten().tolist())).hexdigest()
+    return {"path": path, "sha256": combined}
+
+
+def save_sharded(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, prefix: str
+) -> dict[str, Any]:
+    """Write tensors as `<prefix>-0000r-of-0000W.safetensors`, every rank its own whole tensors.
+
+    tensors: (name, plain or sharded tensor) in the same order on all ranks. A tensor belongs to
+    the rank with the fewest bytes so far. Collective; returns the Hugging Face index, equal on all
+    ranks, for the caller to write. Memory: this rank's files and one gathered tensor.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    written = [0] * ranks
+    weight_map = {}
+    mine = {}
+    for name, tensor in tensors:
+        owner = written.index(min(written))
+        written[owner] += tensor.numel() * tensor.element_size()
+        weight_map[name] = f"{prefix}-{owner + 1:05d}-of-{ranks:05d}.safetensors"
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if owner == rank:
+            mine[name] = whole.detach().cpu().clone()
+        del whole
+    if mine:
+        own_file = f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+        save_file(mine, folder / own_file, metadata={"format": "pt"})
+    return {"metadata": {"total_size": sum(written)}, "weight_map": weight_map}
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files as they stand: writing them anew could change what they do."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,185 @@
+"""The frozen reference: its identity, its cached log-probs, and the check of a run's start.
+
+The reference's log-probs depend on its weights, the token ids and the numerics, on nothing else:
+not on the loss, beta or learning rate. They are computed in one pass, kept on disk under a key made
+of those three, and a sample is recomputed whenever they are read back.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from notus.data.packing import Microbatch
+from notus.data.tokenization import TokenizedPairs
+from notus.errors import UserError
+from notus.model.mistral import MistralForCausalLM
+from notus.objective.logprobs import (
+    Scorer,
+    flat_positions,
+    gather_pairs,
+    response_sums,
+    token_log_probs,
+)
+from notus.objective.losses import Loss, PairLogProbs
+
+AUDITED_SHARE = 0.01
+# Nats per token by which two computations of one log-prob may differ on average over a response:
+# rounding in other packings. A wrong template, model or cache differs by tenths.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class Reference(NamedTuple):
+    """Where the reference's log-probs over one data set come from.
+
+    of_batch: a microbatch's scored tokens, float32 [S]. of_pairs: the flat array of all response
+    tokens, which covers at least the given pairs; collective.
+    """
+
+    of_batch: Callable[[Microbatch], Tensor]
+    of_pairs: Scorer
+
+
+def cached_reference(flat: Tensor, pairs: TokenizedPairs) -> Reference:
+    """Looks log-probs up in `flat`, which holds those of all pairs."""
+    starts = torch.from_numpy(pairs.response_starts).to(flat.device)
+    return Reference(lambda batch: flat[flat_positions(batch, starts)], lambda indices: flat)
+
+
+def online_reference(model: MistralForCausalLM, score_pairs: Scorer) -> Reference:
+    """Runs the frozen model each time; score_pairs is its scorer."""
+    return Reference(torch.no_grad()(lambda batch: token_log_probs(model, batch)), score_pairs)
+
+
+def no_reference(pairs: TokenizedPairs, device: torch.device) -> Reference:
+    """Zeros, for losses that use no reference; rewards are then beta x the policy's log-probs."""
+    return cached_reference(torch.zeros(int(pairs.response_starts[-1]), device=device), pairs)
+
+
+def cache_identity(
+    pairs: TokenizedPairs, reference: Mapping[str, str], compute_dtype: torch.dtype
+) -> dict[str, Any]:
+    """What cached log-probs were computed from; equal identities mean equal log-probs."""
+    return {
+        "reference_sha256": reference["sha256"],
+        "tokens_sha256": pairs.fingerprint(),
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
+
+
+def cached_log_probs(
+    folder: Path,
+    pairs: TokenizedPairs,
+    identity: Mapping[str, Any],
+    score_pairs: Scorer,
+    device: torch.device,
+) -> Tensor:
+    """The reference's log-prob of every response token: float32, flat, on every rank.
+
+    Read from `folder` if it holds them under this identity, after recomputing a sample; computed
+    with `score_pairs` and written otherwise. Rank 0 alone touches the files. Collective.
+
+    Raises UserError when the sample differs by more than TOLERANCE from what the file says.
+    """
+    path = folder / f"{_key(identity)}.safetensors"
+    stored = _read(path, identity) if dist.get_rank() == 0 else None
+    found = torch.tensor([stored is not None], device=device)
+    dist.broadcast(found, 0)
+    if not found:
+        flat = score_pairs(range(len(pairs)))
+        if dist.get_rank() == 0:
+            _write(path, flat, pairs, identity)
+        return flat
+    flat = torch.zeros(int(pairs.response_starts[-1]), device=device)
+    if stored is not None:
+        flat.copy_(stored)
+    dist.broadcast(flat, 0)
+    sample = audit_sample(len(pairs))
+    worst = worst_difference(
+        gather_pairs(score_pairs(sample), pairs, sample),
+        gather_pairs(flat, pairs, sample),
+        torch.from_numpy(pairs.lengths[sample, 1:]).to(device),
+    )
+    if not worst <= TOLERANCE[getattr(torch, identity["compute_dtype"])]:
+        raise UserError(
+            f"{path}: the cached reference log-probs differ from freshly computed ones by up to "
+            f"{worst:.3g} nats per token, over a sample of {len(sample)} pairs; expected rounding "
+            "only. Remove the file to have them computed again"
+        )
+    return flat
+
+
+def audit_sample(pairs: int) -> np.ndarray:
+    """Indices of the pairs recomputed when a cache is read: 1 %, at least one."""
+    size = max(1, round(AUDITED_SHARE * pairs))
+    return np.sort(np.random.default_rng(0).choice(pairs, size, replace=False))
+
+
+def worst_difference(one_S: Tensor, other_S: Tensor, lengths_B2: Tensor) -> float:
+    """The largest mean difference over a response's tokens, in nats per token; NaN if any is."""
+    return float((response_sums(one_S - other_S, lengths_B2) / lengths_B2).abs().max())
+
+
+def check_start(loss: Loss, pairs: PairLogProbs, compute_dtype: torch.dtype) -> None:
+    """Refuse to start when policy and reference, which are the same weights, do not agree.
+
+    Each response's log-ratio must be 0 and the loss its known value (ln 2 for sigmoid: the loss of
+    the reference against itself), up to rounding. Raises UserError with the likely cause.
+    """
+    tolerance = TOLERANCE[compute_dtype]
+    ratio = torch.stack(
+        (
+            (pairs.policy_chosen - pairs.reference_chosen) / pairs.chosen_length,
+            (pairs.policy_rejected - pairs.reference_rejected) / pairs.rejected_length,
+        )
+    )
+    worst = float(ratio.abs().max()) if ratio.numel() else 0.0
+    if not worst <= tolerance:
+        raise UserError(
+            f"before the first step, a response's log-prob under the policy differs from the "
+            f"reference's by {worst:.3g} nats per token, expected at most {tolerance}: both are "
+            "the same weights. Likely causes: a cache made by other weights, weights changed on "
+            "disk since, or (if not a number) a checkpoint with non-finite values"
+        )
+    known = loss(
+        pairs._replace(
+            policy_chosen=pairs.reference_chosen,
+            policy_rejected=pairs.reference_rejected,
+            policy_chosen_shared=pairs.reference_chosen_shared,
+            policy_rejected_shared=pairs.reference_rejected_shared,
+        )
+    )
+    if not torch.isfinite(known).all():
+        raise UserError(f"loss: {loss.name} is not finite where policy and reference agree")
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path, identity: Mapping[str, Any]) -> Tensor | None:
+    try:
+        if json.loads(path.with_suffix(".json").read_text())["identity"] != identity:
+            return None
+        return load_file(path)["log_probs"]
+    except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
+        return None  # absent or half-written: computed anew
+
+
+def _write(path: Path, flat: Tensor, pairs: TokenizedPairs, identity: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    tensors = {"log_probs": flat.cpu(), "starts": torch.from_numpy(pairs.response_starts)}
+    save_file(tensors, partial)
+    os.replace(partial, path)
+    about = {"identity": identity, "pairs": len(pairs), "response_tokens": len(flat)}
+    path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")

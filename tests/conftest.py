@@ -1,0 +1,77 @@
+"""Helpers that several tests share: tiny models, random pairs, a slow way to score them."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from notus.data.tokenization import TokenizedPairs
+from notus.model.mistral import MistralForCausalLM, read_shape
+
+VOCABULARY = 61
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random Mistral of two layers as a Hugging Face folder without a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        sliding_window=16,
+    )
+    transformers.MistralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_folder):
+    """Our model with the weights of `tiny_folder`, float32."""
+    model = MistralForCausalLM(read_shape(tiny_folder))
+    theirs = transformers.MistralForCausalLM.from_pretrained(tiny_folder)
+    model.load_state_dict(theirs.state_dict())
+    return model
+
+
+def random_pairs(count, seed=0, prompt=(1, 14), response=(1, 12), hide=0.0) -> TokenizedPairs:
+    """Pairs of random tokens, lengths uniform in the given ranges (both ends included)."""
+    rng = np.random.default_rng(seed)
+    lengths = np.stack(
+        [
+            rng.integers(prompt[0], prompt[1] + 1, count),
+            rng.integers(response[0], response[1] + 1, count),
+            rng.integers(response[0], response[1] + 1, count),
+        ],
+        axis=1,
+    )
+    tokens = rng.integers(3, VOCABULARY, int(lengths.sum())).astype(np.int32)
+    return TokenizedPairs(tokens, rng.random(len(tokens)) < hide, lengths)
+
+
+def sequence_log_probs(logits_of, prompt, response) -> torch.Tensor:
+    """Log-prob of each response token, the sequence scored on its own: float64 [response]."""
+    ids = torch.tensor([*prompt, *response])
+    log_probs = logits_of(ids).double().log_softmax(-1)
+    rows = torch.arange(len(prompt) - 1, len(ids) - 1)
+    return log_probs[rows, ids[len(prompt) :]]
+
+
+def flat_log_probs(logits_of, pairs: TokenizedPairs) -> torch.Tensor:
+    """All response tokens of all pairs, one sequence at a time, in the flat order."""
+    parts = []
+    for i in range(len(pairs)):
+        prompt, chosen, rejected = (pairs.tokens[part].tolist() for part in pairs.parts(i))
+        parts += [sequence_log_probs(logits_of, prompt, r) for r in (chosen, rejected)]
+    return torch.cat(parts)

@@ -1,0 +1,185 @@
+"""The decoder against transformers' classes on the same random weights."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from notus.data.packing import Layout
+from notus.errors import UserError
+from notus.model.attention import build_mask
+from notus.model.mistral import MistralForCausalLM, read_shape
+
+BASE = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    initializer_range=0.15,
+    sliding_window=None,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def mistral(**changes):
+    return transformers.MistralConfig(**(BASE | changes))
+
+
+def llama(**changes):
+    kept = {k: v for k, v in BASE.items() if k != "sliding_window"}
+    return transformers.LlamaConfig(**(kept | changes))
+
+
+CONFIGS = {
+    "grouped-query": mistral(),
+    "multi-head": mistral(num_key_value_heads=4),
+    "multi-query": mistral(num_key_value_heads=1),
+    "window": mistral(sliding_window=5),
+    "window of one": mistral(sliding_window=1),
+    "window longer than the text": mistral(sliding_window=500),
+    "tied": mistral(tie_word_embeddings=True),
+    "wide heads": mistral(head_dim=32),
+    "narrow heads": mistral(head_dim=8, num_attention_heads=6, num_key_value_heads=3),
+    "rope base": mistral(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "llama": llama(),
+    "llama with biases": llama(attention_bias=True, mlp_bias=True),
+    "llama 3 rope": llama(rope_parameters=LLAMA3, max_position_embeddings=128),
+}
+
+
+def save_config(config, folder):
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.save_pretrained(folder)
+
+
+def causal_layout(length: int) -> Layout:
+    zeros = torch.zeros(length, dtype=torch.int32)
+    return Layout(zeros, zeros, torch.arange(length, dtype=torch.int32), zeros.bool())
+
+
+def both_models(config, folder):
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in theirs.named_parameters():
+        if "bias" in name or "norm" in name:  # initialised to constants, which would hide errors
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    save_config(config, folder)
+    ours = MistralForCausalLM(read_shape(folder))
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs.eval()
+
+
+def our_logits(model, tokens):
+    layout = causal_layout(len(tokens))
+    mask = build_mask(layout, model.shape.sliding_window, "dense")
+    hidden = model.model(tokens, layout.position, mask, torch.arange(len(tokens)))
+    return F.linear(hidden, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_keys_equal_transformers(name, tmp_path):
+    ours, theirs = both_models(CONFIGS[name], tmp_path)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for length in (1, 23):
+        tokens = torch.randint(0, 97, (length,))
+        expected = theirs(tokens[None]).logits[0]
+        error = (our_logits(ours, tokens) - expected).abs().max()
+        assert error <= 1e-5 * expected.abs().max()
+
+
+def test_the_window_of_the_parity_test_binds(tmp_path):
+    ours, _ = both_models(CONFIGS["window"], tmp_path)
+    tokens = torch.randint(0, 97, (23,))
+    layout = causal_layout(23)
+    full = ours.model(tokens, layout.position, build_mask(layout, None, "dense"), torch.arange(23))
+    cut = ours.model(tokens, layout.position, build_mask(layout, 5, "dense"), torch.arange(23))
+    assert torch.equal(full[:5], cut[:5])
+    assert (full[5:] - cut[5:]).abs().amax(-1).min() > 1e-3
+
+
+def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(tmp_path):
+    ours, theirs = both_models(CONFIGS["grouped-query"], tmp_path)
+    tokens = torch.randint(0, 97, (40,))
+    truth = theirs(tokens[None]).logits[0]
+    ours_error = (our_logits(ours.bfloat16(), tokens).float() - truth).abs().mean()
+    their_error = (theirs.bfloat16()(tokens[None]).logits[0].float() - truth).abs().mean()
+    assert ours_error <= 1.1 * their_error
+
+
+def test_log_probs_are_those_of_the_logits(tmp_path):
+    ours, theirs = both_models(CONFIGS["tied"], tmp_path)
+    tokens = torch.randint(0, 97, (12,))
+    rows, targets = torch.tensor([3, 3, 10]), torch.tensor([1, 96, 0])
+    layout = causal_layout(12)
+    mask = build_mask(layout, None, "dense")
+    log_probs = ours(tokens, layout.position, mask, rows, targets)
+    expected = theirs(tokens[None]).logits[0].double().log_softmax(-1)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs.double(), expected[rows, targets], rtol=1e-5, atol=1e-5)
+    both = ours(tokens, layout.position, mask, rows, targets, sum_squares=True)
+    assert torch.equal(both[0], log_probs)
+    squares = (2 * expected[rows]).exp().sum(-1).log()
+    torch.testing.assert_close(both[1].double(), squares, rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
+    old = {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    shape = read_shape(tmp_path)
+    assert shape.num_parameters == 7_241_732_096
+    assert (shape.head_dim, shape.rope_theta, shape.sliding_window) == (128, 10000.0, 4096)
+    new = tmp_path / "new"
+    save_config(transformers.MistralConfig.from_pretrained(tmp_path), new)
+    assert read_shape(new) == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture is GPT2LMHeadModel"),
+        ({"architectures": None}, "none named"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"vocab_size": None}, "'vocab_size' is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+    ],
+)
+def test_an_unusable_config_is_refused_by_name(change, message, tmp_path):
+    config = {"architectures": ["MistralForCausalLM"], **BASE} | change
+    kept = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=message) as caught:
+        read_shape(tmp_path)
+    assert "config.json" in str(caught.value)
+
+
+def test_a_missing_or_broken_config_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_shape(tmp_path)

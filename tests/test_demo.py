@@ -1,0 +1,196 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from notus import demo
+from notus.errors import UserError
+
+SMALL = {"rows": 48, "sft_steps": 2, "hidden_size": 16, "batch_size": 4, "vocabulary": 400}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo")
+    demo.write_demo(path, **SMALL)
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def mean_rating(completion: dict) -> float:
+    ratings = [int(a["Rating"]) for a in completion["annotations"].values()]
+    return sum(ratings) / len(ratings)
+
+
+def test_rows_have_the_raw_ultrafeedback_schema(folder: Path) -> None:
+    rows = read_jsonl(folder / "preferences.jsonl")
+    assert len(rows) == 48
+    for row in rows:
+        assert set(row) == {
+            "source",
+            "instruction",
+            "models",
+            "completions",
+            "correct_answers",
+            "incorrect_answers",
+        }
+        assert row["models"] == [c["model"] for c in row["completions"]]
+        assert len({c["response"] for c in row["completions"]}) == 4
+        for completion in row["completions"]:
+            assert set(completion["annotations"]) == {
+                "instruction_following",
+                "honesty",
+                "truthfulness",
+                "helpfulness",
+            }
+            assert completion["fine-grained_score"] == mean_rating(completion)
+            assert isinstance(completion["overall_score"], float)
+            for annotation in completion["annotations"].values():
+                assert annotation["Rating"] in {"1", "2", "3", "4", "5"}
+                assert isinstance(annotation["Rationale"], str)
+
+
+def test_the_best_rated_completion_is_the_only_right_one() -> None:
+    data = demo.make_data()
+    for prompt, row in zip(data.prompts, data.heldout, strict=True):
+        assert prompt["prompt"] == [{"role": "user", "content": row["instruction"]}]
+        ranked = sorted(row["completions"], key=mean_rating)
+        right = [demo.is_right(prompt["answer"], c["response"]) for c in ranked]
+        assert right == [False, False, False, True]
+        assert mean_rating(ranked[-2]) < mean_rating(ranked[-1])
+
+
+def test_some_bad_completions_have_a_planted_score_of_ten() -> None:
+    rows = demo.make_data().train
+    tens = [c for row in rows for c in row["completions"] if c["overall_score"] == 10]
+    assert 0.05 < len(tens) / len(rows) < 0.12
+    assert all(mean_rating(completion) <= 2 for completion in tens)
+
+
+def test_answers_agree_with_the_questions() -> None:
+    questions = {q.instruction: q for q in demo.all_questions(random.Random(demo.SEED))}
+    assert questions["What is 7 plus 8?"].answer == "15"
+    assert questions["Which letter comes after g?"].answer == "h"
+    assert questions["Name the letter before g."].answer == "f"
+    assert questions["What is the opposite of hot?"].answer == "cold"
+    assert questions["Give the opposite of cold."].answer == "hot"
+    assert questions["Spell the word cat."].answer == "c-a-t"
+    assert questions["Which letter does tree end with?"].answer == "e"
+    assert all(q.wrong and q.answer not in q.wrong for q in questions.values())
+    for instruction, question in questions.items():
+        if instruction.startswith("Name the larger number: "):
+            numbers = instruction.removeprefix("Name the larger number: ").rstrip(".").split(", ")
+            assert question.answer == str(max(map(int, numbers)))
+
+
+def test_data_is_deterministic_and_held_out() -> None:
+    data = demo.make_data(rows=100, sft_count=300)
+    assert data == demo.make_data(rows=100, sft_count=300)
+    assert data != demo.make_data(rows=100, sft_count=300, seed=1)
+    trained = {row["instruction"] for row in data.train} | {i for i, _ in data.sft}
+    assert len(trained) == 100
+    assert trained.isdisjoint(row["instruction"] for row in data.heldout)
+
+
+def test_policy_examples_are_right_first_and_then_mixed() -> None:
+    answers = {q.instruction: q.answer for q in demo.all_questions(random.Random(demo.SEED))}
+    sft = demo.make_data(sft_count=10_000).sft
+    right = [demo.is_right(answers[instruction], text) for instruction, text in sft]
+    assert all(right[:6000])
+    # the binomial's standard deviation over 4,000 draws is 0.008
+    assert sum(right[6000:]) / 4000 == pytest.approx(demo.SFT_SHARES["right"], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("generated", "right"), [("15", True), (" 15\n", True), ("15.", False), ("115", False)]
+)
+def test_is_right_wants_the_answer_and_nothing_else(generated: str, right: bool) -> None:
+    assert demo.is_right("15", generated) is right
+
+
+def test_chat_template_renders_like_zephyr(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    turns = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+    ]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert whole == "<|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\nYo</s>\n"
+    opened = tokenizer.apply_chat_template(turns[:2], tokenize=False, add_generation_prompt=True)
+    assert opened == "<|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
+
+
+def test_fast_tokenizer_segments_like_sentencepiece() -> None:
+    rows = demo.make_data(rows=200).train
+    texts = [row["instruction"] for row in rows]
+    processor: sentencepiece.SentencePieceProcessor = demo.train_sentencepiece(texts, 500)
+    tokenizer = demo.to_fast_tokenizer(processor)
+    unseen = ["Zoë  has 1234 pets.", " two\nlines ", "日本", *demo.RAMBLING]
+    for text in texts + unseen:
+        assert tokenizer(text)["input_ids"] == processor.encode(text)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tokenizer_as_loaded_by_transformers(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    assert tokenizer.is_fast
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    text = "<|user|>\nWhat is 7 plus 8?</s>\n<|assistant|>\n15</s>\n"
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
+    assert "".join(pieces) == text
+    assert pieces[0] == "<|user|>" and pieces[-2] == "</s>"
+    assert pieces[-4:-2] == ["1", "5"]
+    assert tokenizer.decode(encoded["input_ids"]) == text
+
+
+def test_policy_loads_in_transformers_and_was_trained(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    assert model.config.model_type == "mistral"
+    assert model.config.vocab_size == len(tokenizer)
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*.*")} == demo.FILES
+    # every norm starts at exactly one, so training shows in them
+    assert not torch.equal(model.model.norm.weight, torch.ones(16))
+
+
+def test_default_policy_has_about_a_million_parameters() -> None:
+    data = demo.make_data(sft_count=8)
+    texts = [row["instruction"] for row in data.train]
+    tokenizer = demo.to_fast_tokenizer(demo.train_sentencepiece(texts, 900))
+    model = demo.train_policy(tokenizer, data.sft, hidden_size=128, batch_size=8)
+    assert 0.8e6 < model.num_parameters() < 1.2e6
+
+
+def test_training_loss_is_that_of_the_responses_alone() -> None:
+    ids, labels = demo.pad_batch([([5, 6], [7, 2]), ([5], [8, 9, 9, 2])], pad=2)
+    assert ids.tolist() == [[5, 6, 7, 2, 2], [5, 8, 9, 9, 2]]
+    assert labels.tolist() == [[-100, -100, 7, 2, -100], [-100, 8, 9, 9, 2]]
+
+
+def test_a_demo_is_written_over_with_the_same_bytes(folder: Path) -> None:
+    before = {name: (folder / name).read_bytes() for name in demo.FILES}
+    demo.write_demo(folder, **SMALL)
+    assert before == {name: (folder / name).read_bytes() for name in demo.FILES}
+
+
+def test_a_folder_that_holds_something_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="thesis.txt"):
+        demo.write_demo(tmp_path, **SMALL)
+    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        demo.write_demo(tmp_path / "thesis.txt", **SMALL)

@@ -1,0 +1,534 @@
+"""Direct preference optimisation of a Mistral-architecture model, read from top to bottom.
+
+    torchrun --nproc_per_node 8 train.py configs/notus.json [section.key=value ...]
+    python train.py configs/demo.json                        # one process, the same path
+
+`train` is the line that a pair of responses travels: preference data -> pairs -> tokens -> plan ->
+packed microbatch -> response log-probs -> loss -> step. The functions above it open what the
+configuration names; README.md says where to change what.
+"""
+
+import argparse
+import gc
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from notus.config import Config, Holdout, load_config, to_dict
+from notus.data.packing import slots_of
+from notus.data.planning import SLOT_GRAIN, RunPlan
+from notus.data.preferences import Pair, load_preferences
+from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
+from notus.engine import checkpoint, distributed
+from notus.engine.distributed import Ranks, agree, divide
+from notus.engine.evaluation import evaluate
+from notus.engine.metrics import MetricsLog, Speed, Totals, pair_metrics
+from notus.engine.optim import make_optimizer, schedule_factor
+from notus.errors import UserError
+from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
+from notus.model.weights import check_weights, load_weights, model_folder, weights_identity
+from notus.objective.logprobs import (
+    Scorer,
+    couple_step,
+    pack_plan,
+    pair_log_probs,
+    scorer,
+    token_log_probs,
+)
+from notus.objective.losses import Loss, build_loss
+from notus.objective.reference import (
+    Reference,
+    cache_identity,
+    cached_log_probs,
+    cached_reference,
+    check_start,
+    no_reference,
+    online_reference,
+)
+from notus.report import samples
+
+
+def open_model(path: str) -> tuple[Path, ModelShape]:
+    """The folder and shape of a model whose weights are all there."""
+    folder = model_folder(path)
+    shape = read_shape(folder)
+    with torch.device("meta"):
+        parameters = MistralForCausalLM(shape).named_parameters()
+    check_weights(folder, {n: p.shape for n, p in parameters}, shape.tie_word_embeddings)
+    return folder, shape
+
+
+def build_model(
+    config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
+) -> MistralForCausalLM:
+    """A sharded model without weights: float32 masters to train, compute_dtype if frozen."""
+    compute_dtype = getattr(torch, config.model.compute_dtype)
+    with torch.device("meta"):
+        model = MistralForCausalLM(shape).to(compute_dtype if frozen else torch.float32)
+    model.requires_grad_(not frozen)
+    distributed.shard_model(
+        model,
+        mesh,
+        ranks.device,
+        compute_dtype=compute_dtype,
+        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
+        compile_blocks=compiles(config, ranks),
+        cpu_offload=config.parallel.cpu_offload,
+    )
+    return model
+
+
+def compiles(config: Config, ranks: Ranks) -> bool:
+    """Whether transformer blocks are compiled."""
+    wanted = config.parallel.compile
+    return ranks.device.type == "cuda" if wanted == "auto" else wanted
+
+
+def read_data(
+    config: Config, source: Path, shape: ModelShape, ranks: Ranks
+) -> tuple[TokenizedPairs, TokenizedPairs | None]:
+    """The training pairs and the held-out ones (None without evaluation), as tokens.
+
+    The ranks tokenize a share each; all of them get all pairs.
+    """
+    tokenizer = agree(lambda: load_tokenizer(source))
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
+            f"{shape.vocab_size}; expected at least as many"
+        )
+    holdout = config.data.eval.holdout if isinstance(config.data.eval, Holdout) else 0
+    seed = config.train.seed
+    found = agree(lambda: load_preferences(config.data.train, seed=seed, holdout=holdout))
+    sets = {"train": found.train}
+    if holdout:
+        sets["eval"] = found.holdout
+    elif config.data.eval is not None:
+        sets["eval"] = agree(lambda: load_preferences(config.data.eval, seed=seed)).train
+
+    def tokenize(share: list[Pair]) -> Tokenized:
+        return tokenize_pairs(
+            share,
+            tokenizer,
+            style=config.data.tokenization,
+            truncation=config.data.truncation,
+            max_length=config.data.max_length,
+            max_prompt_length=config.data.max_prompt_length,
+            system_prompt=config.data.system_prompt,
+        )
+
+    tokenized = {}
+    for name, pairs in sets.items():
+        result = Tokenized.join(divide(pairs, tokenize))
+        counts = dict(found.dropped) if name == "train" else {}
+        counts = {f"dropped: {reason}": n for reason, n in counts.items()} | result.counts
+        if ranks.first:
+            notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
+            print(f"{name} data: {len(result.pairs):,} pairs{notes}")
+        if not len(result.pairs):
+            raise UserError(f"data.{name}: no pair is left after tokenization ({counts})")
+        slots = slots_of(result.pairs.lengths, config.data.prefix_sharing)
+        if slots.max() > config.data.tokens_per_microbatch:
+            longest = pairs[result.kept[slots.argmax()]]
+            raise UserError(
+                f"{longest.where}: the pair takes {slots.max()} tokens, but "
+                f"data.tokens_per_microbatch is {config.data.tokens_per_microbatch}; raise it, or "
+                "lower data.max_length"
+            )
+        tokenized[name] = result.pairs
+    return tokenized["train"], tokenized.get("eval")
+
+
+def open_reference(
+    config: Config,
+    policy: MistralForCausalLM,
+    source: Path,
+    mesh: DeviceMesh,
+    ranks: Ranks,
+    sets: list[TokenizedPairs],
+) -> tuple[list[Reference], dict[str, str]]:
+    """The reference over each of `sets`, and its identity.
+
+    `policy` must hold its initial weights: they are the reference when the configuration names no
+    other, and never anything that a checkpoint restored.
+    """
+    folder, shape, model = source, policy.shape, policy
+    path = config.model.reference or config.model.policy
+    if path != config.model.policy:
+        folder, shape = agree(lambda: open_model(path))
+    identity = weights_identity(path, folder)
+    online = config.reference.log_probs == "online"
+    if online or folder != source:
+        model = build_model(config, shape, mesh, ranks, frozen=True)
+        load_weights(model, folder)
+    references = []
+    for pairs in sets:
+        score_pairs = make_scorer(config, model, pairs, ranks)
+        if online:
+            references.append(online_reference(model, score_pairs))
+        else:
+            flat = cached_log_probs(
+                Path(config.output_dir) / "reference",
+                pairs,
+                cache_identity(pairs, identity, getattr(torch, config.model.compute_dtype)),
+                score_pairs,
+                ranks.device,
+            )
+            references.append(cached_reference(flat, pairs))
+    return references, identity
+
+
+def make_scorer(
+    config: Config,
+    model: MistralForCausalLM,
+    pairs: TokenizedPairs,
+    ranks: Ranks,
+    sum_squares: bool = False,
+) -> Scorer:
+    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
+    return scorer(
+        model,
+        pairs,
+        budget=config.data.tokens_per_microbatch,
+        prefix_sharing=config.data.prefix_sharing,
+        device=ranks.device,
+        sum_squares=sum_squares,
+    )
+
+
+def check_settings(config: Config, loss: Loss) -> None:
+    """What can only be said once the loss is known."""
+    if loss.uses_reference and config.reference.log_probs == "none":
+        raise UserError(
+            f'reference.log_probs: found "none", but the loss {loss.name} compares the policy with '
+            'a reference; expected "cached" or "online"'
+        )
+    if not loss.uses_reference and config.model.reference is not None:
+        raise UserError(f"model.reference: does nothing, because {loss.name} uses no reference")
+
+
+def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
+    """The configured optimiser over the policy's sharded float32 parameters."""
+    return make_optimizer(
+        policy.parameters(),
+        name=config.optimizer.name,
+        learning_rate=config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        betas=config.optimizer.betas,
+        alpha=config.optimizer.alpha,
+        eps=config.optimizer.eps,
+    )
+
+
+def plan_run(config: Config, pairs: TokenizedPairs, ranks: Ranks) -> RunPlan:
+    """Which pairs every step trains on, and how they are divided."""
+    budget = config.data.tokens_per_microbatch
+    return RunPlan(
+        slots_of(pairs.lengths, config.data.prefix_sharing),
+        pairs_per_step=config.train.pairs_per_step,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        ranks=ranks.count,
+        budget=budget,
+        # Compiled blocks are compiled anew for each row length: few lengths, then.
+        grain=max(SLOT_GRAIN, budget // 8) if compiles(config, ranks) else SLOT_GRAIN,
+    )
+
+
+def check_first_batch(
+    config: Config,
+    ranks: Ranks,
+    loss: Loss,
+    plan: RunPlan,
+    pairs: TokenizedPairs,
+    policy: MistralForCausalLM,
+    reference: Reference,
+) -> None:
+    """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
+    division = plan.division(plan.pairs_of(0))
+    batch = next(iter(pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)))
+    with torch.no_grad():
+        log_probs = token_log_probs(policy, batch, loss.uses_weights)
+    scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
+    agree(lambda: check_start(loss, scored, getattr(torch, config.model.compute_dtype)))
+
+
+class Run(NamedTuple):
+    """All that a run consists of, opened and ready to go on from `step`."""
+
+    output: Path
+    source: Path  # the folder of the initial policy
+    loss: Loss
+    plan: RunPlan
+    pairs: TokenizedPairs
+    held_out: TokenizedPairs | None
+    policy: MistralForCausalLM
+    reference: Reference
+    held_out_reference: Tensor | None  # flat
+    optimizer: Optimizer
+    step: int  # optimiser steps done
+    common: dict[str, Any]  # what a continuation must have in common
+
+
+def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run | None:
+    """Check and open everything; None if there is nothing to train.
+
+    Raises UserError, alike on all ranks, for what the user can get wrong. Nothing is written before
+    data, models and output_dir have been found usable.
+    """
+    loss = build_loss(config.loss.section)
+    check_settings(config, loss)
+    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
+    source, shape = agree(lambda: open_model(config.model.policy))
+    if config.model.reference:
+        agree(lambda: open_model(config.model.reference))
+    pairs, held_out = read_data(config, source, shape, ranks)
+    plan = plan_run(config, pairs, ranks)
+    output = Path(config.output_dir)
+    settings = to_dict(config) | {"loss": loss.settings}
+    agree(lambda: checkpoint.check_output_dir(output, settings, resume))
+    found = agree(lambda: checkpoint.find_checkpoint(output / "checkpoints", resume))
+    say(
+        ranks,
+        f"{plan.steps:,} steps of {plan.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch; "
+        f"{shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
+    )
+    if (output / "final").exists():
+        say(ranks, f"{output / 'final'} holds the model of this run: nothing left to do")
+        return None
+    if dry_run:
+        return None
+
+    policy = build_model(config, shape, mesh, ranks, frozen=False)
+    load_weights(policy, source)
+    checkpoint.write_settings(output, settings)
+    sets = [pairs] if held_out is None else [pairs, held_out]
+    references, identity = [no_reference(data, ranks.device) for data in sets], None
+    if loss.uses_reference:
+        say(ranks, f"reference log-probs: {config.reference.log_probs}")
+        references, identity = open_reference(config, policy, source, mesh, ranks, sets)
+    optimizer = build_optimizer(config, policy)
+    common = checkpoint.common_ground(settings, pairs, identity, plan.steps)
+    step = 0
+    if found:
+        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, common))
+        say(ranks, f"resumed from {found} after {step:,} steps")
+    elif loss.uses_reference and not config.model.reference:
+        check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
+    held_out_reference = None
+    if held_out is not None:
+        held_out_reference = references[1].of_pairs(range(len(held_out)))
+    return Run(
+        output=output,
+        source=source,
+        loss=loss,
+        plan=plan,
+        pairs=pairs,
+        held_out=held_out,
+        policy=policy,
+        reference=references[0],
+        held_out_reference=held_out_reference,
+        optimizer=optimizer,
+        step=step,
+        common=common,
+    )
+
+
+def train(config: Config, ranks: Ranks, run: Run) -> None:
+    """The loop: from the pairs of each step to the weight update."""
+    policy, reference, loss, plan, pairs = run.policy, run.reference, run.loss, run.plan, run.pairs
+    tokens = pairs.lengths.sum(1) + pairs.lengths[:, 0]  # as two sequences: 2P + C + R
+    tokens_seen = sum(int(tokens[plan.pairs_of(done)].sum()) for done in range(run.step))
+    log = MetricsLog(run.output, step=run.step, total=plan.steps, active=ranks.first)
+    totals, speed = Totals(), Speed(policy.shape, ranks.count, ranks.device)
+    if run.step == 0:
+        log.write(0, evaluate_held_out(config, ranks, run))
+
+    for step in range(run.step, plan.steps):
+        chosen = plan.pairs_of(step)
+        division = plan.division(chosen)
+        if loss.couples_pairs:
+            coupled = couple_step(
+                loss,
+                make_scorer(config, policy, pairs, ranks, loss.uses_weights)(chosen),
+                reference.of_pairs(chosen),
+                pairs,
+                chosen,
+            )
+        step_loss = torch.zeros((), device=ranks.device)
+        for batch in pack_plan(division, pairs, config.data.prefix_sharing, ranks.device):
+            log_probs = token_log_probs(policy, batch, loss.uses_weights)
+            scored = pair_log_probs(
+                log_probs, reference.of_batch(batch), batch.lengths, pairs.lengths[chosen, 1].mean()
+            )
+            losses = coupled(scored, batch.pairs) if loss.couples_pairs else loss(scored)
+            # The step's gradient is the mean over its pairs, whatever the packing and the number
+            # of ranks: FSDP sums over ranks and never divides, so this is the only division.
+            (losses.sum() / len(chosen)).backward()
+            step_loss += losses.detach().sum()
+            totals.add(pair_metrics(losses.detach(), scored, loss.beta))
+
+        grad_norm = clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+        grad_norm = require_finite(grad_norm.full_tensor(), step_loss, step, chosen)
+        rate = config.optimizer.learning_rate * schedule_factor(
+            step,
+            total=plan.steps,
+            name=config.schedule.name,
+            warmup_ratio=config.schedule.warmup_ratio,
+        )
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+        done = step + 1
+        tokens_seen += int(tokens[chosen].sum())
+        speed.count(pairs.lengths[chosen], int(plan.slot_counts[chosen].sum()), division)
+        metrics: dict[str, float] = {}
+
+        # once in a while: log
+        if done % config.log.every == 0 or done == plan.steps:
+            metrics |= totals.means() | speed.report()
+            metrics |= {
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "epoch": done / plan.steps_per_epoch,
+                "num_tokens": tokens_seen,
+            }
+        # once in a while: evaluate
+        if done == plan.steps or is_due(done, config.evaluation.every):
+            metrics |= evaluate_held_out(config, ranks, run)
+            speed.restart()
+        log.write(done, metrics)
+        # once in a while: save
+        if done == plan.steps or is_due(done, config.checkpoint.every):
+            checkpoint.save_checkpoint(
+                run.output / "checkpoints",
+                done,
+                policy,
+                run.optimizer,
+                common=run.common,
+                source=run.source,
+                keep=config.checkpoint.keep,
+            )
+            speed.restart()
+    log.close()
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something done every so many steps is due after `step` steps; None: never."""
+    return every is not None and step % every == 0
+
+
+def evaluate_held_out(config: Config, ranks: Ranks, run: Run) -> dict[str, float]:
+    """The eval_ metrics of the policy as it is now; none without held-out pairs."""
+    if run.held_out is None:
+        return {}
+    score_pairs = make_scorer(config, run.policy, run.held_out, ranks, run.loss.uses_weights)
+    return evaluate(score_pairs, run.held_out, run.held_out_reference, run.loss)
+
+
+def require_finite(grad_norm: Tensor, step_loss: Tensor, step: int, chosen: np.ndarray) -> float:
+    """The gradient's norm, once it and this step's loss are known to be finite on every rank.
+
+    Raises UserError, alike on all ranks, that names the step and its pairs.
+    """
+    dist.all_reduce(step_loss)
+    norm, loss = float(grad_norm), float(step_loss) / len(chosen)
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise UserError(
+            f"step {step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}; nothing was "
+            f"updated. The step's pairs, by index in the training data: {chosen.tolist()}"
+        )
+    return norm
+
+
+def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> None:
+    """Print held-out metrics before and after, and answers of reference and policy."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    rows = []
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        rows = [(f"eval_{name}", first[f"eval_{name}"], last[f"eval_{name}"]) for name in names]
+    shown = ""
+    if (wanted := config.evaluation.samples) is not None:
+        prompts = samples.read_prompts(wanted.prompts)
+        reference = model_folder(config.model.reference) if config.model.reference else source
+        before, after = (
+            sum(
+                divide(
+                    prompts,
+                    lambda share, folder=folder: samples.write_responses(
+                        folder,
+                        share,
+                        max_new_tokens=wanted.max_new_tokens,
+                        temperature=wanted.temperature,
+                        seed=config.train.seed,
+                        device=ranks.device,
+                    ),
+                ),
+                [],
+            )
+            for folder in (reference, output / "final")
+        )
+        share_right = [samples.share_right(prompts, answers) for answers in (before, after)]
+        rows.append((f"right answers of {len(prompts)}", *share_right))
+        shown = samples.side_by_side(prompts, after, before, wanted.count)
+    say(ranks, f"\n{samples.before_and_after(rows)}\n\n{shown}")
+
+
+def say(ranks: Ranks, text: str) -> None:
+    """Print once, not once a rank."""
+    if ranks.first:
+        print(text, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description="Direct preference optimisation.")
+    parser.add_argument("config", help="a JSON file, see configs/ and notus/config.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--resume", default="auto", help="auto (the newest checkpoint), never, or a checkpoint"
+    )
+    options = parser.parse_args(arguments)
+    ranks = None
+    try:
+        ranks = distributed.start()
+        config = load_config(options.config, options.overrides)
+        run = open_run(config, ranks, resume=options.resume, dry_run=options.dry_run)
+        if run is not None:
+            train(config, ranks, run)
+            checkpoint.export(run.output / "final", run.policy, run.source)
+            say(ranks, f"wrote {run.output / 'final'}")
+            source, output = run.source, run.output
+            del run  # the models that now answer need the memory
+            gc.collect()
+            show_result(config, ranks, source, output)
+    except UserError as error:
+        if ranks is None or ranks.first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
