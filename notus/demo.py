@@ -549,7 +549,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_demo(
     folder: Path | str,
     rows: int | None = None,
-    sft_steps: int = 500,
+    sft_steps: int = 700,
     hidden_size: int = 128,
     vocabulary: int = 900,
     batch_size: int = 32,

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from notus.data.tokenization import TokenizedPairs
+from notus.demo import write_demo
 from notus.model.mistral import MistralForCausalLM, read_shape
 
 VOCABULARY = 61
@@ -43,6 +45,27 @@ def tiny_model(tiny_folder):
     theirs = transformers.MistralForCausalLM.from_pretrained(tiny_folder)
     model.load_state_dict(theirs.state_dict())
     return model
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A small demo folder: preferences, held-out pairs, prompts and a policy of two layers."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder, rows=70, sft_steps=8, hidden_size=32, vocabulary=500)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other(demo, tmp_path_factory):
+    """The policy with noise on its weights: a reference that differs from it."""
+    folder = tmp_path_factory.mktemp("other")
+    for file in (demo / "sft").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(folder / "model.safetensors")
+    noisy = {n: w + 0.05 * torch.randn(w.shape, generator=generator) for n, w in weights.items()}
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def random_pairs(count, seed=0, prompt=(1, 14), response=(1, 12), hide=0.0) -> TokenizedPairs:

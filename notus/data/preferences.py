@@ -515,7 +515,7 @@ def find_format(name: str | None, row: Row, where: str) -> str:
     """The name of a row's format in `FORMATS`: the one asked for, or the first to recognise it."""
     known = "; ".join(f"{name} ({entry.columns})" for name, entry in FORMATS.items())
     if name is not None and name not in FORMATS:
-        raise UserError(f'no preference format "{name}"; known are {known}')
+        raise UserError(f'{where}: no preference format "{name}"; known are {known}')
     recognised = (name for name, entry in FORMATS.items() if entry.recognises(row))
     found = name or next(recognised, None)
     if found is None:
@@ -643,7 +643,10 @@ def load_preferences(sources: Sequence[Source], *, seed: int, holdout: int = 0) 
         dropped += left_out
     order = np.concatenate(entered)
     if holdout and holdout >= len(order):
-        raise UserError(f"holdout is {holdout}, but the sources hold only {len(order)} rows")
+        raise UserError(
+            f"data.eval.holdout is {holdout}, but the sources hold only {len(order)} rows; "
+            "expected fewer than there are"
+        )
 
     train, held_out = (order[part] for part in split_holdout(len(order), holdout, seed))
     is_copy = np.isin(train, held_out)

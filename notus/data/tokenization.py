@@ -140,13 +140,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def sentencepiece_backend(path: Path) -> Tokenizer:
     """A fast tokenizer equal to the sentencepiece BPE model at `path`, with its offsets.
 
-    Merges are ordered by the score of the piece they make, as sentencepiece applies them.
+    For models with Llama's settings: text taken as it is, a space put in front, byte fallback.
+    Merges are ordered by the score of the piece they make, as sentencepiece applies them. Raises
+    UserError when the file is not a sentencepiece model.
     """
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: not a sentencepiece model ({error})") from None
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
     for i, piece in enumerate(pieces):
+        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
+            continue  # no text is ever joined into one of these
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
         known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
@@ -220,9 +227,11 @@ def tokenize_pairs(
             continue
         for name, before, after in zip(("prompt", "chosen", "rejected"), full, cut, strict=True):
             counts[f"cut: {name}"] += after < before
-        skip = _keep_end(full[0], cut[0], has_bos=ids.prompt[0] == tokenizer.bos_token_id)
-        tokens += [ids.prompt[i] for i in skip] + ids.chosen[: cut[1]] + ids.rejected[: cut[2]]
-        hidden += [ids.hidden[0][i] for i in skip]
+        has_bos = style == "clean" and ids.prompt[0] == tokenizer.bos_token_id
+        kept_prompt = _keep_end(full[0], cut[0], has_bos)
+        tokens += [ids.prompt[i] for i in kept_prompt]
+        tokens += ids.chosen[: cut[1]] + ids.rejected[: cut[2]]
+        hidden += [ids.hidden[0][i] for i in kept_prompt]
         hidden += ids.hidden[1][: cut[1]] + ids.hidden[2][: cut[2]]
         lengths.append(cut)
         kept.append(index)
@@ -309,27 +318,27 @@ def _split(
     boundary = encoded.char_to_token(row, len(prompt))
     if boundary is None:  # nothing follows the prompt but what the tokenizer swallows
         boundary = len(ids)
-    elif boundary > 0 and encoded["offset_mapping"][row][boundary - 1][1] > len(prompt):
+    elif encoded["offset_mapping"][row][boundary][0] < len(prompt):
         raise UserError(
             f"{pair.where}: the prompt is not a token prefix of its branch: the token "
-            f"{tokenizer.convert_ids_to_tokens(ids[boundary - 1])!r} covers the end of "
+            f"{tokenizer.convert_ids_to_tokens(ids[boundary])!r} covers the end of "
             f"{prompt[-40:]!r} and the response's beginning; expected the response to begin with "
             "a token of its own (does the prompt end in a space that belongs to the response?)"
         )
-    return ids[:boundary], _one_final_eos(ids[boundary:], tokenizer)
+    # A plain text may spell out the BOS that the tokenizer puts in front of it.
+    begin = 1 if ids[:2] == [tokenizer.bos_token_id] * 2 else 0
+    return ids[begin:boundary], _one_final_eos(ids[boundary:], tokenizer)
 
 
 def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The response up to its last EOS if only white space follows, with exactly one EOS last."""
+    """The response without EOS and white space after it at its end, then exactly one EOS."""
     eos = tokenizer.eos_token_id
-    end = len(response)
-    if eos in response:
-        last = end - 1 - response[::-1].index(eos)
-        if not tokenizer.decode(response[last + 1 :]).strip():
-            end = last
-    while end > 0 and response[end - 1] == eos:
-        end -= 1
-    return [*response[:end], eos]
+    while eos in response:
+        last = len(response) - 1 - response[::-1].index(eos)
+        if tokenizer.decode(response[last + 1 :]).strip():
+            break
+        response = response[:last]
+    return [*response, eos]
 
 
 def _tail(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
@@ -375,7 +384,7 @@ def _branch_texts(
             raise UserError(
                 f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
                 f"template ends the prompt with {prompt[-40:]!r}, the branch continues "
-                f"{branch[len(prompt) - 40 : len(prompt) + 20]!r}; expected the same text"
+                f"{branch[max(0, len(prompt) - 40) : len(prompt) + 20]!r}; expected the same text"
             )
         answers.append(branch[len(prompt) :])
     return prompt, answers[0], answers[1]

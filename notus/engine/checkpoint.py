@@ -138,13 +138,19 @@ def check_output_dir(folder: Path, settings: Plain, resume: str) -> None:
 
     Raises UserError that names the first differing setting, or what was found there.
     """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        found = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise UserError(f"output_dir: {folder} cannot be used: {nearest} {found}; give another one")
     if not folder.exists() or not any(folder.iterdir()):
         return
     advice = "give another output_dir or remove it"
     try:
         earlier = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        earlier = None
+    if not isinstance(earlier, dict) or earlier.keys() != settings.keys():
+        raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}")
     different = differences(essence(earlier), essence(settings))
     if different:
         raise UserError(f"output_dir: {folder} holds another run ({different}); {advice}")
@@ -171,13 +177,21 @@ def common_ground(
     }
 
 
+# A hash tells a reader nothing but that something differs; this says what.
+HASHED = {
+    "tokens_sha256": "the training pairs' tokens differ (the data, its order or the tokenizer)",
+    "reference_sha256": "the reference's weights differ",
+}
+
+
 def differences(before: Plain, now: Plain) -> str:
-    """The entries that differ, in words; empty if none do."""
-    return "; ".join(
-        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    )
+    """The first entries that differ, in words, and how many more do; empty if none do."""
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    words = [
+        HASHED.get(key, f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}")
+        for key in keys[:3]
+    ]
+    return "; ".join([*words, f"and {len(keys) - 3} more"] if len(keys) > 3 else words)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -196,7 +210,8 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
         return checkpoints(root)[-1] if checkpoints(root) else None
     if not (Path(resume) / "manifest.json").is_file():
         raise UserError(
-            f"--resume {resume}: no manifest.json there; expected a complete checkpoint"
+            f"--resume {resume}: no manifest.json there; expected auto, never, or the folder of a "
+            "complete checkpoint, such as checkpoints/step-00000500 in an output_dir"
         )
     return Path(resume)
 
@@ -263,13 +278,17 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _verify(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    advice = f"the checkpoint is damaged: remove {folder} to resume from an earlier one"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{folder}/manifest.json: missing or not valid JSON; {advice}") from None
     for name, expected in manifest.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != expected["bytes"]:
             found = "nothing" if size is None else f"{size} bytes"
-            raise UserError(f"{path}: found {found}, expected {expected['bytes']} bytes")
+            raise UserError(f"{path}: found {found}, expected {expected['bytes']} bytes; {advice}")
 
 
 def _sha256(path: Path) -> str:

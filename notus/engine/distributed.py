@@ -66,7 +66,9 @@ def start() -> Ranks:
     else:
         device = torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if dist.is_initialized():
+        pass  # called from a program that has joined one itself
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
@@ -150,13 +152,16 @@ def shard_model(
             block.forward = _recomputed(block.forward, activation_checkpointing)
         if compile_blocks:
             block.forward = torch.compile(block.forward)
+    offload = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     shard = partial(
         fully_shard,
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
-        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        offload_policy=offload,
     )
     units = [*model.model.layers]
     if not model.shape.tie_word_embeddings:  # a tied head lives with the embedding, in the root

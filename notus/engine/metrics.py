@@ -171,10 +171,12 @@ class MetricsLog:
             return
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            lines = self.path.read_text().splitlines(keepends=True)
+            # A line without an end was torn when the run was killed.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_text("".join(kept))
             os.replace(partial, self.path)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         interval = 0.5 if sys.stderr.isatty() else 15.0

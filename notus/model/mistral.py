@@ -67,48 +67,109 @@ def read_shape(folder: Path) -> ModelShape:
     """The decoder's shape from `folder`/config.json.
 
     Raises UserError for a missing or unreadable file, an architecture other than ARCHITECTURES, a
-    missing entry, and settings this decoder does not compute (another activation or rope scaling).
+    missing or mistyped entry, numbers that make no decoder, quantised weights, and settings this
+    decoder does not compute (another activation or rope scaling).
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    found = config.get("architectures") or ["none named"]
-    if found[0] not in ARCHITECTURES:
+    config = _read_config(path)
+    architectures = config.get("architectures")
+    found = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    if found not in ARCHITECTURES:
         raise UserError(
-            f"{path}: architecture is {found[0]}, expected one of {', '.join(ARCHITECTURES)}"
+            f"{path}: architecture is {found or 'none named'}, expected one of "
+            f"{', '.join(ARCHITECTURES)}"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
-    try:
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=_rope(config).get("rope_theta", config.get("rope_theta", 10000.0)),
-            rope_scaling=_rope_scaling(_rope(config), path),
-            # Llama has no window; its config class would ignore the key, so this does too.
-            sliding_window=config.get("sliding_window") if found[0].startswith("Mistral") else None,
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{path}: quantization_config found, expected weights in float32, bfloat16 or float16"
         )
-    except KeyError as error:
-        raise UserError(f"{path}: the entry {error} is missing") from None
+    rope = _rope(config)
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: the rope settings are {rope!r}, expected an object")
+    # Since transformers 5 the base frequency is among the rope settings.
+    theta = {"rope_theta": 10000.0} | config | rope
+    heads = _size(config, "num_attention_heads", path)
+    hidden_size = _size(config, "hidden_size", path)
+    shape = ModelShape(
+        vocab_size=_size(config, "vocab_size", path),
+        hidden_size=hidden_size,
+        intermediate_size=_size(config, "intermediate_size", path),
+        num_hidden_layers=_size(config, "num_hidden_layers", path),
+        num_attention_heads=heads,
+        num_key_value_heads=_size_or_none(config, "num_key_value_heads", path) or heads,
+        head_dim=_size_or_none(config, "head_dim", path) or hidden_size // heads,
+        rms_norm_eps=_number(config, "rms_norm_eps", path),
+        rope_theta=_number(theta, "rope_theta", path),
+        rope_scaling=_rope_scaling(rope, path),
+        # Llama has no window; its config class would ignore the key, so this does too.
+        sliding_window=(
+            _size_or_none(config, "sliding_window", path) if found.startswith("Mistral") else None
+        ),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings", path),
+        attention_bias=_flag(config, "attention_bias", path),
+        mlp_bias=_flag(config, "mlp_bias", path),
+    )
+    if heads % shape.num_key_value_heads:
+        raise UserError(
+            f"{path}: num_key_value_heads is {shape.num_key_value_heads}, expected a divisor of "
+            f"num_attention_heads, {heads}"
+        )
+    if shape.head_dim % 2:
+        raise UserError(
+            f"{path}: head_dim (by default hidden_size / num_attention_heads) is {shape.head_dim}, "
+            "expected an even number"
+        )
+    return shape
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: no config.json; expected a Hugging Face model folder"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _entry(config: dict[str, Any], key: str, path: Path) -> Any:
+    if key not in config:
+        raise UserError(f"{path}: the entry {key!r} is missing")
+    return config[key]
+
+
+def _size(config: dict[str, Any], key: str, path: Path) -> int:
+    value = _entry(config, key, path)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{path}: {key} is {json.dumps(value)}, expected an integer of at least 1")
+    return value
+
+
+def _size_or_none(config: dict[str, Any], key: str, path: Path) -> int | None:
+    return None if config.get(key) is None else _size(config, key, path)
+
+
+def _number(config: dict[str, Any], key: str, path: Path) -> float:
+    value = _entry(config, key, path)
+    if type(value) not in (int, float) or not value > 0:
+        raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
+    return value
+
+
+def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key, False)
+    if type(value) is not bool:
+        raise UserError(f"{path}: {key} is {json.dumps(value)}, expected true or false")
+    return value
+
+
+def _rope(config: dict[str, Any]) -> Any:
     """The rope settings: `rope_parameters` since transformers 5, `rope_scaling` before."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
@@ -120,10 +181,10 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> Llama3Rope | None:
     if kind != "llama3":
         raise UserError(f"{path}: rope scaling {kind!r} found, expected none or 'llama3'")
     return Llama3Rope(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position_embeddings=rope["original_max_position_embeddings"],
+        factor=_number(rope, "factor", path),
+        low_freq_factor=_number(rope, "low_freq_factor", path),
+        high_freq_factor=_number(rope, "high_freq_factor", path),
+        original_max_position_embeddings=_size(rope, "original_max_position_embeddings", path),
     )
 
 

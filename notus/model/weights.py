@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,6 +49,15 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+# Why a hub id is of no use; the first class that fits. The library's own words are for programmers.
+HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (HFValidationError, "and cannot be a Hugging Face hub id"),
+    (GatedRepoError, "and on the hub it is gated: ask for access on its page and log in"),
+    (RepositoryNotFoundError, "and the hub has no such model, or it is private: log in"),
+    (LocalEntryNotFoundError, "not in the hub's local cache, and the hub is out of reach"),
+)
+
+
 def model_folder(path: str) -> Path:
     """The local folder of a model: `path` itself, or a hub id's snapshot (downloaded if need be).
 
@@ -51,6 +65,8 @@ def model_folder(path: str) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).exists():
+        raise UserError(f"{path}: found a file, expected the folder of a model")
     try:
         return Path(
             snapshot_download(
@@ -63,11 +79,11 @@ def model_folder(path: str) -> Path:
                 ],
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{path}: not a local folder, and not to be had from the Hugging Face hub ({reason})"
-        ) from None
+    except (HFValidationError, OSError) as error:  # OSError: what the hub's other errors are
+        first_line = str(error).strip().split("\n")[0]
+        known = (reason for kind, reason in HUB_REASONS if isinstance(error, kind))
+        reason = next(known, f"and not to be had from the Hugging Face hub ({first_line})")
+        raise UserError(f"{path}: no such model folder here, {reason}") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -76,7 +92,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises UserError for missing, truncated or unreadable files.
     """
     if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        files = _indexed_files(folder / INDEX)
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -84,16 +100,32 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     tensors = {}
     for name in files:
         file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {INDEX} names it")
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118 (not a mapping)
                     shape = tuple(handle.get_slice(key).get_shape())
                     tensors[key] = Stored(file, shape)
-        except FileNotFoundError:
-            raise UserError(f"{file}: missing, though {INDEX} names it") from None
         except SafetensorError as error:
-            raise UserError(f"{file}: not a complete safetensors file ({error})") from None
+            raise UserError(
+                f"{file}: found no complete safetensors file ({error}); expected one, so copy or "
+                "download it anew"
+            ) from None
     return tensors
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The files that an index distributes the tensors over, sorted."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(file) for file in weight_map.values()})
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{index}: not valid JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError):  # no such key, or no object where one belongs
+        raise UserError(
+            f'{index}: found no "weight_map", expected {{"weight_map": {{tensor: file, ...}}}}'
+        ) from None
 
 
 def check_weights(

@@ -1,0 +1,593 @@
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, normalizers
+
+from notus.data.preferences import Pair
+from notus.data.tokenization import (
+    Tokenized,
+    TokenizedPairs,
+    load_tokenizer,
+    sentencepiece_backend,
+    tokenize_pairs,
+    truncate,
+)
+from notus.errors import UserError
+
+CORPUS = """The river runs through the old town and over the stones to the sea.
+What is the capital of the country? The capital is the largest city of the country.
+def f(x):
+    return x + 1 if x else  f(x - 1)    # two  spaces, then   three
+Hello there! Hi, how are you? I am well, thank you, and you are too.
+A big bus above all, a bird and a bee.
+12345 + 67.89 = ? The answer is 4. user system assistant <|user|> <|assistant|>
+""".splitlines()
+
+# The published one, with its line ends: transformers trims them after blocks.
+ZEPHYR = (
+    "{% for message in messages %}\n"
+    "{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n"
+    "{{ '<|assistant|>' }}\n"
+    "{% endif %}\n"
+    "{% endfor %}"
+)
+WITH_BOS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
+    "else m['content'] + eos_token }}"
+    "{% endfor %}"
+)
+UNK, BOS, EOS = 0, 1, 2
+
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+pieces = st.sampled_from(
+    [*"abeht .?!1\n\té日🤗", "the", " the", "  ", "    ", " river", "Hello", "<|user|>", "</s"]
+)
+odd_pieces = pieces | st.sampled_from(["</s>", "<s>", "<unk>", "<0x0A>", "▁", "▁▁"])
+texts = st.lists(pieces, min_size=1, max_size=12).map("".join)
+odd_texts = st.lists(odd_pieces, max_size=12).map("".join)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder as Mistral's: tokenizer.model with Llama's settings and Zephyr's template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=420,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            split_digits=True,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            num_threads=1,
+            minloglevel=2,
+        )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": ZEPHYR, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zephyr(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def with_bos(folder):
+    """The same vocabulary with a template that writes the BOS token."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = WITH_BOS
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def exact(folder):
+    """Without the space in front of each text, so that decoding gives back the text itself."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def spm(folder):
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def chat(question, chosen, rejected, *earlier):
+    def answer(content):
+        return [{"role": "assistant", "content": content}]
+
+    prompt = [*earlier, {"role": "user", "content": question}]
+    return Pair(prompt, answer(chosen), answer(rejected), "rows.jsonl:7")
+
+
+def text(prompt, chosen, rejected):
+    return Pair(prompt, chosen, rejected, "rows.jsonl:7")
+
+
+def tokenize(tokenizer, *pairs, **options):
+    defaults = {
+        "style": "clean",
+        "truncation": "pair",
+        "max_length": 1024,
+        "max_prompt_length": 512,
+        "system_prompt": None,
+    }
+    return tokenize_pairs(pairs, tokenizer, **defaults | options)
+
+
+def ids_of(pairs: TokenizedPairs, index=0):
+    return [pairs.tokens[part].tolist() for part in pairs.parts(index)]
+
+
+def hidden_of(pairs: TokenizedPairs, index=0):
+    return [pairs.hidden[part].tolist() for part in pairs.parts(index)]
+
+
+def same(a: TokenizedPairs, b: TokenizedPairs):
+    return a.fingerprint() == b.fingerprint()
+
+
+def by_sentencepiece(spm, text):
+    """The original algorithm: sentencepiece on each stretch between special tokens."""
+    ids = []
+    for part in re.split("(<unk>|<s>|</s>)", text):
+        special = {"<unk>": UNK, "<s>": BOS, "</s>": EOS}.get(part)
+        ids += spm.encode(part) if special is None else [special]
+    return ids
+
+
+# The tokenizer
+
+
+@settings(quick, max_examples=300)
+@given(text=odd_texts)
+def test_backend_equals_sentencepiece(zephyr, spm, text):
+    assert zephyr(text, add_special_tokens=False)["input_ids"] == by_sentencepiece(spm, text)
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [  # Mistral's tokenizer gives the same shapes: a lone ▁ where a text or segment begins
+        ("</s>\n", ["</s>", "▁", "<0x0A>"]),
+        ("\n", ["▁", "<0x0A>"]),
+        ("a\nb", ["▁a", "<0x0A>", "b"]),
+        ("🤗", ["▁", "<0xF0>", "<0x9F>", "<0xA4>", "<0x97>"]),
+        ("", []),
+    ],
+)
+def test_backend_pieces(zephyr, text, pieces):
+    ids = zephyr(text, add_special_tokens=False)["input_ids"]
+    assert zephyr.convert_ids_to_tokens(ids) == pieces
+
+
+def test_backend_puts_bos_before_plain_text(folder, spm):
+    backend = sentencepiece_backend(folder / "tokenizer.model")
+    assert backend.encode("Hello there").ids == [BOS, *spm.encode("Hello there")]
+
+
+def test_tokenizer_json_is_taken_as_it_stands(zephyr, tmp_path):
+    zephyr.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not looked at")
+    loaded = load_tokenizer(tmp_path)
+    assert (
+        loaded("  two  spaces\n    four")["input_ids"]
+        == zephyr("  two  spaces\n    four")["input_ids"]
+    )
+    assert loaded.chat_template == ZEPHYR
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (None, None, "no tokenizer.json or tokenizer.model"),
+        ("tokenizer.model", b"rubbish", "tokenizer.model: not a sentencepiece model"),
+        ("tokenizer.json", b'{"model": ', "the tokenizer cannot be read"),
+    ],
+)
+def test_unreadable_tokenizer(tmp_path, name, content, message):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_without_eos(folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match="tokenizer_config.json: no eos_token"):
+        load_tokenizer(tmp_path)
+
+
+# Clean: rendered as one text, encoded once
+
+
+def test_chat_splits_where_the_answer_begins(zephyr, spm):
+    result = tokenize(zephyr, chat("What is it?", "Hello!", "4"), system_prompt="")
+    prompt, chosen, rejected = ids_of(result.pairs)
+    newline, lone = spm.piece_to_id("<0x0A>"), spm.piece_to_id("▁")
+    turn = spm.encode("\n<|user|>\nWhat is it?")
+    assert turn[0] == lone
+    assert prompt == [
+        *spm.encode("<|system|>\n"), EOS, *turn, EOS, *spm.encode("\n<|assistant|>\n")
+    ]  # fmt: skip
+    assert prompt[-1] == newline
+    # The answer follows a line end: no ▁ before it, unlike a text encoded on its own.
+    assert chosen == [i for i in spm.encode("\nHello!") if i not in (lone, newline)] + [EOS]
+    assert rejected == [spm.piece_to_id("4"), EOS]
+    assert not result.pairs.hidden.any()
+
+
+def test_system_prompt_fills_only_a_missing_turn(zephyr):
+    system = {"role": "system", "content": "Be brief."}
+    with_turn = chat("Hi", "yes", "no", system)
+    bare = chat("Hi", "yes", "no")
+    given_turn = tokenize(zephyr, with_turn, system_prompt="")
+    assert same(given_turn.pairs, tokenize(zephyr, with_turn).pairs)
+    assert same(given_turn.pairs, tokenize(zephyr, bare, system_prompt="Be brief.").pairs)
+    assert "<|system|>" in zephyr.decode(ids_of(tokenize(zephyr, bare, system_prompt="").pairs)[0])
+    assert "<|system|>" not in zephyr.decode(ids_of(tokenize(zephyr, bare).pairs)[0])
+    plain = text("Hi", " yes", " no")
+    assert same(tokenize(zephyr, plain, system_prompt="x").pairs, tokenize(zephyr, plain).pairs)
+
+
+def test_plain_text_has_one_bos_and_one_eos(zephyr, spm):
+    expected = [
+        [BOS, *spm.encode("The river")],
+        [*spm.encode("runs"), EOS],
+        [*spm.encode("is"), EOS],
+    ]
+    for pair in (
+        text("The river", " runs", " is"),
+        text("<s>The river", " runs</s>", " is</s></s>"),
+        text("The river", " runs</s>\n", " is</s> </s>\n</s>"),
+    ):
+        assert ids_of(tokenize(zephyr, pair).pairs) == expected
+
+
+def test_eos_inside_an_answer_stays(zephyr):
+    _, chosen, _ = ids_of(tokenize(zephyr, chat("Hi", "one</s>two", "no")).pairs)
+    assert chosen.count(EOS) == 2 and chosen[-1] == EOS and chosen[-2] != EOS
+
+
+@quick
+@given(question=texts, answers=st.lists(texts, min_size=2, max_size=2, unique=True))
+def test_tokens_decode_to_the_rendered_text(exact, question, answers):
+    pair = chat(question, *answers, {"role": "system", "content": ""})
+    result = tokenize(exact, pair)
+    assert not result.counts
+    prompt, *responses = ids_of(result.pairs)
+    for response, answer in zip(responses, (pair.chosen, pair.rejected), strict=True):
+        rendered = exact.apply_chat_template([*pair.prompt, *answer], tokenize=False)
+        assert exact.decode(prompt + response) + "\n" == rendered
+        assert exact.decode(response) == answer[0]["content"] + "</s>"
+        assert response.index(EOS) == len(response) - 1
+
+
+@quick
+@given(question=odd_texts, answers=st.lists(odd_texts, min_size=2, max_size=2))
+def test_specials_at_the_ends_only(with_bos, question, answers):
+    """Whatever the text says: a BOS in front from the template, one EOS last, none doubled."""
+    question = question.replace("<s>", "")
+    answers = [answer.replace("<s>", "") for answer in answers]
+    result = tokenize(with_bos, chat(question, *answers))
+    for index in range(len(result.pairs)):
+        prompt, *responses = ids_of(result.pairs, index)
+        assert prompt[0] == BOS and BOS not in prompt[1:]
+        for response in responses:
+            assert BOS not in response
+            assert response[-1] == EOS
+            before = with_bos.decode(response[:-1]).rstrip()
+            assert not before.endswith("</s>")
+
+
+def test_both_responses_continue_the_same_prompt(with_bos):
+    rows = [chat(f"Question {i}?", "a" * i + "b", "the sea") for i in range(1, 20)]
+    result = tokenize(with_bos, *rows)
+    for index, row in enumerate(rows):
+        prompt, *responses = ids_of(result.pairs, index)
+        for response, answer in zip(responses, (row.chosen, row.rejected), strict=True):
+            rendered = with_bos.apply_chat_template([*row.prompt, *answer], tokenize=False)
+            assert prompt + response == with_bos(rendered, add_special_tokens=False)["input_ids"]
+
+
+# Truncation
+
+
+def slow_truncate(prompt, chosen, rejected, max_length, max_prompt_length, rule):
+    """The documented rules, one token at a time."""
+    parts = {"p": prompt, "c": chosen, "r": rejected}
+    if rule == "sequence":
+        sequences = [("p" * prompt + name * parts[name])[:max_length] for name in "cr"]
+        kept = [sequence.count(name) for sequence, name in zip(sequences, "cr", strict=True)]
+        return None if 0 in kept else (prompt, *kept)
+
+    def too_long():
+        return parts["p"] + parts["c"] > max_length or parts["p"] + parts["r"] > max_length
+
+    if rule == "drop":
+        return None if too_long() else (prompt, chosen, rejected)
+    if too_long():
+        while parts["p"] > max_prompt_length:
+            parts["p"] -= 1
+    counted_prompt = max_prompt_length if rule == "trl-0.7.4" else parts["p"]
+    if too_long():
+        for name in "cr":
+            while counted_prompt + parts[name] > max_length:
+                parts[name] -= 1
+    return tuple(parts.values())
+
+
+@settings(quick, max_examples=500)
+@given(
+    parts=st.tuples(*[st.integers(1, 30)] * 3),
+    limits=st.lists(st.integers(1, 40), min_size=2, max_size=2, unique=True).map(sorted),
+    rule=st.sampled_from(["pair", "sequence", "drop", "trl-0.7.4"]),
+)
+def test_truncate(parts, limits, rule):
+    max_prompt_length, max_length = limits
+    found = truncate(*parts, max_length=max_length, max_prompt_length=max_prompt_length, rule=rule)
+    assert found == slow_truncate(*parts, max_length, max_prompt_length, rule)
+    if found:
+        assert min(found) >= 1
+        assert found[0] + max(found[1:]) <= max_length
+        assert all(new <= old for new, old in zip(found, parts, strict=True))
+        if rule == "pair" and found != parts and found[0] == parts[0]:
+            assert found[0] + max(found[1:]) == max_length  # nothing is cut without need
+
+
+@quick
+@given(
+    rows=st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=6),
+    limits=st.lists(st.integers(1, 40), min_size=2, max_size=2, unique=True).map(sorted),
+    rule=st.sampled_from(["pair", "sequence", "drop"]),
+)
+def test_cut_pairs_keep_the_right_ends(with_bos, rows, limits, rule):
+    max_prompt_length, max_length = limits
+    pairs = [chat(*row) for row in rows]
+    whole = tokenize(with_bos, *pairs, max_length=10_000, max_prompt_length=9_999)
+    cut = tokenize(
+        with_bos,
+        *pairs,
+        truncation=rule,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+    )
+    place = {int(kept): index for index, kept in enumerate(whole.kept)}
+    counts = {"cut: prompt": 0, "cut: chosen": 0, "cut: rejected": 0}
+    for index, kept in enumerate(cut.kept):
+        full, short = ids_of(whole.pairs, place[int(kept)]), ids_of(cut.pairs, index)
+        sizes = [len(part) for part in short]
+        assert tuple(sizes) == slow_truncate(*map(len, full), max_length, max_prompt_length, rule)
+        tail = full[0][len(full[0]) - sizes[0] + 1 :]
+        assert short[0] == [BOS, *tail]  # the BOS, then the end of the prompt
+        assert short[1:] == [full[1][: sizes[1]], full[2][: sizes[2]]]
+        for name, a, b in zip(counts, full, short, strict=True):
+            counts[name] += len(b) < len(a)
+    dropped = {name: n for name, n in cut.counts.items() if name.startswith("dropped")}
+    assert len(cut.kept) + sum(dropped.values()) == len(pairs) == cut.inputs
+    assert cut.counts == {name: n for name, n in counts.items() if n} | dropped
+
+
+def test_pair_too_long_to_keep_is_dropped(zephyr):
+    rows = [text("The river", " runs", " is"), text("The river runs to the sea", " so", " too")]
+    room = int(tokenize(zephyr, rows[0]).pairs.lengths[0, :2].sum())
+    for rule in ("drop", "sequence"):
+        found = tokenize(zephyr, *rows, truncation=rule, max_length=room)
+        assert found.counts == {"dropped: longer than max_length": 1}
+        assert found.kept.tolist() == [0]
+
+
+def test_responses_alike_after_truncation_are_dropped(zephyr):
+    row = text("The river", " is the old sea", " is the old town")
+    prompt, chosen, rejected = ids_of(tokenize(zephyr, row).pairs)
+    common = next(i for i in range(len(chosen)) if chosen[i] != rejected[i])
+    assert common > 0
+    for extra in (0, 1):
+        limits = {"max_length": len(prompt) + common + extra, "max_prompt_length": len(prompt)}
+        found = tokenize(zephyr, row, **limits)
+        assert len(found.pairs) == extra
+        if not extra:
+            assert found.counts == {"dropped: identical responses after truncation": 1}
+            assert found.pairs.lengths.shape == (0, 3)
+
+
+# What Zephyr and Notus were trained with
+
+
+def collate_trl_0_7_4(tokenizer, prompt, chosen, rejected, max_length, max_prompt_length):
+    """TRL 0.7.4's DPODataCollatorWithPadding with truncation_mode keep_end, before padding."""
+
+    def encode(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"ids": ids, "mask": [0 if i == tokenizer.eos_token_id else 1 for i in ids]}
+
+    prompt, *responses = encode(prompt), encode(chosen), encode(rejected)
+    for response in responses:
+        response["ids"].append(tokenizer.eos_token_id)
+        response["mask"].append(1)
+    longer = max(len(response["ids"]) for response in responses)
+    if len(prompt["ids"]) + longer > max_length:
+        prompt = {key: value[-max_prompt_length:] for key, value in prompt.items()}
+    if len(prompt["ids"]) + longer > max_length:
+        room = max_length - max_prompt_length
+        responses = [{key: value[:room] for key, value in r.items()} for r in responses]
+    return [prompt, *responses]
+
+
+@settings(quick, max_examples=100)
+@given(
+    rows=st.lists(st.tuples(texts, odd_texts, odd_texts), min_size=1, max_size=4),
+    limits=st.lists(st.integers(1, 60), min_size=2, max_size=2, unique=True).map(sorted),
+)
+def test_trl_0_7_4(zephyr, rows, limits):
+    max_prompt_length, max_length = limits
+    found = tokenize(
+        zephyr,
+        *[chat(*row) for row in rows],
+        style="trl-0.7.4",
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        system_prompt="",
+    )
+    assert found.kept.tolist() == list(range(len(rows)))  # it never drops a pair
+    for index, (question, chosen, rejected) in enumerate(rows):
+        parts = (
+            f"<|system|>\n</s>\n<|user|>\n{question}</s>\n<|assistant|>\n",
+            f"{chosen}</s>\n",
+            f"{rejected}</s>\n",
+        )
+        expected = collate_trl_0_7_4(zephyr, *parts, max_length, max_prompt_length)
+        assert ids_of(found.pairs, index) == [part["ids"] for part in expected]
+        attended = [[int(not hidden) for hidden in part] for part in hidden_of(found.pairs, index)]
+        assert attended == [part["mask"] for part in expected]
+
+
+def test_trl_0_7_4_by_hand(zephyr, spm):
+    """The tail that Notus learnt: its turn's EOS outside attention, ▁ and a line end, EOS."""
+    found = tokenize(zephyr, chat("Hi", "4", "1"), style="trl-0.7.4").pairs
+    lone, newline = spm.piece_to_id("▁"), spm.piece_to_id("<0x0A>")
+    assert ids_of(found)[1] == [lone, spm.piece_to_id("4"), EOS, lone, newline, EOS]
+    assert hidden_of(found)[1] == [False, False, True, False, False, False]
+
+
+def test_trl_0_7_4_cuts_a_bos_like_any_token(zephyr):
+    pair = text("<s>The river runs through the town", " to the sea", " to the stones")
+    found = tokenize(zephyr, pair, style="trl-0.7.4", max_length=12, max_prompt_length=4).pairs
+    whole = tokenize(zephyr, pair, style="trl-0.7.4").pairs
+    assert ids_of(whole)[0][0] == BOS
+    assert ids_of(found)[0] == ids_of(whole)[0][-4:]
+
+
+# Errors
+
+
+def test_conversation_without_template(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"rows.jsonl:7: a conversation.*no chat template"):
+        tokenize(tokenizer, chat("Hi", "yes", "no"))
+    assert len(tokenize(tokenizer, text("Hi", " yes", " no")).pairs) == 1
+
+
+@pytest.mark.parametrize("style", ["clean", "trl-0.7.4"])
+def test_rendered_prompt_is_no_prefix(folder, style):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:<think>' }}{% endif %}"
+    )
+    with pytest.raises(UserError) as error:
+        tokenize(tokenizer, chat("Hi", "yes", "no"), style=style)
+    assert str(error.value) == (
+        "rows.jsonl:7: the rendered prompt is not a prefix of its branch: the chat template ends "
+        "the prompt with 'user:Hiassistant:<think>', the branch continues "
+        "'user:Hiassistant:yes'; expected the same text"
+    )
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        text("It is ", "the sea", "the town"),  # both answers take the prompt's space
+        text("It is ", "the sea", "!"),
+        text("It is ", "!", "the sea"),
+        text("the r", "iver", "iver runs"),
+    ],
+)
+def test_token_across_the_boundary(zephyr, pair):
+    with pytest.raises(UserError, match="rows.jsonl:7: the prompt is not a token prefix"):
+        tokenize(zephyr, pair)
+
+
+def test_template_that_refuses_the_row(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{{ raise_exception('Only user turns, please') }}"
+    with pytest.raises(UserError, match="rows.jsonl:7: .*refuses this row: Only user turns"):
+        tokenize(tokenizer, chat("Hi", "yes", "no"))
+
+
+# Sets of pairs
+
+MIXED = [
+    chat("Hi", "yes", "no"),
+    text("The river", " runs", " is"),
+    text("The sea", " runs through the town and over the stones", " is"),
+    chat("What is the capital?", "It is the largest city of the country.", "I am well."),
+    text("", " dropped", " here"),
+    chat("How are you?", "well", "too"),
+]
+
+
+@pytest.mark.parametrize("style", ["clean", "trl-0.7.4"])
+@pytest.mark.parametrize("cuts", [[2], [0, 3], [1, 2, 6], [4, 5]])
+def test_join_equals_all_at_once(zephyr, style, cuts):
+    options = {"style": style, "max_length": 24, "max_prompt_length": 16}
+    whole = tokenize(zephyr, *MIXED, **options)
+    edges = [0, *cuts, len(MIXED)]
+    shares = [MIXED[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    joined = Tokenized.join([tokenize(zephyr, *share, **options) for share in shares])
+    assert same(joined.pairs, whole.pairs)
+    assert joined.kept.tolist() == whole.kept.tolist()
+    assert (joined.inputs, joined.counts) == (whole.inputs, whole.counts)
+    assert whole.counts["cut: chosen"] > 0
+
+
+def test_mixed_kinds_equal_one_at_a_time(zephyr, monkeypatch):
+    monkeypatch.setattr("notus.data.tokenization.PAIRS_AT_ONCE", 2)
+    rows = [replace(row, where=f"rows:{i}") for i, row in enumerate([*MIXED, *MIXED[:1] * 5])]
+    together = tokenize(zephyr, *rows)
+    apart = [ids_of(tokenize(zephyr, row).pairs) for row in rows]
+    assert [ids_of(together.pairs, i) for i in range(len(together.pairs))] == apart
+    assert ids_of(together.pairs, 4)[0] == [BOS]  # all that is left of an empty plain prompt
+
+
+def test_empty_prompt_is_dropped(zephyr):
+    found = tokenize(zephyr, *MIXED, style="trl-0.7.4")
+    assert found.counts == {"dropped: empty prompt": 1}
+    assert found.kept.tolist() == [0, 1, 2, 3, 5]
+
+
+def test_flat_arrays():
+    lengths = np.array([[2, 1, 3], [1, 2, 1]])
+    pairs = TokenizedPairs(np.arange(10, dtype=np.int32), np.zeros(10, bool), lengths)
+    assert len(pairs) == 2
+    assert pairs.starts.tolist() == [[0, 2, 3], [6, 7, 9]]
+    assert pairs.response_starts.tolist() == [0, 4, 7]
+    assert ids_of(pairs, 0) == [[0, 1], [2], [3, 4, 5]]
+    assert ids_of(pairs, 1) == [[6], [7, 8], [9]]
+
+
+def test_fingerprint_tells_sets_apart():
+    def pairs(tokens=(5, 6, 7, 8), hidden=(0, 0, 0, 0), lengths=((2, 1, 1),)):
+        arrays = np.array(tokens, np.int32), np.array(hidden, bool), np.array(lengths, np.int64)
+        return TokenizedPairs(*arrays).fingerprint()
+
+    others = [pairs(tokens=(5, 6, 8, 7)), pairs(hidden=(0, 1, 0, 0)), pairs(lengths=((1, 2, 1),))]
+    assert pairs() == pairs()
+    assert len({pairs(), *others}) == 4

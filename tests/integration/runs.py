@@ -1,0 +1,65 @@
+"""A short configuration, and a way to run train.py on several ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def base_config(demo: Path) -> dict:
+    """A short float32 run over the demo, without evaluation."""
+    source = {"path": str(demo / "preferences.jsonl"), "curation": {"rule": "mean-rating"}}
+    return {
+        "model": {"policy": str(demo / "sft"), "compute_dtype": "float32"},
+        "data": {
+            "train": [source],
+            "max_length": 96,
+            "max_prompt_length": 48,
+            "tokens_per_microbatch": 512,
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"pairs_per_step": 24},
+        "parallel": {"activation_checkpointing": "none"},
+        "checkpoint": {"every": None},
+        "output_dir": "to be given",
+    }
+
+
+def run(config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1) -> None:
+    """train.py once per list of overrides, one after another in the same `ranks` processes."""
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = [[str(folder / "config.json"), *values] for values in overrides]
+    (folder / f"runs-{ranks}.json").write_text(json.dumps(arguments))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            str(ROOT / "tests/integration/launch.py"),
+            str(folder / f"runs-{ranks}.json"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+
+
+def metrics(output: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's files that begin with `prefix`."""
+    tensors = {}
+    for file in sorted(folder.glob(f"{prefix}-*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
