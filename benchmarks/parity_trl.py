@@ -19,6 +19,9 @@ What has to be matched before the two do the same arithmetic:
 - Truncation. TRL keeps each sequence's first max_length tokens: "sequence" in notus.
 - Pairs. notus drops pairs whose responses are empty, or identical after truncation; TRL does not,
   and is given the rest. Both take them in file order.
+- Embeddings. transformers gives the embedding of config.pad_token_id no gradient, even where that
+  token is the end-of-sequence token, as Zephyr's is; notus trains every row. The model here names
+  no padding token, as Mistral-7B and Zephyr's SFT model do not.
 - Averages. TRL averages the means of its micro-batches, which is the mean over pairs when all are
   equally large, as here; notus packs by tokens and divides once. A loss that sorts a batch, or
   averages over its tokens, is that of the whole step in notus: TRL then gets one micro-batch.
@@ -45,7 +48,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import (
     AutoTokenizer,
     MistralConfig,
@@ -54,6 +57,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
 )
+from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
 from notus.config import Curation, Source
@@ -157,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every value here")
     options = parser.parse_args(arguments)
 
+    disable_progress_bars()
+    disable_progress_bar()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -203,7 +209,7 @@ def write_model(folder: Path, tokenizer_path: Path) -> None:
         initializer_range=0.1,  # logits of standard deviation 0.8: predictions that differ
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=None,
     )
     MistralForCausalLM(config).to(torch.float32).save_pretrained(folder)
 

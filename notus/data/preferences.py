@@ -267,9 +267,13 @@ def _message(row: Row, column: str, where: str, keys: tuple[str, str]) -> Messag
     return {"role": ROLES[role], "content": _text(message, keys[1], f"{where}, {column}")}
 
 
-def _messages(
+def read_messages(
     row: Row, column: str, where: str, keys: tuple[str, str] = MESSAGE_KEYS
 ) -> list[Message]:
+    """The messages in `row[column]`, whose roles and contents are under `keys`.
+
+    Raises UserError that names `where`, the column and the message's index.
+    """
     messages = row.get(column)
     if not isinstance(messages, list):
         _mistyped(row, column, where, "a list of messages")
@@ -346,11 +350,11 @@ def common_prompt_length(chosen: str, rejected: str) -> int:
 
 
 def _convert_messages(row: Row, where: str) -> Pair | str:
-    chosen, rejected = _messages(row, "chosen", where), _messages(row, "rejected", where)
+    chosen, rejected = read_messages(row, "chosen", where), read_messages(row, "rejected", where)
     _check_ends_with_answer(chosen, "chosen", where)
     _check_ends_with_answer(rejected, "rejected", where)
     if isinstance(row.get("prompt"), list):
-        prompt = _messages(row, "prompt", where)
+        prompt = read_messages(row, "prompt", where)
         for column, response in (("chosen", chosen), ("rejected", rejected)):
             if response[0]["role"] != "assistant":
                 raise UserError(
@@ -411,7 +415,7 @@ def _hh_turns(row: Row, column: str, where: str) -> list[Message]:
 
 def convert_sharegpt(row: Row, where: str) -> Pair:
     """LLaMA-Factory's ShareGPT preferences: a conversation and two messages that may follow it."""
-    prompt = _messages(row, "conversations", where, SHAREGPT_KEYS)
+    prompt = read_messages(row, "conversations", where, SHAREGPT_KEYS)
     system = "" if row.get("system") is None else _text(row, "system", where)
     if system.strip() and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]

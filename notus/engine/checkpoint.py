@@ -240,7 +240,9 @@ def _optimizer_tensors(
     model: MistralForCausalLM, optimizer: Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        for key, value in sorted(optimizer.state[parameter].items()):
+        state = optimizer.state[parameter]
+        assert state, f"{name} has no optimiser state: is it the sharded parameter?"
+        for key, value in sorted(state.items()):
             if key != "step":  # equal to the run's step, which state.json holds
                 yield f"{key}/{name}", value
 

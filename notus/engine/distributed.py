@@ -158,6 +158,9 @@ def shard_model(
     shard = partial(
         fully_shard,
         mesh=mesh,
+        # The root too: between steps `model.parameters()` must be the sharded ones, and a forward
+        # pass without a backward one would leave the root's gathered.
+        reshard_after_forward=True,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),

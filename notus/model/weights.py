@@ -164,6 +164,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill the model's parameters from a Hugging Face folder, each rank its own slices.
 
     Parameters may be plain or sharded along their first dimension; values are cast to their dtype.
+    Raises UserError, on the ranks that meet it alone, for values that are not finite.
     """
     parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -176,6 +177,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             for name in names:
                 local, rows = local_rows(parameters[name])
                 local.copy_(handle.get_slice(name)[rows])
+                if not local.isfinite().all():
+                    raise UserError(
+                        f"{file}: tensor {name} holds NaN or infinite values; expected finite ones"
+                    )
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:

@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from notus.engine.optim import make_optimizer, schedule_factor
+
+THEIR_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@pytest.mark.parametrize("name", THEIR_NAMES)
+@pytest.mark.parametrize("total", [1, 2, 7, 30, 963])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.33, 1.0])
+def test_schedule_equals_transformers(name, total, warmup_ratio):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = transformers.get_scheduler(
+        THEIR_NAMES[name],
+        optimizer,
+        num_warmup_steps=math.ceil(total * warmup_ratio),  # as transformers' trainer has it
+        num_training_steps=total,
+    )
+    for step in range(total):
+        factor = schedule_factor(step, total=total, name=name, warmup_ratio=warmup_ratio)
+        assert factor == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedule_by_hand():
+    """Ten steps, two of warm-up: 0, 1/2, then 1 falling by an eighth each step."""
+    linear = [schedule_factor(s, total=10, name="linear", warmup_ratio=0.2) for s in range(10)]
+    assert linear == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert schedule_factor(6, total=10, name="cosine", warmup_ratio=0.2) == pytest.approx(0.5)
+
+
+SETTINGS = {
+    "learning_rate": 0.01,
+    "weight_decay": 0.1,
+    "betas": (0.8, 0.95),
+    "alpha": 0.9,
+    "eps": 1e-3,
+}
+LR_DECAY_EPS = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "name, theirs",
+    [
+        ("adamw", lambda ps: torch.optim.AdamW(ps, betas=(0.8, 0.95), **LR_DECAY_EPS)),
+        ("rmsprop", lambda ps: torch.optim.RMSprop(ps, alpha=0.9, **LR_DECAY_EPS)),
+    ],
+)
+def test_optimizer_equals_torch(name, theirs):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 3, generator=generator)
+    gradients = torch.randn(3, 4, 3, generator=generator)
+    ours, expected = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    # An iterator, as model.parameters() is.
+    optimizers = make_optimizer(iter([ours]), name=name, **SETTINGS), theirs([expected])
+    for gradient in gradients:
+        for parameter, optimizer in zip((ours, expected), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(ours, expected)
+    assert not torch.equal(ours, start)
+
+
+def written_out_adamw(weights, gradients):
+    """arXiv 1711.05101, algorithm 2, float64."""
+    beta1, beta2 = SETTINGS["betas"]
+    first = second = torch.zeros_like(weights)
+    for t, gradient in enumerate(gradients, start=1):
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        corrected = first / (1 - beta1**t), second / (1 - beta2**t)
+        weights = weights - 0.01 * 0.1 * weights
+        weights = weights - 0.01 * corrected[0] / (corrected[1].sqrt() + 1e-3)
+    return weights
+
+
+def written_out_rmsprop(weights, gradients):
+    """With the decay in the gradient, as torch has it, float64."""
+    square = torch.zeros_like(weights)
+    for gradient in gradients:
+        gradient = gradient + 0.1 * weights
+        square = 0.9 * square + 0.1 * gradient**2
+        weights = weights - 0.01 * gradient / (square.sqrt() + 1e-3)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("adamw", written_out_adamw), ("rmsprop", written_out_rmsprop)]
+)
+def test_optimizer_equals_its_formula(name, expected):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    weights = nn.Parameter(start.clone())
+    optimizer = make_optimizer([weights], name=name, **SETTINGS)
+    for gradient in gradients:
+        weights.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(weights.data, expected(start, gradients), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,134 @@
+"""The layout as data: who may import whom, and what no file may do."""
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each module may import from the lines above its own, and from modules before it on its line.
+ORDER = """
+    errors
+    config
+    data.curation data.preferences data.tokenization data.planning data.packing
+    kernels
+    model.attention model.mistral model.lora model.weights
+    objective.losses objective.logprobs objective.reference
+    engine.distributed engine.optim engine.metrics engine.evaluation engine.checkpoint
+    report
+    demo
+    train eval
+"""
+RANKS = {
+    name: (line, place)
+    for line, names in enumerate(ORDER.split("\n"))
+    for place, name in enumerate(names.split())
+}
+READ_CONFIG = ("config", "report", "train", "eval")  # all others take plain arguments
+
+SOURCES = sorted([*ROOT.glob("notus/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("*.py")])
+SOURCES = [path for path in SOURCES if path.name != "setup.py"]
+
+
+def module_name(path: Path) -> str:
+    """The dotted name without the leading notus: "data.planning", "kernels.reference", "train"."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "notus" else parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def place(module: str) -> tuple[int, int]:
+    """Where `module`, or else the folder that it is in, stands in ORDER."""
+    return RANKS.get(module) or RANKS[module.split(".")[0]]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """All that a file imports, wherever in it: dotted names of modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def our_imports(module: str) -> set[str]:
+    """The project's own modules that `module` imports."""
+    names = {name.removeprefix("notus.") for name in imports(MODULES[module])}
+    return {name for name in names & MODULES.keys() if MODULES[name].name != "__init__.py"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_go_one_way(module):
+    if MODULES[module].name == "__init__.py":
+        assert not list(imports(MODULES[module]))
+        return
+    for other in our_imports(module):
+        same_folder = other.split(".")[0] == module.split(".")[0] and place(other) == place(module)
+        assert same_folder or place(other) < place(module), f"{module} imports {other}"
+    if module.split(".")[0] not in READ_CONFIG:
+        assert "config" not in our_imports(module)
+
+
+def test_nothing_imports_the_scripts():
+    for module in MODULES:
+        assert not our_imports(module) & {"train", "eval"} - {module}, module
+
+
+def test_every_module_has_a_place():
+    for module in MODULES:
+        if module and MODULES[module].name != "__init__.py":
+            place(module)
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name))
+def test_every_module_can_be_imported(module):
+    name = module if module in ("train", "eval") else f"notus.{module}"
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:  # Triton exists for Linux only, matplotlib is an extra
+        assert error.name in ("triton", "matplotlib"), error
+
+
+def test_kernels_is_a_link_and_no_package():
+    """A top-level package `kernels` would shadow Hugging Face's, which transformers probes for.
+
+    `python train.py` puts the repository first on sys.path, so kernels/__init__.py is enough for
+    that. As notus.kernels the folder is found from a clone, an editable and a plain install.
+    """
+    link = ROOT / "notus" / "kernels"
+    assert link.is_symlink() and link.readlink() == Path("../kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for path in SOURCES:
+        assert not any(name.split(".")[0] == "kernels" for name in imports(path)), path
+
+
+def test_no_pickle():
+    """Files come from other people: reading one must not run what it says."""
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        names = {name.split(".")[0] for name in imports(path)}
+        assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"}, path
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"torch.load", "torch.save", "np.save", "np.load"}, path
+
+
+def test_readme_names_every_file():
+    """Its file map: each module, kernel and configuration under its own name."""
+    readme = (ROOT / "README.md").read_text()
+    files = [path for path in SOURCES if path.name != "__init__.py"]
+    files += sorted((ROOT / "configs").glob("*.json"))
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in files
+        if not re.search(rf"(?<![\w.-]){re.escape(path.name)}\b", readme)
+    ]
+    assert not missing, f"not in README.md: {missing}"
