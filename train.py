@@ -53,6 +53,7 @@ from notus.objective.reference import (
     cached_log_probs,
     cached_reference,
     check_start,
+    follow,
     no_reference,
     online_reference,
 )
@@ -72,10 +73,11 @@ def open_model(path: str) -> tuple[Path, ModelShape]:
 def build_model(
     config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
 ) -> MistralForCausalLM:
-    """A sharded model without weights: float32 masters to train, compute_dtype if frozen."""
+    """A sharded model without weights: float32 if they will change, else compute_dtype."""
     compute_dtype = getattr(torch, config.model.compute_dtype)
+    constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
-        model = MistralForCausalLM(shape).to(compute_dtype if frozen else torch.float32)
+        model = MistralForCausalLM(shape).to(compute_dtype if constant else torch.float32)
     model.requires_grad_(not frozen)
     distributed.shard_model(
         model,
@@ -157,8 +159,8 @@ def open_reference(
     mesh: DeviceMesh,
     ranks: Ranks,
     sets: list[TokenizedPairs],
-) -> tuple[list[Reference], dict[str, str]]:
-    """The reference over each of `sets`, and its identity.
+) -> tuple[list[Reference], dict[str, str], MistralForCausalLM]:
+    """The reference over each of `sets`, its identity, and the model itself.
 
     `policy` must hold its initial weights: they are the reference when the configuration names no
     other, and never anything that a checkpoint restored.
@@ -186,7 +188,7 @@ def open_reference(
                 ranks.device,
             )
             references.append(cached_reference(flat, pairs))
-    return references, identity
+    return references, identity, model
 
 
 def make_scorer(
@@ -277,7 +279,8 @@ class Run(NamedTuple):
     held_out: TokenizedPairs | None
     policy: MistralForCausalLM
     reference: Reference
-    held_out_reference: Tensor | None  # flat
+    held_out_reference: Reference | None
+    moving: MistralForCausalLM | None  # the reference model, if it follows the policy
     optimizer: Optimizer
     step: int  # optimiser steps done
     common: dict[str, Any]  # what a continuation must have in common
@@ -316,21 +319,19 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
     load_weights(policy, source)
     checkpoint.write_settings(output, settings)
     sets = [pairs] if held_out is None else [pairs, held_out]
-    references, identity = [no_reference(data, ranks.device) for data in sets], None
+    references, identity, moving = [no_reference(data, ranks.device) for data in sets], None, None
     if loss.uses_reference:
         say(ranks, f"reference log-probs: {config.reference.log_probs}")
-        references, identity = open_reference(config, policy, source, mesh, ranks, sets)
+        references, identity, model = open_reference(config, policy, source, mesh, ranks, sets)
+        moving = model if config.reference.sync_every else None
     optimizer = build_optimizer(config, policy)
     common = checkpoint.common_ground(settings, pairs, identity, plan.steps)
     step = 0
     if found:
-        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, common))
+        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, moving, common))
         say(ranks, f"resumed from {found} after {step:,} steps")
     elif loss.uses_reference and not config.model.reference:
         check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
-    held_out_reference = None
-    if held_out is not None:
-        held_out_reference = references[1].of_pairs(range(len(held_out)))
     return Run(
         output=output,
         source=source,
@@ -340,7 +341,8 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
         held_out=held_out,
         policy=policy,
         reference=references[0],
-        held_out_reference=held_out_reference,
+        held_out_reference=references[1] if held_out is not None else None,
+        moving=moving,
         optimizer=optimizer,
         step=step,
         common=common,
@@ -395,6 +397,9 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
         run.optimizer.zero_grad()
 
         done = step + 1
+        # once in a while: let the reference follow (TR-DPO)
+        if is_due(done, config.reference.sync_every):
+            follow(run.moving, policy, config.reference.sync_share)
         tokens_seen += int(tokens[chosen].sum())
         speed.count(pairs.lengths[chosen], int(plan.slot_counts[chosen].sum()), division)
         metrics: dict[str, float] = {}
@@ -420,6 +425,7 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
                 done,
                 policy,
                 run.optimizer,
+                run.moving,
                 common=run.common,
                 source=run.source,
                 keep=config.checkpoint.keep,
@@ -438,7 +444,8 @@ def evaluate_held_out(config: Config, ranks: Ranks, run: Run) -> dict[str, float
     if run.held_out is None:
         return {}
     score_pairs = make_scorer(config, run.policy, run.held_out, ranks, run.loss.uses_weights)
-    return evaluate(score_pairs, run.held_out, run.held_out_reference, run.loss)
+    reference = run.held_out_reference.of_pairs(range(len(run.held_out)))
+    return evaluate(score_pairs, run.held_out, reference, run.loss)
 
 
 def require_finite(grad_norm: Tensor, step_loss: Tensor, step: int, chosen: np.ndarray) -> float:
@@ -489,7 +496,8 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
         share_right = [samples.share_right(prompts, answers) for answers in (before, after)]
         rows.append((f"right answers of {len(prompts)}", *share_right))
         shown = samples.side_by_side(prompts, after, before, wanted.count)
-    say(ranks, f"\n{samples.before_and_after(rows)}\n\n{shown}")
+    if rows:
+        say(ranks, f"\n{samples.before_and_after(rows)}\n\n{shown}")
 
 
 def say(ranks: Ranks, text: str) -> None:

@@ -107,6 +107,9 @@ class Reference:
     # "cached": computed in one pass and kept on disk; "online": the frozen model runs in every
     # step; "none": for losses that use no reference
     log_probs: Literal["cached", "online", "none"] = "cached"
+    # TR-DPO: every so many steps the online reference moves towards the policy by this share
+    sync_every: Count | None = None
+    sync_share: Fraction = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +155,7 @@ class Samples:
 
     # a JSONL file, each line {"prompt": text or messages} and perhaps "answer", the right response
     prompts: Text
-    count: Count = (
-        3  # prompts shown side by side; all are answered
-    )
+    count: Count = 3  # prompts shown side by side; all are answered
     max_new_tokens: Count = 64
     temperature: NonNegative = 1.0  # 0: the likeliest token each time
 
@@ -198,6 +199,8 @@ Rule = tuple[str, Callable[[Config], bool], str]
 # fmt: off
 INERT: tuple[Rule, ...] = (
     ("model.reference", lambda c: c.reference.log_probs == "none", 'reference.log_probs is "none"'),
+    ("reference.sync_share", lambda c: c.reference.sync_every is None,
+     "reference.sync_every is null"),
     ("data.max_prompt_length", lambda c: c.data.truncation != "pair",
      'data.truncation is "{0.data.truncation}", and only "pair" shortens prompts by themselves'),
     ("loss.name", lambda c: c.loss.mix is not None, "loss.mix names the losses"),
@@ -208,6 +211,10 @@ INERT: tuple[Rule, ...] = (
 
 # (key, do the settings contradict each other?, what was found and expected)
 CONFLICTS: tuple[Rule, ...] = (
+    ("reference.sync_every",
+     lambda c: c.reference.sync_every is not None and c.reference.log_probs != "online",
+     'found {0.reference.sync_every} with reference.log_probs "{0.reference.log_probs}", expected '
+     '"online": cached log-probs cannot follow the policy'),
     ("data.tokenization",
      lambda c: c.data.tokenization == "trl-0.7.4" and c.data.truncation != "pair",
      'found "trl-0.7.4" with data.truncation "{0.data.truncation}", expected "pair", the only '

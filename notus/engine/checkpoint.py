@@ -5,6 +5,7 @@
         model.safetensors.index.json, config.json, tokenizer files
         optimizer-0000r-of-0000W.safetensors  state tensors, named "<state>/<parameter>"
         optimizer.safetensors.index.json
+        reference-*                           the reference, if it follows the policy (TR-DPO)
         state.json                            step, and what a resumed run must have in common
         manifest.json                         size and SHA-256 of every file, written last
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import copy_tokenizer, load_weights, local_rows, save_sharded
+from notus.model.weights import copy_tokenizer, local_rows, save_sharded
 
 Plain = dict[str, Any]
 
@@ -39,6 +40,7 @@ def save_checkpoint(
     step: int,
     model: MistralForCausalLM,
     optimizer: Optimizer,
+    reference: MistralForCausalLM | None,
     *,
     common: Mapping[str, Any],
     source: Path,
@@ -46,8 +48,9 @@ def save_checkpoint(
 ) -> None:
     """Write root/step-<step> from all ranks, then remove all but the newest `keep`.
 
-    common: what a run that resumes from here must have in common with this one; source: the folder
-    whose config.json and tokenizer describe the model. Collective.
+    reference: one that changes during training. common: what a run that resumes from here must have
+    in common with this one. source: the folder whose config.json and tokenizer describe the model.
+    Collective.
     """
     folder = root / f"step-{step:08d}"
     partial = root / f".partial-{folder.name}"
@@ -57,10 +60,10 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     dist.barrier()
     save_model(partial, model, torch.float32, source)
-    index = save_sharded(_optimizer_tensors(model, optimizer), partial, "optimizer")
-    dist.barrier()
+    _save_tensors(partial, "optimizer", _optimizer_tensors(model, optimizer))
+    if reference is not None:
+        _save_tensors(partial, "reference", reference.named_parameters())
     if first:
-        _write_json(partial / "optimizer.safetensors.index.json", index)
         _write_json(partial / "state.json", {"step": step, "common": dict(common)})
         _write_manifest(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,9 +95,8 @@ def save_model(folder: Path, model: MistralForCausalLM, dtype: torch.dtype, sour
     The folder must exist. Collective: every rank writes its own whole tensors.
     """
     names = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    index = save_sharded(((name, tensor.to(dtype)) for name, tensor in names), folder, "model")
+    _save_tensors(folder, "model", ((name, tensor.to(dtype)) for name, tensor in names))
     if dist.get_rank() == 0:
-        _write_json(folder / "model.safetensors.index.json", index)
         config = json.loads((source / "config.json").read_text())
         config.pop("torch_dtype", None)  # the key's name before transformers 5
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -217,9 +219,13 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, model: MistralForCausalLM, optimizer: Optimizer, common: Mapping[str, Any]
+    folder: Path,
+    model: MistralForCausalLM,
+    optimizer: Optimizer,
+    reference: MistralForCausalLM | None,
+    common: Mapping[str, Any],
 ) -> int:
-    """Restore weights and optimiser state, each rank its own slices; returns the steps done.
+    """Restore what `save_checkpoint` was given, each rank its own slices; returns the steps done.
 
     Raises UserError when the checkpoint was made by a run that differs in `common`, naming what.
     """
@@ -231,9 +237,28 @@ def load_checkpoint(
             f"{folder}: made by another run ({different}); resume with the settings it was made "
             "with, or begin a new run in another output_dir"
         )
-    load_weights(model, folder)
+    _load_tensors(folder, "model", dict(model.named_parameters()))
+    if reference is not None:
+        _load_tensors(folder, "reference", dict(reference.named_parameters()))
     _load_optimizer(folder, model, optimizer, state["step"])
     return state["step"]
+
+
+def _save_tensors(folder: Path, prefix: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    index = save_sharded(tensors, folder, prefix)
+    if dist.get_rank() == 0:
+        _write_json(folder / f"{prefix}.safetensors.index.json", index)
+    dist.barrier()
+
+
+@torch.no_grad()
+def _load_tensors(folder: Path, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Fill plain or sharded tensors, each rank its own rows."""
+    index = json.loads((folder / f"{prefix}.safetensors.index.json").read_text())
+    for name, tensor in tensors.items():
+        local, rows = local_rows(tensor)
+        with safe_open(folder / index["weight_map"][name], framework="pt") as handle:
+            local.copy_(handle.get_slice(name)[rows])
 
 
 def _optimizer_tensors(
@@ -247,24 +272,22 @@ def _optimizer_tensors(
                 yield f"{key}/{name}", value
 
 
-@torch.no_grad()
 def _load_optimizer(
     folder: Path, model: MistralForCausalLM, optimizer: Optimizer, step: int
 ) -> None:
-    files = json.loads((folder / "optimizer.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((folder / "optimizer.safetensors.index.json").read_text())
     # Fused optimisers keep the step on the device, the others on the host.
     fused = any(group.get("fused") for group in optimizer.param_groups)
     for parameter in model.parameters():
         device = parameter.device if fused else "cpu"
         optimizer.state[parameter]["step"] = torch.tensor(float(step), device=device)
-    for tensor_name, file in files.items():
+    tensors = {}
+    for tensor_name in index["weight_map"]:
         key, name = tensor_name.split("/", 1)
         parameter = model.get_parameter(name)
-        value = torch.zeros_like(parameter)
-        local, rows = local_rows(value)
-        with safe_open(folder / file, framework="pt") as handle:
-            local.copy_(handle.get_slice(tensor_name)[rows])
-        optimizer.state[parameter][key] = value
+        tensors[tensor_name] = torch.zeros_like(parameter, requires_grad=False)
+        optimizer.state[parameter][key] = tensors[tensor_name]
+    _load_tensors(folder, "optimizer", tensors)
 
 
 def _write_json(path: Path, value: Plain) -> None:

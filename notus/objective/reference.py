@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from notus.data.packing import Microbatch
 from notus.data.tokenization import TokenizedPairs
@@ -58,6 +58,16 @@ def cached_reference(flat: Tensor, pairs: TokenizedPairs) -> Reference:
 def online_reference(model: MistralForCausalLM, score_pairs: Scorer) -> Reference:
     """Runs the frozen model each time; score_pairs is its scorer."""
     return Reference(torch.no_grad()(lambda batch: token_log_probs(model, batch)), score_pairs)
+
+
+@torch.no_grad()
+def follow(reference: nn.Module, policy: nn.Module, share: float) -> None:
+    """Move the reference towards the policy: ref <- share x policy + (1 - share) x ref.
+
+    TR-DPO, arXiv 2404.09656, equation 6. Both have the same, equally sharded float32 parameters.
+    """
+    for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
+        own.lerp_(other, share)
 
 
 def no_reference(pairs: TokenizedPairs, device: torch.device) -> Reference:

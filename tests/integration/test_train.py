@@ -19,6 +19,7 @@ LOSSES = {
     "weighted": ["loss.name=wpo"],
     "mixed": ['loss.mix=[{"name":"ipo","weight":1},{"name":"sft","weight":0.5}]'],
     "free of a reference": ["loss.name=simpo", "loss.beta=2.0"],
+    "following": ["reference.log_probs=online", "reference.sync_every=2"],
     "rmsprop": ["optimizer.name=rmsprop", "optimizer.learning_rate=1e-4"],
 }
 
