@@ -21,6 +21,9 @@ from notus.data.packing import PADDING, PROMPT, Layout
 
 AttentionMask = Tensor | BlockMask
 
+# Uncompiled, FlexAttention stores the whole score matrix; inside a compiled block this is inlined.
+_compiled_flex_attention = torch.compile(flex_attention)
+
 
 def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Whether slot `query` may look at slot `key`: bool, in the broadcast shape of the two indices.
@@ -67,7 +70,8 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
     """
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))  # [1, heads, T, H]
     if isinstance(mask, BlockMask):
-        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        flex = _compiled_flex_attention if q.is_cuda else flex_attention
+        out = flex(q, k, v, block_mask=mask, enable_gqa=True)
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)

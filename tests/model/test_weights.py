@@ -1,0 +1,145 @@
+"""Reading and writing Hugging Face folders."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from notus.errors import UserError
+from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.weights import (
+    check_weights,
+    copy_tokenizer,
+    load_weights,
+    model_folder,
+    save_sharded,
+    stored_tensors,
+    weights_identity,
+)
+
+
+def write_model(folder, **options):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **options,
+    )
+    model = transformers.MistralForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_several_files_gives_the_stored_values(tied, tmp_path):
+    theirs = write_model(tmp_path, tie_word_embeddings=tied)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ours = MistralForCausalLM(read_shape(tmp_path))
+    load_weights(ours, tmp_path)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_bfloat16_files_load_into_float32_without_loss(tmp_path):
+    theirs = write_model(tmp_path / "float32").bfloat16()
+    theirs.save_pretrained(tmp_path)
+    ours = MistralForCausalLM(read_shape(tmp_path))
+    load_weights(ours, tmp_path)
+    for name, value in ours.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, theirs.state_dict()[name].float()), name
+
+
+def test_old_rotary_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):
+    write_model(tmp_path, tie_word_embeddings=True)
+    shape = read_shape(tmp_path)
+    expected = {n: p.shape for n, p in MistralForCausalLM(shape).named_parameters()}
+    tensors = {name: torch.zeros(size) for name, size in expected.items()}
+    tensors["lm_head.weight"] = torch.zeros(61, 32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert check_weights(tmp_path, expected, tied=True).keys() == tensors.keys()
+    with pytest.raises(UserError, match="lm_head.weight is not part of the model"):
+        check_weights(tmp_path, expected, tied=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
+            r"model.norm.weight has shape \(7,\), expected \(32,\)",
+        ),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), "model.extra is not part"),
+    ],
+)
+def test_wrong_tensors_are_named(damage, message, tmp_path):
+    write_model(tmp_path)
+    expected = {n: p.shape for n, p in MistralForCausalLM(read_shape(tmp_path)).named_parameters()}
+    tensors = {name: torch.zeros(size) for name, size in expected.items()}
+    damage(tensors)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        check_weights(tmp_path, expected, tied=False)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    write_model(tmp_path)
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match=f"{file.name}: found no complete safetensors file"):
+        stored_tensors(tmp_path)
+
+
+def test_identity_follows_the_contents_and_not_the_name(tmp_path):
+    for name in ("one", "two", "three"):
+        write_model(tmp_path / name)
+    weights = tmp_path / "three" / "model-00001-of-00005.safetensors"
+    file = weights if weights.exists() else sorted((tmp_path / "three").glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    one, two, three = (
+        weights_identity(name, tmp_path / name)["sha256"] for name in ("one", "two", "three")
+    )
+    assert one == two != three
+    digests = [
+        hashlib.sha256(path.read_bytes()).digest()
+        for path in sorted((tmp_path / "one").glob("*.safetensors"))
+    ]
+    assert one == hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def test_save_sharded_writes_every_tensor_and_its_index(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b": torch.randn(5), "c": torch.tensor(2.0)}
+    index = save_sharded(tensors.items(), tmp_path, "model")
+    assert index == {
+        "metadata": {"total_size": 4 * (6 + 5 + 1)},
+        "weight_map": dict.fromkeys("abc", "model-00001-of-00001.safetensors"),
+    }
+    saved = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
+
+
+def test_tokenizer_files_are_copied_as_they_stand(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"odd": " spacing"}))
+    copy_tokenizer(tmp_path, tmp_path / "to")
+    assert (tmp_path / "to/tokenizer.json").read_bytes() == b'{"odd": " spacing"}'
+    assert len(list((tmp_path / "to").iterdir())) == 1
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path):
+    assert model_folder(str(tmp_path)) == tmp_path

@@ -1,0 +1,132 @@
+"""The reference's cache, its audit, and the check of a run's start."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import random_pairs
+from safetensors.torch import load_file, save_file
+
+from notus.data.packing import pack
+from notus.errors import UserError
+from notus.objective.logprobs import pair_log_probs, scorer, token_log_probs
+from notus.objective.losses import build_loss
+from notus.objective.reference import (
+    audit_sample,
+    cache_identity,
+    cached_log_probs,
+    cached_reference,
+    check_start,
+    follow,
+    no_reference,
+    online_reference,
+)
+
+CPU = torch.device("cpu")
+REFERENCE = {"path": "somewhere", "sha256": "0" * 64}
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def setting(group, tiny_model, tmp_path):
+    """(folder, pairs, identity, a scorer that counts its calls)."""
+    pairs = random_pairs(30)
+    score_pairs = scorer(tiny_model, pairs, budget=200, prefix_sharing=True, device=CPU)
+    calls = []
+
+    def counted(indices):
+        calls.append(list(indices))
+        return score_pairs(indices)
+
+    return tmp_path, pairs, cache_identity(pairs, REFERENCE, torch.float32), counted, calls
+
+
+def test_one_pass_then_only_a_sample(setting):
+    folder, pairs, identity, score_pairs, calls = setting
+    first = cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    second = cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    assert calls == [list(range(30)), audit_sample(30).tolist()]
+    assert len(calls[1]) == 1
+    assert torch.equal(first, second) and (first < 0).all()
+
+
+def test_another_reference_token_or_dtype_is_another_cache(setting):
+    folder, pairs, identity, score_pairs, calls = setting
+    cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    changed = random_pairs(30)
+    changed.tokens[5] += 1
+    for other in (
+        cache_identity(pairs, {"sha256": "1" * 64}, torch.float32),
+        cache_identity(changed, REFERENCE, torch.float32),
+        cache_identity(pairs, REFERENCE, torch.bfloat16),
+    ):
+        calls.clear()
+        cached_log_probs(folder, pairs, other, score_pairs, CPU)
+        assert calls == [list(range(30))]
+
+
+def test_a_cache_that_does_not_match_the_model_is_refused(setting):
+    folder, pairs, identity, score_pairs, _ = setting
+    cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["log_probs"] -= 0.01
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}.*differ.*0.01 nats per token"):
+        cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+
+
+def test_a_half_written_cache_is_computed_again(setting):
+    folder, pairs, identity, score_pairs, calls = setting
+    first = cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    again = cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    assert calls == [list(range(30))] * 2 and torch.equal(first, again)
+    about = json.loads(file.with_suffix(".json").read_text())
+    assert about["identity"] == identity and about["pairs"] == 30
+
+
+def test_cached_and_online_agree_and_none_is_zero(setting, tiny_model):
+    folder, pairs, identity, score_pairs, _ = setting
+    flat = cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    batch = pack(pairs, [7, 2, 19], 200, True)
+    cached = cached_reference(flat, pairs)
+    online = online_reference(tiny_model, score_pairs)
+    torch.testing.assert_close(cached.of_batch(batch), online.of_batch(batch), rtol=1e-5, atol=1e-5)
+    assert not online.of_batch(batch).requires_grad
+    torch.testing.assert_close(cached.of_pairs(range(30)), online.of_pairs(range(30)))
+    assert no_reference(pairs, CPU).of_batch(batch).eq(0).all()
+
+
+def start(tiny_model, shift):
+    pairs = random_pairs(4)
+    batch = pack(pairs, range(4), 200, True)
+    with torch.no_grad():
+        log_probs = token_log_probs(tiny_model, batch)
+    return pair_log_probs(log_probs, log_probs + shift, batch.lengths, 1.0)
+
+
+def test_the_start_is_accepted_when_policy_and_reference_agree(tiny_model):
+    check_start(build_loss({"name": "sigmoid"}), start(tiny_model, 1e-6), torch.float32)
+
+
+@pytest.mark.parametrize("shift", [1e-3, -1e-3, float("nan")])
+def test_the_start_is_refused_when_they_do_not(shift, tiny_model):
+    with pytest.raises(UserError, match="before the first step.*nats per token"):
+        check_start(build_loss({"name": "sigmoid"}), start(tiny_model, shift), torch.float32)
+
+
+def test_follow_moves_the_reference_by_the_share(tiny_model):
+    policy, reference = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = 0.6 * policy.weight + 0.4 * reference.weight
+    follow(reference, policy, 0.6)
+    torch.testing.assert_close(reference.weight, expected)
