@@ -1,26 +1,21 @@
-"""Direct preference optimisation of a Mistral-architecture model, read from top to bottom.
+"""Direct preference optimisation of a Mistral-architecture model.
 
     torchrun --nproc_per_node 8 train.py configs/notus.json [section.key=value ...]
     python train.py configs/demo.json                        # one process, the same path
 
-`train` is the line that a pair of responses travels: preference data -> pairs -> tokens -> plan ->
-packed microbatch -> response log-probs -> loss -> step. The functions above it open what the
-configuration names; README.md says where to change what.
+`train` is the loop, the line that a pair of responses travels: pairs -> plan -> packed microbatch
+-> response log-probs -> loss -> step. `open_run`, below it, opens what the configuration names.
+README.md says where to change what.
 """
 
 import argparse
 import gc
-import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -33,11 +28,11 @@ from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, t
 from notus.engine import checkpoint, distributed
 from notus.engine.distributed import Ranks, agree, divide
 from notus.engine.evaluation import evaluate
-from notus.engine.metrics import MetricsLog, Speed, Totals, pair_metrics
+from notus.engine.metrics import MetricsLog, Speed, Totals, pair_metrics, require_finite
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
-from notus.model.weights import check_weights, load_weights, model_folder, weights_identity
+from notus.model.weights import load_weights, open_model, weights_identity
 from notus.objective.logprobs import (
     Scorer,
     couple_step,
@@ -57,215 +52,7 @@ from notus.objective.reference import (
     no_reference,
     online_reference,
 )
-from notus.report import samples
-
-
-def open_model(path: str) -> tuple[Path, ModelShape]:
-    """The folder and shape of a model whose weights are all there."""
-    folder = model_folder(path)
-    shape = read_shape(folder)
-    with torch.device("meta"):
-        parameters = MistralForCausalLM(shape).named_parameters()
-    check_weights(folder, {n: p.shape for n, p in parameters}, shape.tie_word_embeddings)
-    return folder, shape
-
-
-def build_model(
-    config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
-) -> MistralForCausalLM:
-    """A sharded model without weights: float32 if they will change, else compute_dtype."""
-    compute_dtype = getattr(torch, config.model.compute_dtype)
-    constant = frozen and config.reference.sync_every is None
-    with torch.device("meta"):
-        model = MistralForCausalLM(shape).to(compute_dtype if constant else torch.float32)
-    model.requires_grad_(not frozen)
-    distributed.shard_model(
-        model,
-        mesh,
-        ranks.device,
-        compute_dtype=compute_dtype,
-        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
-        compile_blocks=compiles(config, ranks),
-        cpu_offload=config.parallel.cpu_offload,
-    )
-    return model
-
-
-def compiles(config: Config, ranks: Ranks) -> bool:
-    """Whether transformer blocks are compiled."""
-    wanted = config.parallel.compile
-    return ranks.device.type == "cuda" if wanted == "auto" else wanted
-
-
-def read_data(
-    config: Config, source: Path, shape: ModelShape, ranks: Ranks
-) -> tuple[TokenizedPairs, TokenizedPairs | None]:
-    """The training pairs and the held-out ones (None without evaluation), as tokens.
-
-    The ranks tokenize a share each; all of them get all pairs.
-    """
-    tokenizer = agree(lambda: load_tokenizer(source))
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
-            f"{shape.vocab_size}; expected at least as many"
-        )
-    holdout = config.data.eval.holdout if isinstance(config.data.eval, Holdout) else 0
-    seed = config.train.seed
-    found = agree(lambda: load_preferences(config.data.train, seed=seed, holdout=holdout))
-    sets = {"train": found.train}
-    if holdout:
-        sets["eval"] = found.holdout
-    elif config.data.eval is not None:
-        sets["eval"] = agree(lambda: load_preferences(config.data.eval, seed=seed)).train
-
-    def tokenize(share: list[Pair]) -> Tokenized:
-        return tokenize_pairs(
-            share,
-            tokenizer,
-            style=config.data.tokenization,
-            truncation=config.data.truncation,
-            max_length=config.data.max_length,
-            max_prompt_length=config.data.max_prompt_length,
-            system_prompt=config.data.system_prompt,
-        )
-
-    tokenized = {}
-    for name, pairs in sets.items():
-        result = Tokenized.join(divide(pairs, tokenize))
-        counts = dict(found.dropped) if name == "train" else {}
-        counts = {f"dropped: {reason}": n for reason, n in counts.items()} | result.counts
-        if ranks.first:
-            notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
-            print(f"{name} data: {len(result.pairs):,} pairs{notes}")
-        if not len(result.pairs):
-            raise UserError(f"data.{name}: no pair is left after tokenization ({counts})")
-        slots = slots_of(result.pairs.lengths, config.data.prefix_sharing)
-        if slots.max() > config.data.tokens_per_microbatch:
-            longest = pairs[result.kept[slots.argmax()]]
-            raise UserError(
-                f"{longest.where}: the pair takes {slots.max()} tokens, but "
-                f"data.tokens_per_microbatch is {config.data.tokens_per_microbatch}; raise it, or "
-                "lower data.max_length"
-            )
-        tokenized[name] = result.pairs
-    return tokenized["train"], tokenized.get("eval")
-
-
-def open_reference(
-    config: Config,
-    policy: MistralForCausalLM,
-    source: Path,
-    mesh: DeviceMesh,
-    ranks: Ranks,
-    sets: list[TokenizedPairs],
-) -> tuple[list[Reference], dict[str, str], MistralForCausalLM]:
-    """The reference over each of `sets`, its identity, and the model itself.
-
-    `policy` must hold its initial weights: they are the reference when the configuration names no
-    other, and never anything that a checkpoint restored.
-    """
-    folder, shape, model = source, policy.shape, policy
-    path = config.model.reference or config.model.policy
-    if path != config.model.policy:
-        folder, shape = agree(lambda: open_model(path))
-    identity = weights_identity(path, folder)
-    online = config.reference.log_probs == "online"
-    if online or folder != source:
-        model = build_model(config, shape, mesh, ranks, frozen=True)
-        load_weights(model, folder)
-    references = []
-    for pairs in sets:
-        score_pairs = make_scorer(config, model, pairs, ranks)
-        if online:
-            references.append(online_reference(model, score_pairs))
-        else:
-            flat = cached_log_probs(
-                Path(config.output_dir) / "reference",
-                pairs,
-                cache_identity(pairs, identity, getattr(torch, config.model.compute_dtype)),
-                score_pairs,
-                ranks.device,
-            )
-            references.append(cached_reference(flat, pairs))
-    return references, identity, model
-
-
-def make_scorer(
-    config: Config,
-    model: MistralForCausalLM,
-    pairs: TokenizedPairs,
-    ranks: Ranks,
-    sum_squares: bool = False,
-) -> Scorer:
-    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
-    return scorer(
-        model,
-        pairs,
-        budget=config.data.tokens_per_microbatch,
-        prefix_sharing=config.data.prefix_sharing,
-        device=ranks.device,
-        sum_squares=sum_squares,
-    )
-
-
-def check_settings(config: Config, loss: Loss) -> None:
-    """What can only be said once the loss is known."""
-    if loss.uses_reference and config.reference.log_probs == "none":
-        raise UserError(
-            f'reference.log_probs: found "none", but the loss {loss.name} compares the policy with '
-            'a reference; expected "cached" or "online"'
-        )
-    if not loss.uses_reference and config.model.reference is not None:
-        raise UserError(f"model.reference: does nothing, because {loss.name} uses no reference")
-
-
-def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
-    """The configured optimiser over the policy's sharded float32 parameters."""
-    return make_optimizer(
-        policy.parameters(),
-        name=config.optimizer.name,
-        learning_rate=config.optimizer.learning_rate,
-        weight_decay=config.optimizer.weight_decay,
-        betas=config.optimizer.betas,
-        alpha=config.optimizer.alpha,
-        eps=config.optimizer.eps,
-    )
-
-
-def plan_run(config: Config, pairs: TokenizedPairs, ranks: Ranks) -> RunPlan:
-    """Which pairs every step trains on, and how they are divided."""
-    budget = config.data.tokens_per_microbatch
-    return RunPlan(
-        slots_of(pairs.lengths, config.data.prefix_sharing),
-        pairs_per_step=config.train.pairs_per_step,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        ranks=ranks.count,
-        budget=budget,
-        # Compiled blocks are compiled anew for each row length: few lengths, then.
-        grain=max(SLOT_GRAIN, budget // 8) if compiles(config, ranks) else SLOT_GRAIN,
-    )
-
-
-def check_first_batch(
-    config: Config,
-    ranks: Ranks,
-    loss: Loss,
-    plan: RunPlan,
-    pairs: TokenizedPairs,
-    policy: MistralForCausalLM,
-    reference: Reference,
-) -> None:
-    """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
-    division = plan.division(plan.pairs_of(0))
-    batch = next(iter(pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)))
-    with torch.no_grad():
-        log_probs = token_log_probs(policy, batch, loss.uses_weights)
-    scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
-    agree(lambda: check_start(loss, scored, getattr(torch, config.model.compute_dtype)))
+from notus.report.samples import check_prompts, show_result
 
 
 class Run(NamedTuple):
@@ -284,69 +71,6 @@ class Run(NamedTuple):
     optimizer: Optimizer
     step: int  # optimiser steps done
     common: dict[str, Any]  # what a continuation must have in common
-
-
-def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run | None:
-    """Check and open everything; None if there is nothing to train.
-
-    Raises UserError, alike on all ranks, for what the user can get wrong. Nothing is written before
-    data, models and output_dir have been found usable.
-    """
-    loss = build_loss(config.loss.section)
-    check_settings(config, loss)
-    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
-    source, shape = agree(lambda: open_model(config.model.policy))
-    if config.model.reference:
-        agree(lambda: open_model(config.model.reference))
-    pairs, held_out = read_data(config, source, shape, ranks)
-    plan = plan_run(config, pairs, ranks)
-    output = Path(config.output_dir)
-    settings = to_dict(config) | {"loss": loss.settings}
-    agree(lambda: checkpoint.check_output_dir(output, settings, resume))
-    found = agree(lambda: checkpoint.find_checkpoint(output / "checkpoints", resume))
-    say(
-        ranks,
-        f"{plan.steps:,} steps of {plan.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch; "
-        f"{shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
-    )
-    if (output / "final").exists():
-        say(ranks, f"{output / 'final'} holds the model of this run: nothing left to do")
-        return None
-    if dry_run:
-        return None
-
-    policy = build_model(config, shape, mesh, ranks, frozen=False)
-    load_weights(policy, source)
-    checkpoint.write_settings(output, settings)
-    sets = [pairs] if held_out is None else [pairs, held_out]
-    references, identity, moving = [no_reference(data, ranks.device) for data in sets], None, None
-    if loss.uses_reference:
-        say(ranks, f"reference log-probs: {config.reference.log_probs}")
-        references, identity, model = open_reference(config, policy, source, mesh, ranks, sets)
-        moving = model if config.reference.sync_every else None
-    optimizer = build_optimizer(config, policy)
-    common = checkpoint.common_ground(settings, pairs, identity, plan.steps)
-    step = 0
-    if found:
-        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, moving, common))
-        say(ranks, f"resumed from {found} after {step:,} steps")
-    elif loss.uses_reference and not config.model.reference:
-        check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
-    return Run(
-        output=output,
-        source=source,
-        loss=loss,
-        plan=plan,
-        pairs=pairs,
-        held_out=held_out,
-        policy=policy,
-        reference=references[0],
-        held_out_reference=references[1] if held_out is not None else None,
-        moving=moving,
-        optimizer=optimizer,
-        step=step,
-        common=common,
-    )
 
 
 def train(config: Config, ranks: Ranks, run: Run) -> None:
@@ -448,62 +172,280 @@ def evaluate_held_out(config: Config, ranks: Ranks, run: Run) -> dict[str, float
     return evaluate(score_pairs, run.held_out, reference, run.loss)
 
 
-def require_finite(grad_norm: Tensor, step_loss: Tensor, step: int, chosen: np.ndarray) -> float:
-    """The gradient's norm, once it and this step's loss are known to be finite on every rank.
+def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run | None:
+    """Check and open everything; None if there is nothing to train.
 
-    Raises UserError, alike on all ranks, that names the step and its pairs.
+    Raises UserError, alike on all ranks, for what the user can get wrong. Nothing is written before
+    data, models and output_dir have been found usable.
     """
-    dist.all_reduce(step_loss)
-    norm, loss = float(grad_norm), float(step_loss) / len(chosen)
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        raise UserError(
-            f"step {step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}; nothing was "
-            f"updated. The step's pairs, by index in the training data: {chosen.tolist()}"
-        )
-    return norm
-
-
-def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> None:
-    """Print held-out metrics before and after, and answers of reference and policy."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [line for line in lines if "eval_loss" in line]
-    rows = []
-    if evaluated:
-        first, last = evaluated[0], evaluated[-1]
-        names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        rows = [(f"eval_{name}", first[f"eval_{name}"], last[f"eval_{name}"]) for name in names]
-    shown = ""
-    if (wanted := config.evaluation.samples) is not None:
-        prompts = samples.read_prompts(wanted.prompts)
-        reference = model_folder(config.model.reference) if config.model.reference else source
-        before, after = (
-            sum(
-                divide(
-                    prompts,
-                    lambda share, folder=folder: samples.write_responses(
-                        folder,
-                        share,
-                        max_new_tokens=wanted.max_new_tokens,
-                        temperature=wanted.temperature,
-                        seed=config.train.seed,
-                        device=ranks.device,
-                    ),
-                ),
-                [],
+    loss = build_loss(config.loss.section)
+    check_settings(config, loss)
+    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
+    source, shape = agree(lambda: open_model(config.model.policy))
+    reference_path, reference_folder = config.model.policy, source
+    if config.model.reference:
+        reference_path = config.model.reference
+        reference_folder, other = agree(lambda: open_model(reference_path))
+        if other.vocab_size != shape.vocab_size:
+            raise UserError(
+                f"model.reference: {reference_path} has a vocabulary of {other.vocab_size} tokens, "
+                f"the policy one of {shape.vocab_size}; expected the same"
             )
-            for folder in (reference, output / "final")
+    if config.evaluation.samples is not None:
+        agree(lambda: check_prompts(config.evaluation.samples.prompts, source))
+    pairs, held_out = read_data(config, source, shape, ranks)
+    plan = plan_run(config, pairs, ranks)
+    output = Path(config.output_dir)
+    settings = to_dict(config) | {"loss": loss.settings}
+    agree(lambda: checkpoint.check_output_dir(output, settings, resume))
+    found = agree(lambda: checkpoint.find_checkpoint(output / "checkpoints", resume))
+    ranks.say(
+        f"{plan.steps:,} steps of {plan.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch; "
+        f"{shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
+    )
+    if (output / "final").exists():
+        ranks.say(f"{output / 'final'} holds the model of this run: nothing left to do")
+        return None
+    if dry_run:
+        return None
+
+    identity = weights_identity(reference_path, reference_folder) if loss.uses_reference else None
+    common = checkpoint.common_ground(settings, pairs, identity, plan.steps)
+    if found:
+        agree(lambda: checkpoint.check_checkpoint(found, common))
+    policy = build_model(config, shape, mesh, ranks, frozen=False)
+    agree(lambda: load_weights(policy, source))
+    checkpoint.write_settings(output, settings)
+    sets = [pairs] if held_out is None else [pairs, held_out]
+    references, moving = [no_reference(data, ranks.device) for data in sets], None
+    if loss.uses_reference:
+        ranks.say(f"reference log-probs: {config.reference.log_probs}")
+        references, model = open_reference(
+            config, policy, source, reference_folder, identity, mesh, ranks, sets
         )
-        share_right = [samples.share_right(prompts, answers) for answers in (before, after)]
-        rows.append((f"right answers of {len(prompts)}", *share_right))
-        shown = samples.side_by_side(prompts, after, before, wanted.count)
-    if rows:
-        say(ranks, f"\n{samples.before_and_after(rows)}\n\n{shown}")
+        moving = model if config.reference.sync_every else None
+    optimizer = build_optimizer(config, policy)
+    step = 0
+    if found:
+        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, moving))
+        ranks.say(f"resumed from {found} after {step:,} steps")
+    elif loss.uses_reference and reference_folder == source:
+        check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
+    return Run(
+        output=output,
+        source=source,
+        loss=loss,
+        plan=plan,
+        pairs=pairs,
+        held_out=held_out,
+        policy=policy,
+        reference=references[0],
+        held_out_reference=references[1] if held_out is not None else None,
+        moving=moving,
+        optimizer=optimizer,
+        step=step,
+        common=common,
+    )
 
 
-def say(ranks: Ranks, text: str) -> None:
-    """Print once, not once a rank."""
-    if ranks.first:
-        print(text, flush=True)
+def check_settings(config: Config, loss: Loss) -> None:
+    """What can only be said once the loss is known."""
+    if loss.uses_reference and config.reference.log_probs == "none":
+        raise UserError(
+            f'reference.log_probs: found "none", but the loss {loss.name} compares the policy with '
+            'a reference; expected "cached" or "online"'
+        )
+    if not loss.uses_reference and config.model.reference is not None:
+        raise UserError(f"model.reference: does nothing, because {loss.name} uses no reference")
+    if not loss.uses_reference and config.reference.log_probs == "online":
+        raise UserError(
+            f'reference.log_probs: "online" does nothing, because {loss.name} uses no reference; '
+            "leave it out"
+        )
+
+
+def read_data(
+    config: Config, source: Path, shape: ModelShape, ranks: Ranks
+) -> tuple[TokenizedPairs, TokenizedPairs | None]:
+    """The training pairs and the held-out ones (None without evaluation), as tokens.
+
+    The ranks tokenize a share each; all of them get all pairs.
+    """
+    tokenizer = agree(lambda: load_tokenizer(source))
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
+            f"{shape.vocab_size}; expected at least as many"
+        )
+    holdout = config.data.eval.holdout if isinstance(config.data.eval, Holdout) else 0
+    seed = config.train.seed
+    found = agree(lambda: load_preferences(config.data.train, seed=seed, holdout=holdout))
+    sets = {"train": found.train}
+    if holdout:
+        sets["eval"] = found.holdout
+    elif config.data.eval is not None:
+        sets["eval"] = agree(lambda: load_preferences(config.data.eval, seed=seed)).train
+
+    def tokenize(share: list[Pair]) -> Tokenized:
+        return tokenize_pairs(
+            share,
+            tokenizer,
+            style=config.data.tokenization,
+            truncation=config.data.truncation,
+            max_length=config.data.max_length,
+            max_prompt_length=config.data.max_prompt_length,
+            system_prompt=config.data.system_prompt,
+        )
+
+    tokenized = {}
+    for name, pairs in sets.items():
+        result = Tokenized.join(divide(pairs, tokenize))
+        counts = dict(found.dropped) if name == "train" else {}
+        counts = {f"dropped: {reason}": n for reason, n in counts.items()} | result.counts
+        notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
+        ranks.say(f"{name} data: {len(result.pairs):,} pairs{notes}")
+        if not len(result.pairs):
+            raise UserError(f"data.{name}: no pair is left after tokenization{notes}")
+        slots = slots_of(result.pairs.lengths, config.data.prefix_sharing)
+        if slots.max() > config.data.tokens_per_microbatch:
+            longest = pairs[result.kept[slots.argmax()]]
+            raise UserError(
+                f"{longest.where}: the pair takes {slots.max()} tokens, but "
+                f"data.tokens_per_microbatch is {config.data.tokens_per_microbatch}; raise it, or "
+                "lower data.max_length"
+            )
+        tokenized[name] = result.pairs
+    return tokenized["train"], tokenized.get("eval")
+
+
+def build_model(
+    config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
+) -> MistralForCausalLM:
+    """A sharded model without weights: float32 if they will change, else compute_dtype."""
+    compute_dtype = getattr(torch, config.model.compute_dtype)
+    constant = frozen and config.reference.sync_every is None
+    with torch.device("meta"):
+        model = MistralForCausalLM(shape).to(compute_dtype if constant else torch.float32)
+    model.requires_grad_(not frozen)
+    distributed.shard_model(
+        model,
+        mesh,
+        ranks.device,
+        compute_dtype=compute_dtype,
+        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
+        compile_blocks=compiles(config, ranks),
+        cpu_offload=config.parallel.cpu_offload,
+    )
+    return model
+
+
+def open_reference(
+    config: Config,
+    policy: MistralForCausalLM,
+    source: Path,
+    folder: Path,
+    identity: dict[str, str],
+    mesh: DeviceMesh,
+    ranks: Ranks,
+    sets: list[TokenizedPairs],
+) -> tuple[list[Reference], MistralForCausalLM]:
+    """The reference, whose weights lie in `folder`, over each of `sets`, and the model itself.
+
+    `policy` must hold its initial weights, those of `source`: they are the reference when that is
+    the same folder. What a checkpoint restored never is.
+    """
+    model = policy
+    online = config.reference.log_probs == "online"
+    if online or folder != source:
+        model = build_model(config, agree(lambda: read_shape(folder)), mesh, ranks, frozen=True)
+        agree(lambda: load_weights(model, folder))
+    references = []
+    for pairs in sets:
+        score_pairs = make_scorer(config, model, pairs, ranks)
+        if online:
+            references.append(online_reference(model, score_pairs))
+        else:
+            flat = cached_log_probs(
+                Path(config.output_dir) / "reference",
+                pairs,
+                cache_identity(pairs, identity, getattr(torch, config.model.compute_dtype)),
+                score_pairs,
+                ranks.device,
+            )
+            references.append(cached_reference(flat, pairs))
+    return references, model
+
+
+def check_first_batch(
+    config: Config,
+    ranks: Ranks,
+    loss: Loss,
+    plan: RunPlan,
+    pairs: TokenizedPairs,
+    policy: MistralForCausalLM,
+    reference: Reference,
+) -> None:
+    """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
+    division = plan.division(plan.pairs_of(0))
+    batch = next(iter(pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)))
+    with torch.no_grad():
+        log_probs = token_log_probs(policy, batch, loss.uses_weights)
+    scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
+    agree(lambda: check_start(loss, scored, getattr(torch, config.model.compute_dtype)))
+
+
+def make_scorer(
+    config: Config,
+    model: MistralForCausalLM,
+    pairs: TokenizedPairs,
+    ranks: Ranks,
+    sum_squares: bool = False,
+) -> Scorer:
+    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
+    return scorer(
+        model,
+        pairs,
+        budget=config.data.tokens_per_microbatch,
+        prefix_sharing=config.data.prefix_sharing,
+        device=ranks.device,
+        sum_squares=sum_squares,
+    )
+
+
+def plan_run(config: Config, pairs: TokenizedPairs, ranks: Ranks) -> RunPlan:
+    """Which pairs every step trains on, and how they are divided."""
+    budget = config.data.tokens_per_microbatch
+    return RunPlan(
+        slots_of(pairs.lengths, config.data.prefix_sharing),
+        pairs_per_step=config.train.pairs_per_step,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        ranks=ranks.count,
+        budget=budget,
+        # Compiled blocks are compiled anew for each row length: few lengths, then.
+        grain=max(SLOT_GRAIN, budget // 8) if compiles(config, ranks) else SLOT_GRAIN,
+    )
+
+
+def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
+    """The configured optimiser over the policy's sharded float32 parameters."""
+    return make_optimizer(
+        policy.parameters(),
+        name=config.optimizer.name,
+        learning_rate=config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        betas=config.optimizer.betas,
+        alpha=config.optimizer.alpha,
+        eps=config.optimizer.eps,
+    )
+
+
+def compiles(config: Config, ranks: Ranks) -> bool:
+    """Whether transformer blocks are compiled."""
+    wanted = config.parallel.compile
+    return ranks.device.type == "cuda" if wanted == "auto" else wanted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -519,12 +461,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = None
     try:
         ranks = distributed.start()
-        config = load_config(options.config, options.overrides)
+        config = agree(lambda: load_config(options.config, options.overrides))
         run = open_run(config, ranks, resume=options.resume, dry_run=options.dry_run)
         if run is not None:
             train(config, ranks, run)
             checkpoint.export(run.output / "final", run.policy, run.source)
-            say(ranks, f"wrote {run.output / 'final'}")
+            ranks.say(f"wrote {run.output / 'final'}")
             source, output = run.source, run.output
             del run  # the models that now answer need the memory
             gc.collect()

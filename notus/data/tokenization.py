@@ -124,6 +124,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     try:
         if (folder / "tokenizer.json").is_file():
+            _check_tokenizer_json(folder / "tokenizer.json")
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         elif (folder / "tokenizer.model").is_file():
             backend = sentencepiece_backend(folder / "tokenizer.model")
@@ -135,6 +136,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
     return tokenizer
+
+
+def _check_tokenizer_json(path: Path) -> None:
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this very class, never a narrower one
+        raise UserError(
+            f"{path}: the tokenizer cannot be read ({error}); expected a file that the tokenizers "
+            "library wrote"
+        ) from None
 
 
 def sentencepiece_backend(path: Path) -> Tokenizer:
@@ -362,6 +373,13 @@ def _trl_0_7_4(
             yield _Branches(prompt, chosen, rejected, hidden)
 
 
+def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
+    """The conversation, begun with `system_prompt` if that is given and no system turn is there."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
 def _branch_texts(
     pair: Pair, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> tuple[str, str, str]:
@@ -373,9 +391,7 @@ def _branch_texts(
             f"{pair.where}: a conversation, but the tokenizer has no chat template; expected "
             "chat_template in its tokenizer_config.json, or rows of plain text"
         )
-    messages = pair.prompt
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
+    messages = with_system_prompt(pair.prompt, system_prompt)
     prompt = _render(tokenizer, messages, pair, add_generation_prompt=True)
     answers = []
     for answer in (pair.chosen, pair.rejected):
@@ -400,5 +416,6 @@ def _render(
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:  # a template may refuse roles or their order
+    # A template may refuse roles or their order, or compute what the row's values do not allow.
+    except (jinja2.TemplateError, TypeError) as error:
         raise UserError(f"{pair.where}: the chat template refuses this row: {error}") from None

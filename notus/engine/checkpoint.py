@@ -218,17 +218,8 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def load_checkpoint(
-    folder: Path,
-    model: MistralForCausalLM,
-    optimizer: Optimizer,
-    reference: MistralForCausalLM | None,
-    common: Mapping[str, Any],
-) -> int:
-    """Restore what `save_checkpoint` was given, each rank its own slices; returns the steps done.
-
-    Raises UserError when the checkpoint was made by a run that differs in `common`, naming what.
-    """
+def check_checkpoint(folder: Path, common: Mapping[str, Any]) -> None:
+    """Raise UserError when the checkpoint is damaged, or made by a run that differs in `common`."""
     _verify(folder)
     state = json.loads((folder / "state.json").read_text())
     different = differences(state["common"], dict(common))
@@ -237,6 +228,19 @@ def load_checkpoint(
             f"{folder}: made by another run ({different}); resume with the settings it was made "
             "with, or begin a new run in another output_dir"
         )
+
+
+def load_checkpoint(
+    folder: Path,
+    model: MistralForCausalLM,
+    optimizer: Optimizer,
+    reference: MistralForCausalLM | None,
+) -> int:
+    """Restore what `save_checkpoint` was given, each rank its own slices; returns the steps done.
+
+    `check_checkpoint` must have passed the folder.
+    """
+    state = json.loads((folder / "state.json").read_text())
     _load_tensors(folder, "model", dict(model.named_parameters()))
     if reference is not None:
         _load_tensors(folder, "reference", dict(reference.named_parameters()))

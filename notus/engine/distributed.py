@@ -48,6 +48,11 @@ class Ranks:
         """Whether this process is the one that prints and writes shared files."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print once, not once a rank."""
+        if self.first:
+            print(text, flush=True)
+
 
 def start() -> Ranks:
     """Join the process group that torchrun describes, or make one of a single process.

@@ -1,6 +1,7 @@
 """What a run reports: exact means over all pairs of all ranks, speed, and where it is written."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from notus.data.planning import Plan
+from notus.errors import UserError
 from notus.model.mistral import ModelShape
 from notus.objective.losses import PairLogProbs
 
@@ -83,6 +85,21 @@ class Totals:
         numerators, denominators = sums.T.tolist()
         pairs = zip(self._names, numerators, denominators, strict=True)
         return {name: top / bottom for name, top, bottom in pairs}
+
+
+def require_finite(grad_norm: Tensor, step_loss: Tensor, step: int, chosen: np.ndarray) -> float:
+    """The gradient's norm, once it and this step's loss are known to be finite on every rank.
+
+    Raises UserError, alike on all ranks, that names the step and its pairs.
+    """
+    dist.all_reduce(step_loss)
+    norm, loss = float(grad_norm), float(step_loss) / len(chosen)
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise UserError(
+            f"step {step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}; nothing was "
+            f"updated. The step's pairs, by index in the training data: {chosen.tolist()}"
+        )
+    return norm
 
 
 def model_flops(shape: ModelShape, lengths: np.ndarray) -> float:

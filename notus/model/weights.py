@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError
+from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -157,6 +158,19 @@ def check_weights(
             "config.json describes; expected only its parameters"
         )
     return stored
+
+
+def open_model(path: str) -> tuple[Path, ModelShape]:
+    """The folder and shape of a model, local or on the hub, whose weights are all there.
+
+    Raises UserError when anything needed is missing or does not fit together.
+    """
+    folder = model_folder(path)
+    shape = read_shape(folder)
+    with torch.device("meta"):
+        parameters = MistralForCausalLM(shape).named_parameters()
+    check_weights(folder, {n: p.shape for n, p in parameters}, shape.tie_word_embeddings)
+    return folder, shape
 
 
 @torch.no_grad()

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from notus.data.preferences import Message, read_rows
-from notus.data.tokenization import load_tokenizer
+from notus.config import Config
+from notus.data.preferences import Message, read_messages, read_rows
+from notus.data.tokenization import load_tokenizer, with_system_prompt
+from notus.engine.distributed import Ranks, divide
 from notus.errors import UserError
+from notus.model.weights import model_folder
 
 PROMPTS_AT_ONCE = 64
 
@@ -35,12 +38,24 @@ def read_prompts(path: str) -> list[Prompt]:
     prompts = []
     for where, row in read_rows(path):
         prompt, answer = row.get("prompt"), row.get("answer")
+        if isinstance(prompt, list):
+            prompt = read_messages(row, "prompt", where)
         if not isinstance(prompt, str | list) or not prompt:
             raise UserError(f"{where}: prompt is {json.dumps(prompt)}, expected text or messages")
         if answer is not None and not isinstance(answer, str):
             raise UserError(f"{where}: answer is {json.dumps(answer)}, expected text")
         prompts.append(Prompt(prompt, answer))
     return prompts
+
+
+def check_prompts(path: str, folder: Path) -> None:
+    """Raise UserError unless the prompts at `path` can be put to the model in `folder`."""
+    conversational = any(not isinstance(prompt.prompt, str) for prompt in read_prompts(path))
+    if conversational and not load_tokenizer(folder).chat_template:
+        raise UserError(
+            f"{path}: found conversations, but the tokenizer has no chat template; expected "
+            f"chat_template in {folder}/tokenizer_config.json, or prompts of plain text"
+        )
 
 
 def is_right(generated: str, answer: str) -> bool:
@@ -66,9 +81,14 @@ def write_responses(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    system_prompt: str | None,
     device: torch.device,
 ) -> list[str]:
-    """The response of the model in `folder` to each prompt, sampled, or greedy at temperature 0."""
+    """The response of the model in `folder` to each prompt, sampled, or greedy at temperature 0.
+
+    Prompts are encoded as in training ("clean"): a conversation has the special tokens that its
+    template writes, plain text those of the tokenizer.
+    """
     if not prompts:
         return []
     tokenizer = load_tokenizer(folder)
@@ -82,20 +102,9 @@ def write_responses(
     torch.manual_seed(seed)
     responses = []
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        texts, special = [], False
-        for prompt in prompts[start : start + PROMPTS_AT_ONCE]:
-            if isinstance(prompt.prompt, str):
-                texts.append(prompt.prompt)
-                special = True
-            else:
-                texts.append(
-                    tokenizer.apply_chat_template(
-                        prompt.prompt, tokenize=False, add_generation_prompt=True
-                    )
-                )
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(
-            device
-        )
+        batch = [prompt.prompt for prompt in prompts[start : start + PROMPTS_AT_ONCE]]
+        ids = [_encode(prompt, tokenizer, system_prompt) for prompt in batch]
+        inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -106,6 +115,64 @@ def write_responses(
         new = output[:, inputs["input_ids"].shape[1] :]
         responses += tokenizer.batch_decode(new, skip_special_tokens=True)
     return responses
+
+
+def _encode(
+    prompt: str | list[Message], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    messages = with_system_prompt(prompt, system_prompt)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> None:
+    """Print held-out metrics before and after training, and answers of reference and policy.
+
+    source: the folder of the initial policy; output: the finished run's. The ranks share the
+    writing. Collective.
+    """
+    rows = held_out_rows(output / "metrics.jsonl")
+    shown = ""
+    if (wanted := config.evaluation.samples) is not None:
+        prompts = read_prompts(wanted.prompts)
+        reference = model_folder(config.model.reference) if config.model.reference else source
+
+        def answers(folder: Path) -> list[str]:
+            parts = divide(
+                prompts,
+                lambda share: write_responses(
+                    folder,
+                    share,
+                    max_new_tokens=wanted.max_new_tokens,
+                    temperature=wanted.temperature,
+                    seed=config.train.seed,
+                    system_prompt=config.data.system_prompt,
+                    device=ranks.device,
+                ),
+            )
+            return [answer for part in parts for answer in part]
+
+        before, after = answers(reference), answers(output / "final")
+        marks = [share_right(prompts, answered) for answered in (before, after)]
+        if None not in marks:
+            rows.append((f"right answers of {len(prompts)}", *marks))
+        shown = side_by_side(prompts, after, before, wanted.count)
+    if rows:
+        ranks.say("\n" + before_and_after(rows))
+    ranks.say("\n" + shown)
+
+
+def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
+    """(name, first, last) of the main held-out metrics in a metrics.jsonl that has any."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+    return [
+        (f"eval_{name}", evaluated[0][f"eval_{name}"], evaluated[-1][f"eval_{name}"])
+        for name in (names if evaluated else ())
+    ]
 
 
 def side_by_side(
@@ -123,12 +190,11 @@ def side_by_side(
     return "\n".join(lines)
 
 
-def before_and_after(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
-    """A table of (name, before, after) as text; rows without both values are left out."""
-    known = [row for row in rows if None not in row]
-    width = max((len(name) for name, *_ in known), default=0)
+def before_and_after(rows: Sequence[tuple[str, float, float]]) -> str:
+    """A table of (name, before, after) as text."""
+    width = max(len(name) for name, *_ in rows)
     lines = [f"{'':{width}}  {'before':>10}  {'after':>10}"]
-    lines += [f"{name:{width}}  {before:10.4f}  {after:10.4f}" for name, before, after in known]
+    lines += [f"{name:{width}}  {before:10.4f}  {after:10.4f}" for name, before, after in rows]
     return "\n".join(lines)
 
 
