@@ -380,6 +380,12 @@ def _common_messages(chosen: list[Message], rejected: list[Message]) -> int:
     return next((index for index, same in enumerate(equal) if not same), shortest)
 
 
+def convert_turns(row: Row, where: str) -> Pair:
+    """Text columns that are turns of a chat: the prompt the user's, the responses the model's."""
+    texts = (_text(row, column, where) for column in ("prompt", "chosen", "rejected"))
+    return _single_turn_pair(*texts, where, _scores(row, where))
+
+
 def convert_argilla(row: Row, where: str) -> Pair:
     """argilla/ultrafeedback-binarized-preferences: an instruction and two answers to it."""
     return _single_turn_pair(
@@ -511,6 +517,12 @@ FORMATS: dict[str, Format] = {
     "hh": Format('chosen, rejected as "\\n\\nHuman:" dialogues', _is_hh, convert_hh),
     "preference": Format(
         "chosen, rejected and optionally prompt", _is_preference, convert_preference
+    ),
+    # The columns of plain text, so it is never guessed: the source has to name it.
+    "turns": Format(
+        "prompt, chosen, rejected as text to be put in a chat template",
+        lambda row: False,
+        convert_turns,
     ),
 }
 

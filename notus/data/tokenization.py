@@ -334,7 +334,8 @@ def _split(
             f"{pair.where}: the prompt is not a token prefix of its branch: the token "
             f"{tokenizer.convert_ids_to_tokens(ids[boundary])!r} covers the end of "
             f"{prompt[-40:]!r} and the response's beginning; expected the response to begin with "
-            "a token of its own (does the prompt end in a space that belongs to the response?)"
+            "a token of its own. If the columns are turns of a chat, give their source "
+            '"format": "turns"; if the prompt ends in a space, move it to the response'
         )
     # A plain text may spell out the BOS that the tokenizer puts in front of it.
     begin = 1 if ids[:2] == [tokenizer.bos_token_id] * 2 else 0

@@ -8,7 +8,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from notus.data.preferences import Pair, common_prompt_length, load_preferences, split_holdout
+from notus.data.preferences import (
+    FORMATS,
+    Pair,
+    common_prompt_length,
+    find_format,
+    load_preferences,
+    split_holdout,
+)
 from notus.errors import UserError
 
 
@@ -453,3 +460,17 @@ def test_what_is_not_there_is_an_error(tmp_path, monkeypatch):
     for name in ("nobody/absent", "not a name"):
         with pytest.raises(UserError, match=f"{name}: neither a local .* reachable on the hub"):
             load_path(name)
+
+
+def test_text_columns_become_turns_when_the_source_says_so():
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "score_chosen": 2.0}
+    assert FORMATS["turns"].convert(row, "here:1") == Pair(
+        [{"role": "user", "content": "Why?"}],
+        [{"role": "assistant", "content": "So."}],
+        [{"role": "assistant", "content": "No."}],
+        "here:1",
+        2.0,
+        None,
+    )
+    assert find_format(None, row, "here:1") == "preference"
+    assert find_format("turns", row, "here:1") == "turns"
