@@ -11,8 +11,9 @@ optimiser step. Exit code 1: something differed by more than the tolerance.
 
 What has to be matched before the two do the same arithmetic:
 
-- Tokenizer. TRL takes transformers' AutoTokenizer, which rebuilds a Llama tokenizer's normaliser;
-  notus takes tokenizer.json as it stands, and so does TRL here.
+- Tokenizer. Where tokenizer_config.json names LlamaTokenizer, as Mistral's and Zephyr's do, TRL
+  (through transformers 5) rebuilds the normaliser; notus takes tokenizer.json as it stands, and so
+  does TRL here.
 - Tokens. TRL keeps what a chat template writes after the last end-of-sequence token (Zephyr's: a
   newline); notus' "clean" tokenization ends at that token. Here TRL tokenizes and the tail is cut.
   Both differences are counted and printed; `num_tokens` must then be equal at every step.
@@ -50,7 +51,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import (
-    AutoTokenizer,
+    LlamaTokenizer,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerBase,
@@ -223,7 +224,7 @@ def write_pairs(work: Path, path: str, count: int) -> None:
     curation = Curation(rule="mean-rating") if demo else None
     source = Source(path="demo/preferences.jsonl" if demo else path, curation=curation)
     ours = load_tokenizer(work / "policy")
-    rebuilt = AutoTokenizer.from_pretrained(work / "policy")
+    rebuilt = LlamaTokenizer.from_pretrained(work / "policy")
     rows = []
     rebuilt_differently = tails = cut = 0
     for pair in load_preferences([source], seed=0).train:
@@ -247,9 +248,9 @@ def write_pairs(work: Path, path: str, count: int) -> None:
         raise UserError(f"--pairs {path}: {len(rows)} usable pairs, expected at least {count}")
     (work / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(
-        f"{count} pairs, {cut} of them cut at {MAX_LENGTH} tokens. TRL by itself: other tokens "
-        f"from AutoTokenizer in {rebuilt_differently}, tokens after the last {ours.eos_token} "
-        f"in {tails}"
+        f"{count} pairs, {cut} of them cut at {MAX_LENGTH} tokens. TRL left alone: tokens after "
+        f"the last {ours.eos_token} in {tails} of them, other tokens under a tokenizer_config.json "
+        f"that names LlamaTokenizer in {rebuilt_differently}"
     )
 
 
@@ -433,4 +434,8 @@ def table_line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

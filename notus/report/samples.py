@@ -135,8 +135,8 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
     """
     rows = held_out_rows(output / "metrics.jsonl")
     shown = ""
-    if (wanted := config.evaluation.samples) is not None:
-        prompts = read_prompts(wanted.prompts)
+    if (samples := config.evaluation.samples) is not None:
+        prompts = read_prompts(samples.prompts)
         reference = model_folder(config.model.reference) if config.model.reference else source
 
         def answers(folder: Path) -> list[str]:
@@ -145,8 +145,8 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
                 lambda share: write_responses(
                     folder,
                     share,
-                    max_new_tokens=wanted.max_new_tokens,
-                    temperature=wanted.temperature,
+                    max_new_tokens=samples.max_new_tokens,
+                    temperature=samples.temperature,
                     seed=config.train.seed,
                     system_prompt=config.data.system_prompt,
                     device=ranks.device,
@@ -158,7 +158,7 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
         marks = [share_right(prompts, answered) for answered in (before, after)]
         if None not in marks:
             rows.append((f"right answers of {len(prompts)}", *marks))
-        shown = side_by_side(prompts, after, before, wanted.count)
+        shown = side_by_side(prompts, after, before, samples.count)
     if rows:
         ranks.say("\n" + before_and_after(rows))
     ranks.say("\n" + shown)

@@ -463,14 +463,20 @@ def test_what_is_not_there_is_an_error(tmp_path, monkeypatch):
 
 
 def test_text_columns_become_turns_when_the_source_says_so():
-    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "score_chosen": 2.0}
+    row = {
+        "prompt": "Why?",
+        "chosen": "So.",
+        "rejected": "No.",
+        "score_chosen": 2.0,
+        "score_rejected": 1.0,
+    }
     assert FORMATS["turns"].convert(row, "here:1") == Pair(
         [{"role": "user", "content": "Why?"}],
         [{"role": "assistant", "content": "So."}],
         [{"role": "assistant", "content": "No."}],
         "here:1",
         2.0,
-        None,
+        1.0,
     )
     assert find_format(None, row, "here:1") == "preference"
     assert find_format("turns", row, "here:1") == "turns"
