@@ -585,8 +585,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m notus.demo", description="Write the demo.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
     folder = parser.parse_args(arguments).out
-    # The number of threads decides the order of float additions, so it is part of the result.
-    torch.set_num_threads(2)
+    # The number of threads decides the order of float additions, so it is part of the result. And
+    # where other work keeps a core busy, two threads that wait for each other are far slower.
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     logging.disable_progress_bar()
     print(

@@ -178,15 +178,15 @@ def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
 def side_by_side(
     prompts: Sequence[Prompt], policy: Sequence[str], reference: Sequence[str], count: int
 ) -> str:
-    """The first `count` prompts with both responses, as text for the terminal."""
-    lines = []
-    for prompt, ours, theirs in list(zip(prompts, policy, reference, strict=True))[:count]:
-        lines += [
-            f"prompt     {_one_line(prompt.text)}",
-            f"reference  {_one_line(theirs)}",
-            f"policy     {_one_line(ours)}",
-            "",
-        ]
+    """The first `count` prompts that the two answered differently, with both responses, as text."""
+    answered = zip(prompts, policy, reference, strict=True)
+    different = [(prompt, ours, theirs) for prompt, ours, theirs in answered if ours != theirs]
+    lines = [f"{len(different)} of {len(prompts)} prompts are answered differently; the first:", ""]
+    for prompt, ours, theirs in different[:count]:
+        lines.append(f"prompt     {_one_line(prompt.text)}")
+        if prompt.answer is not None:
+            lines.append(f"answer     {_one_line(prompt.answer)}")
+        lines += [f"reference  {_one_line(theirs)}", f"policy     {_one_line(ours)}", ""]
     return "\n".join(lines)
 
 
