@@ -208,6 +208,7 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
         return None
     if dry_run:
         return None
+    distributed.check_host_memory(shape.num_parameters, ranks)
 
     identity = weights_identity(reference_path, reference_folder) if loss.uses_reference else None
     common = checkpoint.common_ground(settings, pairs, identity, plan.steps)
@@ -457,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resume", default="auto", help="auto (the newest checkpoint), never, or a checkpoint"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     ranks = None
     try:
         ranks = distributed.start()

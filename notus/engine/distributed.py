@@ -86,6 +86,26 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def check_host_memory(parameters: int, ranks: Ranks) -> None:
+    """Refuse to train on the CPU what its memory cannot hold.
+
+    parameters: of the whole model. Counts 12 bytes each, float32 weights, gradients and one
+    optimiser moment, for this machine's share of the ranks. Raises UserError.
+    """
+    if ranks.device.type != "cpu":
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / ranks.count
+    needed = 12 * parameters * here / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > memory:
+        raise UserError(
+            f"no CUDA device was found (PyTorch {torch.__version__}), and {parameters:,} "
+            f"parameters take at least {needed:.0f} GiB of this machine's {memory:.0f} GiB to "
+            "train on the CPU; start on a machine with GPUs and a CUDA build of PyTorch, or check "
+            "everything else here with --dry-run"
+        )
+
+
 def agree(function: Callable[[], Result]) -> Result:
     """Call `function` on every rank; a UserError on any rank is raised on all of them.
 
