@@ -247,12 +247,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: found {_show(tree)}, expected an object of sections")
 
     origins: dict[str, str] = {}
+    before = _config_or_none(tree)
     for override in overrides:
         _apply_override(tree, override, origins)
     try:
         _reject_malformed(tree, "")
         config = _parse(tree, Config, "")
-        _reject_contradictions(config, tree)
+        _reject_contradictions(config)
+        _reject_inert(config, tree, before, origins)
     except _Invalid as error:
         raise UserError(f"{_origin(error.key, origins, path)}: {error.key}: {error}") from None
     return config
@@ -348,13 +350,30 @@ def _reject_malformed(node: Any, key: str) -> None:
             _reject_malformed(child, _join(key, name))
 
 
-def _reject_contradictions(config: Config, tree: dict[str, Any]) -> None:
+def _config_or_none(tree: dict[str, Any]) -> Config | None:
+    """The file's own configuration; None where it is not one before overrides complete it."""
+    try:
+        return _parse(tree, Config, "")
+    except _Invalid:
+        return None
+
+
+def _reject_contradictions(config: Config) -> None:
     for key, contradicts, problem in CONFLICTS:
         if contradicts(config):
             raise _Invalid(key, problem.format(config))
+
+
+def _reject_inert(
+    config: Config, tree: dict[str, Any], before: Config | None, origins: dict[str, str]
+) -> None:
+    """before: the file without overrides. What an override made inert in it cannot be left out."""
     for key, is_inert, reason in INERT:
         section, name = key.split(".")
-        if name in tree.get(section, {}) and is_inert(config):
+        if name not in tree.get(section, {}) or not is_inert(config):
+            continue
+        overridden = {section, key} & origins.keys()
+        if overridden or before is None or is_inert(before):
             raise _Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")
 
 

@@ -452,3 +452,18 @@ def test_every_field_is_read() -> None:
     paths = [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "notus" / "report").glob("*.py")]
     paths.append(ROOT / "notus" / "data" / "preferences.py")  # is handed the sources as they are
     assert unread([path.read_text() for path in paths if path.exists()]) == set()
+
+
+def test_an_override_may_take_the_effect_of_a_key_in_the_file(tmp_path: Path) -> None:
+    tree = json.loads(json.dumps(MINIMAL)) | {"evaluation": {"every": 7}}
+    tree["data"]["eval"] = {"holdout": 5}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    config = load_config(path, ["data.eval=null", "output_dir=elsewhere"])
+    assert "every" not in to_dict(config)["evaluation"]
+    with pytest.raises(UserError, match="command line, evaluation.every=3.*has no effect"):
+        load_config(path, ["data.eval=null", "evaluation.every=3"])
+    del tree["data"]["eval"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="config.json: evaluation.every: has no effect"):
+        load_config(path, ["output_dir=elsewhere"])
