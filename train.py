@@ -10,19 +10,22 @@ README.md says where to change what.
 
 import argparse
 import gc
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from notus.config import Config, Holdout, load_config, to_dict
 from notus.data.packing import slots_of
-from notus.data.planning import SLOT_GRAIN, RunPlan
+from notus.data.planning import RunPlan
 from notus.data.preferences import Pair, load_preferences
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.engine import checkpoint, distributed
@@ -41,7 +44,7 @@ from notus.objective.logprobs import (
     scorer,
     token_log_probs,
 )
-from notus.objective.losses import Loss, build_loss
+from notus.objective.losses import Loss, PairLogProbs, build_loss
 from notus.objective.reference import (
     Reference,
     cache_identity,
@@ -67,7 +70,7 @@ class Run(NamedTuple):
     policy: MistralForCausalLM
     reference: Reference
     held_out_reference: Reference | None
-    moving: MistralForCausalLM | None  # the reference model, if it follows the policy
+    following: MistralForCausalLM | None  # the reference model, if it follows the policy
     optimizer: Optimizer
     step: int  # optimiser steps done
     common: dict[str, Any]  # what a continuation must have in common
@@ -86,21 +89,16 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
     for step in range(run.step, plan.steps):
         chosen = plan.pairs_of(step)
         division = plan.division(chosen)
-        if loss.couples_pairs:
-            coupled = couple_step(
-                loss,
-                make_scorer(config, policy, pairs, ranks, loss.uses_weights)(chosen),
-                reference.of_pairs(chosen),
-                pairs,
-                chosen,
-            )
+        mean_chosen_length = float(pairs.lengths[chosen, 1].mean())
+        pair_losses = step_loss_function(config, ranks, run, chosen)
         step_loss = torch.zeros((), device=ranks.device)
         for batch in pack_plan(division, pairs, config.data.prefix_sharing, ranks.device):
+            reference_log_probs = reference.of_batch(batch)
             log_probs = token_log_probs(policy, batch, loss.uses_weights)
             scored = pair_log_probs(
-                log_probs, reference.of_batch(batch), batch.lengths, pairs.lengths[chosen, 1].mean()
+                log_probs, reference_log_probs, batch.lengths, mean_chosen_length
             )
-            losses = coupled(scored, batch.pairs) if loss.couples_pairs else loss(scored)
+            losses = pair_losses(scored, batch.pairs)
             # The step's gradient is the mean over its pairs, whatever the packing and the number
             # of ranks: FSDP sums over ranks and never divides, so this is the only division.
             (losses.sum() / len(chosen)).backward()
@@ -123,13 +121,13 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
         done = step + 1
         # once in a while: let the reference follow (TR-DPO)
         if is_due(done, config.reference.sync_every):
-            follow(run.moving, policy, config.reference.sync_share)
+            follow(run.following, policy, config.reference.sync_share)
         tokens_seen += int(tokens[chosen].sum())
         speed.count(pairs.lengths[chosen], int(plan.slot_counts[chosen].sum()), division)
         metrics: dict[str, float] = {}
 
         # once in a while: log
-        if done % config.log.every == 0 or done == plan.steps:
+        if done == plan.steps or is_due(done, config.log.every):
             metrics |= totals.means() | speed.report()
             metrics |= {
                 "grad_norm": grad_norm,
@@ -149,13 +147,28 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
                 done,
                 policy,
                 run.optimizer,
-                run.moving,
+                run.following,
                 common=run.common,
                 source=run.source,
                 keep=config.checkpoint.keep,
             )
             speed.restart()
     log.close()
+
+
+def step_loss_function(
+    config: Config, ranks: Ranks, run: Run, chosen: np.ndarray
+) -> Callable[[PairLogProbs, Tensor], Tensor]:
+    """From a microbatch's log-probs and pair indices to its losses [B], within one step.
+
+    Most losses look at one pair at a time. One that sorts the step's pairs needs them all first,
+    in a pass without gradient.
+    """
+    if not run.loss.couples_pairs:
+        return lambda scored, indices: run.loss(scored)
+    score_pairs = make_scorer(config, run.policy, run.pairs, ranks, run.loss.uses_weights)
+    policy, reference = score_pairs(chosen), run.reference.of_pairs(chosen)
+    return couple_step(run.loss, policy, reference, run.pairs, chosen)
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -217,18 +230,19 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
     policy = build_model(config, shape, mesh, ranks, frozen=False)
     agree(lambda: load_weights(policy, source))
     checkpoint.write_settings(output, settings)
+    agree(lambda: checkpoint.check_shared(output))
     sets = [pairs] if held_out is None else [pairs, held_out]
-    references, moving = [no_reference(data, ranks.device) for data in sets], None
+    references, following = [no_reference(data, ranks.device) for data in sets], None
     if loss.uses_reference:
         ranks.say(f"reference log-probs: {config.reference.log_probs}")
         references, model = open_reference(
             config, policy, source, reference_folder, identity, mesh, ranks, sets
         )
-        moving = model if config.reference.sync_every else None
+        following = model if config.reference.sync_every else None
     optimizer = build_optimizer(config, policy)
     step = 0
     if found:
-        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, moving))
+        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, following))
         ranks.say(f"resumed from {found} after {step:,} steps")
     elif loss.uses_reference and reference_folder == source:
         check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
@@ -242,7 +256,7 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
         policy=policy,
         reference=references[0],
         held_out_reference=references[1] if held_out is not None else None,
-        moving=moving,
+        following=following,
         optimizer=optimizer,
         step=step,
         common=common,
@@ -415,7 +429,6 @@ def make_scorer(
 
 def plan_run(config: Config, pairs: TokenizedPairs, ranks: Ranks) -> RunPlan:
     """Which pairs every step trains on, and how they are divided."""
-    budget = config.data.tokens_per_microbatch
     return RunPlan(
         slots_of(pairs.lengths, config.data.prefix_sharing),
         pairs_per_step=config.train.pairs_per_step,
@@ -424,9 +437,7 @@ def plan_run(config: Config, pairs: TokenizedPairs, ranks: Ranks) -> RunPlan:
         seed=config.train.seed,
         shuffle=config.data.shuffle,
         ranks=ranks.count,
-        budget=budget,
-        # Compiled blocks are compiled anew for each row length: few lengths, then.
-        grain=max(SLOT_GRAIN, budget // 8) if compiles(config, ranks) else SLOT_GRAIN,
+        budget=config.data.tokens_per_microbatch,
     )
 
 
@@ -461,8 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     ranks = None
     try:
-        ranks = distributed.start()
-        config = agree(lambda: load_config(options.config, options.overrides))
+        config = load_config(options.config, options.overrides)
+        ranks = distributed.start(config.parallel.device)
         run = open_run(config, ranks, resume=options.resume, dry_run=options.dry_run)
         if run is not None:
             train(config, ranks, run)
@@ -473,7 +484,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.collect()
             show_result(config, ranks, source, output)
     except UserError as error:
-        if ranks is None or ranks.first:
+        # Before the ranks have met, the first process of each machine speaks.
+        if ranks.first if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

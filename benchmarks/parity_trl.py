@@ -34,6 +34,11 @@ A difference is relative to the larger of the two values. A reward is beta times
 log-prob sums L, and float32 leaves beta * |L| * 2**-23 of it undetermined however it is computed:
 a reward counts as no smaller than 1000 times that. Before the first step every reward is 0, TRL's
 exactly, and which of two equal rewards is the larger (rewards/accuracies) is not compared.
+
+For scale: TRL against itself, two pairs in a micro-batch instead of four, differs by up to 4e-4 in
+the rewards of "sigmoid" within eight steps of UltraFeedback text. "discopop" may fail where a mean
+reward crosses 0: its mixing coefficient changes 1 / 0.05 times as fast as a sigmoid loss, and there
+TRL differs from itself by 1e-3.
 """
 
 import argparse

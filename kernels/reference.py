@@ -14,8 +14,8 @@ def linear_log_probs(hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor) ->
 
     hidden_SD and weight_VD share one floating dtype, targets_S is int64 in [0, V). Products
     accumulate in float32 and the logits are never rounded to a narrower type. Rows are taken in
-    chunks and the backward pass recomputes their logits, so memory beyond the gradients is one
-    chunk x V and does not grow with S.
+    chunks and the backward pass recomputes their logits, so memory beyond the gradients is a few
+    times chunk x V (and on the CPU a float32 copy of a bfloat16 weight) and does not grow with S.
     """
     return _LinearLogProbs.apply(hidden_SD, weight_VD, targets_S)
 
@@ -45,10 +45,19 @@ def _empty_rows(hidden_SD: Tensor) -> Tensor:
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    if hidden_CD.is_cuda and hidden_CD.dtype == torch.bfloat16:
-        return torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32)  # CUDA alone has this form
-    dtype = torch.promote_types(hidden_CD.dtype, torch.float32)
-    return hidden_CD.to(dtype) @ weight_VD.to(dtype).T
+    return _product(hidden_CD, weight_VD.T)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product accumulated and returned in float32 (float64 for float64 operands).
+
+    `right` has the dtype of the parameters in the computation. On CUDA the left factor is rounded
+    to it, so that bfloat16 products run on the matrix units; elsewhere both are widened.
+    """
+    if right.is_cuda and right.dtype == torch.bfloat16:
+        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    dtype = torch.promote_types(right.dtype, torch.float32)
+    return left.to(dtype) @ right.to(dtype)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -75,9 +84,9 @@ class _LinearLogProbs(torch.autograd.Function):
             grad_CV.sub_(lse_S[rows, None]).exp_().mul_(-grad_S[rows, None])
             grad_CV.scatter_add_(1, targets_S[rows, None], grad_S[rows, None])
             if need_hidden:
-                grad_hidden_SD[rows] = (grad_CV @ weight_VD.to(grad_CV.dtype)).to(hidden_SD.dtype)
+                grad_hidden_SD[rows] = _product(grad_CV, weight_VD)
             if need_weight:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_SD[rows].to(grad_CV.dtype))
+                grad_weight_VD += _product(grad_CV.T, hidden_SD[rows])
         if need_weight:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_SD, grad_weight_VD, None

@@ -142,6 +142,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto": CUDA where there is a GPU
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
     cpu_offload: bool = False  # parameters and optimiser state rest in the host's memory

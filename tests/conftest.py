@@ -1,5 +1,10 @@
 """Helpers that several tests share: tiny models, random pairs, a slow way to score them."""
 
+import os
+
+# The suite is for the CPU, also where there is a GPU; before torch looks for one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import numpy as np
 import pytest
 import torch

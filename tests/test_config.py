@@ -58,6 +58,7 @@ def test_defaults(tmp_path: Path) -> None:
         "schedule": {"name": "linear", "warmup_ratio": 0.1},
         "train": {"pairs_per_step": 64, "epochs": 1, "max_steps": None, "seed": 42},
         "parallel": {
+            "device": "auto",
             "shard": None,
             "replicate": 1,
             "cpu_offload": False,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SLOT_GRAIN = 128  # rows are whole attention blocks long, and few different lengths occur
+SLOT_GRAIN = 128  # rows are whole attention blocks long
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Plan:
 class RunPlan:
     """What every optimiser step of a run trains on, and how that is divided.
 
-    slot_counts: int64 [pairs], see `plan`, as ranks, budget and grain. pairs_per_step: the global
-    batch. max_steps: the run ends there if the epochs hold more.
+    slot_counts: int64 [pairs], see `plan`, as ranks and budget. pairs_per_step: the global batch.
+    max_steps: the run ends there if the epochs hold more.
     """
 
     slot_counts: np.ndarray
@@ -42,7 +42,6 @@ class RunPlan:
     shuffle: bool
     ranks: int
     budget: int
-    grain: int = SLOT_GRAIN
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,7 +66,7 @@ class RunPlan:
 
     def division(self, pairs: np.ndarray) -> Plan:
         """Those pairs over ranks and microbatches."""
-        return plan(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget, grain=self.grain)
+        return plan(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget)
 
 
 def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:

@@ -57,6 +57,15 @@ class TokenizedPairs:
         """
         return np.concatenate(([0], self.lengths[:, 1:].sum(1).cumsum()))
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> "TokenizedPairs":
+        """The pairs `indices`, in that order."""
+        spans = [
+            np.arange(start, start + n)
+            for start, n in zip(self.starts[indices, 0], self.lengths[indices].sum(1), strict=True)
+        ]
+        positions = np.concatenate([np.zeros(0, np.int64), *spans])
+        return TokenizedPairs(self.tokens[positions], self.hidden[positions], self.lengths[indices])
+
     def fingerprint(self) -> str:
         """SHA-256 of the pairs: any other token, length or order gives another."""
         digest = hashlib.sha256()

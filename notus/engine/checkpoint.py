@@ -10,7 +10,7 @@
         manifest.json                         size and SHA-256 of every file, written last
 
 A folder has its final name only once everything in it is on disk, so every folder named step-* is
-complete unless it was damaged later.
+complete unless it was damaged later. All ranks need the same output_dir: a shared file system.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, local_rows, save_sharded
 
 Plain = dict[str, Any]
+Item = TypeVar("Item")
 
 
 def save_checkpoint(
@@ -65,9 +66,11 @@ def save_checkpoint(
         _save_tensors(partial, "reference", reference.named_parameters())
     if first:
         _write_json(partial / "state.json", {"step": step, "common": dict(common)})
-        _write_manifest(partial)
+    _write_manifest(partial)
+    if first:
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
+        _to_disk(root)
         for old in checkpoints(root)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -168,6 +171,15 @@ def write_settings(folder: Path, settings: Plain) -> None:
     dist.barrier()
 
 
+def check_shared(folder: Path) -> None:
+    """Refuse an output_dir that rank 0 wrote to and this rank does not see."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"output_dir: rank {dist.get_rank()} does not see {folder.resolve()}/config.json, "
+            "which rank 0 wrote; expected a folder on a file system that all machines share"
+        )
+
+
 def common_ground(
     settings: Plain, pairs: TokenizedPairs, reference: Mapping[str, str] | None, steps: int
 ) -> Plain:
@@ -219,7 +231,10 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
 
 
 def check_checkpoint(folder: Path, common: Mapping[str, Any]) -> None:
-    """Raise UserError when the checkpoint is damaged, or made by a run that differs in `common`."""
+    """Raise UserError when the checkpoint is damaged, or made by a run that differs in `common`.
+
+    Each rank reads a share of the files: what one finds, `agree` tells the others.
+    """
     _verify(folder)
     state = json.loads((folder / "state.json").read_text())
     different = differences(state["common"], dict(common))
@@ -299,25 +314,47 @@ def _write_json(path: Path, value: Plain) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
-    _write_json(folder / "manifest.json", files)
+    """Record every file's size and SHA-256, once its contents are on disk. Collective."""
+    dist.barrier()
+    own = {}
+    for path in _own_share(sorted(folder.iterdir())):
+        _to_disk(path)
+        own[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    shares: list[Plain] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    if dist.get_rank() == 0:
+        files = {name: about for share in shares for name, about in share.items()}
+        _write_json(folder / "manifest.json", files)
+        _to_disk(folder / "manifest.json")
+        _to_disk(folder)
 
 
 def _verify(folder: Path) -> None:
+    """Compare this rank's share of the files with the manifest."""
     advice = f"the checkpoint is damaged: remove {folder} to resume from an earlier one"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{folder}/manifest.json: missing or not valid JSON; {advice}") from None
-    for name, expected in manifest.items():
-        path = folder / name
+    for name in _own_share(sorted(manifest)):
+        path, expected = folder / name, manifest[name]
         size = path.stat().st_size if path.is_file() else None
         if size != expected["bytes"]:
             found = "nothing" if size is None else f"{size} bytes"
             raise UserError(f"{path}: found {found}, expected {expected['bytes']} bytes; {advice}")
+        if _sha256(path) != expected["sha256"]:
+            raise UserError(f"{path}: its contents are not those that were written; {advice}")
+
+
+def _own_share(items: list[Item]) -> list[Item]:
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _sha256(path: Path) -> str:

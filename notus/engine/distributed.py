@@ -54,22 +54,24 @@ class Ranks:
             print(text, flush=True)
 
 
-def start() -> Ranks:
+def start(device: str = "auto") -> Ranks:
     """Join the process group that torchrun describes, or make one of a single process.
 
-    NCCL for tensors on CUDA, one GPU per local rank; gloo for those on the CPU.
+    device: "cpu", "cuda", or "auto" for CUDA where there is any. NCCL for tensors on CUDA, one GPU
+    per local rank; gloo for those on the CPU. Raises UserError when a GPU is missing.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
             raise UserError(
-                f"local rank {local_rank} has no GPU: torchrun started more processes than the "
-                f"{torch.cuda.device_count()} GPUs of this machine; lower --nproc_per_node"
+                f"local rank {local_rank} has no GPU: PyTorch {torch.__version__} finds {gpus} on "
+                "this machine; lower --nproc_per_node, or give parallel.device=cpu"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+        torch.cuda.set_device(local_rank)
+    device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         pass  # called from a program that has joined one itself

@@ -36,7 +36,8 @@ def pair_metrics(
     """
     chosen_ratio = pairs.policy_chosen - pairs.reference_chosen
     rejected_ratio = pairs.policy_rejected - pairs.reference_rejected
-    count = losses.new_tensor(len(losses), dtype=torch.float64)
+    # Not a tensor made from a number: that copy from the host would wait for the forward pass.
+    count = torch.full((), len(losses), dtype=torch.float64, device=losses.device)
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
         return values.double().sum(), count

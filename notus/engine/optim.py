@@ -19,11 +19,11 @@ def make_optimizer(
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101) or RMSprop over float32 parameters; state has their sharding."""
     parameters = list(parameters)
+    on_gpu = parameters[0].is_cuda
     if name == "adamw":
-        fused = parameters[0].is_cuda
-        return AdamW(parameters, learning_rate, betas, eps, weight_decay, fused=fused)
+        return AdamW(parameters, learning_rate, betas, eps, weight_decay, fused=on_gpu)
     assert name == "rmsprop", name
-    return RMSprop(parameters, learning_rate, alpha, eps, weight_decay)
+    return RMSprop(parameters, learning_rate, alpha, eps, weight_decay, foreach=on_gpu)
 
 
 def schedule_factor(step: int, *, total: int, name: str, warmup_ratio: float) -> float:

@@ -205,9 +205,7 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
     sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
     assert len(sharded) == 1 and placements[sharded[0]].dim == 0, placements
     ranks = mesh.size(sharded[0])
-    chunk = -(
-        -len(tensor) // ranks
-    )  # FSDP divides as torch.chunk does: the last ranks may get less
+    chunk = -(-len(tensor) // ranks)  # as torch.chunk divides: the last ranks may get less
     start = min(chunk * mesh.get_local_rank(sharded[0]), len(tensor))
     local = tensor.to_local()
     return local, slice(start, start + len(local))

@@ -19,7 +19,7 @@ from notus.model.attention import build_mask, default_backend
 from notus.model.mistral import MistralForCausalLM
 from notus.objective.losses import Loss, PairLogProbs, couple
 
-# From indices of pairs to flat log-probs, see `score`.
+# From indices of pairs to their flat log-probs, in that order.
 Scorer = Callable[[Sequence[int] | np.ndarray], Tensor]
 
 
@@ -67,7 +67,8 @@ def pair_log_probs(
     ]
     policy, reference, policy_shared, reference_shared = sums
     lengths = lengths_B2.to(policy_S.dtype).unbind(1)
-    mean_length = torch.as_tensor(mean_chosen_length, dtype=policy_S.dtype, device=policy_S.device)
+    # Not torch.tensor: a copy from the host would wait for the forward pass.
+    mean_length = torch.full((), mean_chosen_length, dtype=policy_S.dtype, device=policy_S.device)
     return PairLogProbs(
         *policy, *reference, *lengths, *policy_shared, *reference_shared, mean_length, *weights
     )
@@ -119,8 +120,8 @@ def score(
     equally many microbatches on all ranks.
     """
     starts = torch.from_numpy(pairs.response_starts).to(device)
-    shape = (2, starts[-1]) if sum_squares else (starts[-1],)
-    flat = torch.zeros(shape, dtype=torch.float32, device=device)
+    size = int(pairs.response_starts[-1])
+    flat = torch.zeros((2, size) if sum_squares else (size,), dtype=torch.float32, device=device)
     for batch in batches:
         flat[..., flat_positions(batch, starts)] = token_log_probs(model, batch, sum_squares)
     if dist.is_initialized():
@@ -137,16 +138,18 @@ def scorer(
     device: torch.device,
     sum_squares: bool = False,
 ) -> Scorer:
-    """A function from pair indices to the flat log-probs under `model`, see `logprobs.score`.
+    """A function from pair indices to those pairs' flat log-probs under `model`, in that order.
 
-    All ranks must call it with the same indices; they share the work.
+    See `score`. All ranks must call it with the same indices; they share the work.
     """
-    counts = slots_of(pairs.lengths, prefix_sharing)
 
     def score_pairs(indices: Sequence[int] | np.ndarray) -> Tensor:
-        division = plan(indices, counts, ranks=dist.get_world_size(), budget=budget)
-        batches = pack_plan(division, pairs, prefix_sharing, device)
-        return score(model, batches, pairs, device, sum_squares)
+        wanted = pairs.select(indices)
+        counts = slots_of(wanted.lengths, prefix_sharing)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        division = plan(range(len(wanted)), counts, ranks=ranks, budget=budget)
+        batches = pack_plan(division, wanted, prefix_sharing, device)
+        return score(model, batches, wanted, device, sum_squares)
 
     return score_pairs
 
@@ -154,7 +157,7 @@ def scorer(
 def gather_pairs(
     flat: Tensor, pairs: TokenizedPairs, indices: Sequence[int] | np.ndarray
 ) -> Tensor:
-    """The entries of a flat array that belong to the pairs `indices`, in that order: [..., S]."""
+    """What a flat array of all pairs holds for `indices`, in that order: [..., S]."""
     starts = pairs.response_starts
     spans = [np.arange(starts[i], starts[i + 1]) for i in indices]
     positions = np.concatenate([np.zeros(0, np.int64), *spans])
@@ -166,16 +169,15 @@ def couple_step(
 ) -> Callable[[PairLogProbs, Tensor], Tensor]:
     """A loss that couples pairs, made additive: `losses.couple` over the step's pairs.
 
-    policy, reference: flat log-probs that cover the step's pairs `indices`. Returns a function of
-    a microbatch's log-probs and of its pairs' indices in the data set, which gives losses [B].
+    policy, reference: flat log-probs of the step's pairs `indices`, in that order. Returns a
+    function of a microbatch's log-probs and its pairs' indices in the data set: losses [B].
     """
-    order = np.sort(indices)
     scored = pair_log_probs(
-        gather_pairs(policy, pairs, order),
-        gather_pairs(reference, pairs, order),
-        torch.from_numpy(pairs.lengths[order, 1:]).to(policy.device),
-        float(pairs.lengths[order, 1].mean()),
+        policy,
+        reference,
+        torch.from_numpy(pairs.lengths[indices, 1:]).to(policy.device),
+        float(pairs.lengths[indices, 1].mean()),
     )
     coupled = couple(loss, scored)
-    known = torch.from_numpy(order).to(policy.device)
-    return lambda batch, batch_pairs: coupled(batch, torch.searchsorted(known, batch_pairs))
+    known, place = torch.from_numpy(indices).to(policy.device).sort()
+    return lambda batch, batch_pairs: coupled(batch, place[torch.searchsorted(known, batch_pairs)])

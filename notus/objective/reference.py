@@ -41,8 +41,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 class Reference(NamedTuple):
     """Where the reference's log-probs over one data set come from.
 
-    of_batch: a microbatch's scored tokens, float32 [S]. of_pairs: the flat array of all response
-    tokens, which covers at least the given pairs; collective.
+    of_batch: a microbatch's scored tokens, float32 [S]. of_pairs: the given pairs' response tokens,
+    flat, in that order; collective.
     """
 
     of_batch: Callable[[Microbatch], Tensor]
@@ -52,7 +52,10 @@ class Reference(NamedTuple):
 def cached_reference(flat: Tensor, pairs: TokenizedPairs) -> Reference:
     """Looks log-probs up in `flat`, which holds those of all pairs."""
     starts = torch.from_numpy(pairs.response_starts).to(flat.device)
-    return Reference(lambda batch: flat[flat_positions(batch, starts)], lambda indices: flat)
+    return Reference(
+        lambda batch: flat[flat_positions(batch, starts)],
+        lambda indices: gather_pairs(flat, pairs, indices),
+    )
 
 
 def online_reference(model: MistralForCausalLM, score_pairs: Scorer) -> Reference:
@@ -78,7 +81,7 @@ def no_reference(pairs: TokenizedPairs, device: torch.device) -> Reference:
 def cache_identity(
     pairs: TokenizedPairs, reference: Mapping[str, str], compute_dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What cached log-probs were computed from; equal identities mean equal log-probs."""
+    """What cached log-probs were computed from: with equal ones they are equal up to rounding."""
     return {
         "reference_sha256": reference["sha256"],
         "tokens_sha256": pairs.fingerprint(),
@@ -115,7 +118,7 @@ def cached_log_probs(
     dist.broadcast(flat, 0)
     sample = audit_sample(len(pairs))
     worst = worst_difference(
-        gather_pairs(score_pairs(sample), pairs, sample),
+        score_pairs(sample),
         gather_pairs(flat, pairs, sample),
         torch.from_numpy(pairs.lengths[sample, 1:]).to(device),
     )

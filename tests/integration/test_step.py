@@ -1,0 +1,94 @@
+"""Three steps of train.py against a loop written out with transformers' model and torch alone."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from runs import base_config, metrics, run, stored
+
+from notus.config import load_config
+from notus.data.planning import pairs_of_step
+from notus.data.preferences import load_preferences
+from notus.data.tokenization import load_tokenizer, tokenize_pairs
+
+RATE, BETA, CLIP, STEPS, PER_STEP = 2e-3, 0.3, 0.05, 3, 16
+
+
+def log_prob(model, prompt, response):
+    ids = torch.tensor([[*prompt, *response]])
+    log_probs = model(ids).logits[0].log_softmax(-1)
+    rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+    return log_probs[rows, ids[0, len(prompt) :]].sum()
+
+
+def by_hand(demo, config):
+    """(metrics of each step, final weights): one pair at a time, cosine schedule, clipping."""
+    rows = load_preferences(config.data.train, seed=config.train.seed).train
+    pairs = tokenize_pairs(
+        rows,
+        load_tokenizer(demo / "sft"),
+        style="clean",
+        truncation="pair",
+        max_length=96,
+        max_prompt_length=48,
+        system_prompt=None,
+    ).pairs
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(demo / "sft", dtype=torch.float32)
+        for _ in range(2)
+    )
+    # transformers gives the padding token's embedding no gradient, here that of "</s>" in the text.
+    policy.model.embed_tokens.padding_idx = None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.1)
+    lines = []
+    for step in range(STEPS):
+        chosen = pairs_of_step(
+            step, pairs=len(pairs), pairs_per_step=PER_STEP, seed=42, shuffle=True
+        )
+        total = 0.0
+        for index in chosen:
+            prompt, good, bad = (pairs.tokens[part].tolist() for part in pairs.parts(index))
+            with torch.no_grad():
+                base = log_prob(reference, prompt, good) - log_prob(reference, prompt, bad)
+            margin = log_prob(policy, prompt, good) - log_prob(policy, prompt, bad) - base
+            loss = -torch.nn.functional.logsigmoid(BETA * margin) / PER_STEP
+            loss.backward()
+            total += loss.item()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters()))
+        for parameter in policy.parameters():
+            parameter.grad.mul_(min(1.0, CLIP / norm))
+        # Two of three steps warm up; then half a cosine over the one that is left.
+        rate = RATE * (0.0, 0.5, 1.0)[step]
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        lines.append({"loss": total, "grad_norm": norm, "learning_rate": rate})
+    return lines, policy.state_dict()
+
+
+@pytest.mark.slow
+def test_three_steps_with_clipping_decay_and_warmup(demo, tmp_path):
+    settings = base_config(demo)
+    settings["loss"] = {"beta": BETA}
+    settings["optimizer"] = {
+        "learning_rate": RATE,
+        "weight_decay": 0.1,
+        "max_grad_norm": CLIP,
+    }
+    settings["schedule"] = {"name": "cosine", "warmup_ratio": 0.5}
+    settings["train"] = {"pairs_per_step": PER_STEP, "max_steps": STEPS}
+    settings["output_dir"] = str(tmp_path / "out")
+    run(settings, [[]], tmp_path, ranks=2)
+    lines, weights = by_hand(demo, load_config(tmp_path / "config.json"))
+    for ours, theirs in zip(metrics(tmp_path / "out"), lines, strict=True):
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-9), (ours["step"], key)
+        assert ours["grad_norm"] > CLIP  # so that clipping did something
+    trained = stored(tmp_path / "out/checkpoints/step-00000003", "model")
+    initial = transformers.AutoModelForCausalLM.from_pretrained(demo / "sft").state_dict()
+    assert trained.keys() == weights.keys()
+    for name, value in trained.items():
+        moved = (weights[name] - initial[name]).norm()
+        assert moved > 0
+        assert (value - weights[name]).norm() <= 1e-3 * moved, name
