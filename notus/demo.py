@@ -8,12 +8,12 @@ It writes, without network and the same bytes each time on one machine:
     sft/               a Hugging Face folder: a Mistral of about one million parameters
 
 The tasks are checkable: sums, comparing numbers, the alphabet, opposites and spelling. An answer is
-right when it is the expected text and nothing else (`is_right`). The policy is trained by maximum
-likelihood, first on right answers, which is where its knowledge comes from, then on answers of
-mixed quality (`SFT_SHARES`), so that about half of what it samples is right; what a preference run
-adds to that is the preference run's own doing. Held-out instructions are new strings, but their
-facts may have been seen in another phrasing: a model of this size knows what it was told.
-"""
+right when it is the expected text and nothing else (`report.samples.is_right`). The policy is
+trained by maximum likelihood, first on right answers, which is where its knowledge comes from, then
+on answers of mixed quality (`SFT_SHARES`), so that about half of what it samples is right; what a
+preference run adds to that is the preference run's own doing. Held-out instructions are new
+strings, but their facts may have been seen in another phrasing: a model of this size knows what it
+was told."""
 
 import argparse
 import io
@@ -33,7 +33,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from notus.data.tokenization import sentencepiece_merges
 from notus.errors import UserError
+from notus.report.samples import read_prompts, share_right, write_responses
 
 SEED = 42
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -109,11 +111,6 @@ PHRASINGS = {
         "Name the last letter of {0}.",
     ),
 }
-
-
-def is_right(answer: str, generated: str) -> bool:
-    """Whether the generated text is the expected answer and nothing else."""
-    return generated.strip() == answer
 
 
 def spelled(letters: Iterable[str]) -> str:
@@ -358,25 +355,16 @@ def train_sentencepiece(
 def to_fast_tokenizer(
     processor: sentencepiece.SentencePieceProcessor,
 ) -> PreTrainedTokenizerFast:
-    """The same segmentation as `processor`, as a fast tokenizer (with offsets) and a chat template.
-
-    sentencepiece joins the adjacent pair whose joined piece has the best score, so the merges are
-    all splits of each piece into two known pieces, best piece first.
-    """
+    """The same segmentation as `processor`, with offsets and a chat template."""
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    learned = [
-        piece
-        for piece, i in vocabulary.items()
-        if piece not in ROLES and not processor.is_byte(i) and not processor.is_control(i)
-    ]
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(learned, key=lambda p: -processor.get_score(vocabulary[p]))
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
     tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocabulary,
+            sentencepiece_merges(processor),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence(
@@ -485,36 +473,6 @@ def train_policy(
     return model.eval()
 
 
-def share_right(
-    model: MistralForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[dict[str, Any]],
-    seed: int = SEED,
-) -> float:
-    """The share of `prompts` that the model answers right, one sample each at temperature 1."""
-    texts = [
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        for row in prompts
-    ]
-    batch = tokenizer(
-        texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        generated = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=24,
-        )
-    width = batch["input_ids"].shape[1]
-    answers = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-    right = [is_right(row["answer"], text) for row, text in zip(prompts, answers, strict=True)]
-    return sum(right) / len(right)
-
-
 # Folder
 
 FILES = {
@@ -578,7 +536,17 @@ def write_demo(
     model.save_pretrained(folder / "sft")
     # The template goes into tokenizer_config.json, where older readers look for it too.
     tokenizer.save_pretrained(folder / "sft", save_jinja_files=False)
-    return share_right(model, tokenizer, data.prompts)
+    prompts = read_prompts(str(folder / "prompts.jsonl"))
+    responses = write_responses(
+        folder / "sft",
+        prompts,
+        max_new_tokens=24,
+        temperature=1.0,
+        seed=seed,
+        system_prompt=None,
+        device=torch.device("cpu"),
+    )
+    return share_right(prompts, responses)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

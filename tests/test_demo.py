@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus import demo
 from notus.errors import UserError
+from notus.report.samples import is_right
 
 SMALL = {"rows": 48, "sft_steps": 2, "hidden_size": 16, "batch_size": 4, "vocabulary": 400}
 
@@ -62,7 +63,7 @@ def test_the_best_rated_completion_is_the_only_right_one() -> None:
     for prompt, row in zip(data.prompts, data.heldout, strict=True):
         assert prompt["prompt"] == [{"role": "user", "content": row["instruction"]}]
         ranked = sorted(row["completions"], key=mean_rating)
-        right = [demo.is_right(prompt["answer"], c["response"]) for c in ranked]
+        right = [is_right(c["response"], prompt["answer"]) for c in ranked]
         assert right == [False, False, False, True]
         assert mean_rating(ranked[-2]) < mean_rating(ranked[-1])
 
@@ -102,7 +103,7 @@ def test_data_is_deterministic_and_held_out() -> None:
 def test_policy_examples_are_right_first_and_then_mixed() -> None:
     answers = {q.instruction: q.answer for q in demo.all_questions(random.Random(demo.SEED))}
     sft = demo.make_data(sft_count=10_000).sft
-    right = [demo.is_right(answers[instruction], text) for instruction, text in sft]
+    right = [is_right(text, answers[instruction]) for instruction, text in sft]
     assert all(right[:6000])
     # the binomial's standard deviation over 4,000 draws is 0.008
     assert sum(right[6000:]) / 4000 == pytest.approx(demo.SFT_SHARES["right"], abs=0.03)
@@ -112,7 +113,7 @@ def test_policy_examples_are_right_first_and_then_mixed() -> None:
     ("generated", "right"), [("15", True), (" 15\n", True), ("15.", False), ("115", False)]
 )
 def test_is_right_wants_the_answer_and_nothing_else(generated: str, right: bool) -> None:
-    assert demo.is_right("15", generated) is right
+    assert is_right(generated, "15") is right
 
 
 def test_chat_template_renders_like_zephyr(folder: Path) -> None:

@@ -161,27 +161,16 @@ def sentencepiece_backend(path: Path) -> Tokenizer:
     """A fast tokenizer equal to the sentencepiece BPE model at `path`, with its offsets.
 
     For models with Llama's settings: text taken as it is, a space put in front, byte fallback.
-    Merges are ordered by the score of the piece they make, as sentencepiece applies them. Raises
-    UserError when the file is not a sentencepiece model.
+    Raises UserError when the file is not a sentencepiece model.
     """
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
         raise UserError(f"{path}: not a sentencepiece model ({error})") from None
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = []
-    for i, piece in enumerate(pieces):
-        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
-            continue  # no text is ever joined into one of these
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
-        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        merges += [(-model.get_score(i), pair) for pair in known]
-    merges.sort(key=lambda merge: merge[0])  # stable: equal scores keep the pieces' order
     bpe = models.BPE(
-        ids,
-        [pair for _, pair in merges],
+        {piece: i for i, piece in enumerate(pieces)},
+        sentencepiece_merges(model),
         unk_token=pieces[model.unk_id()],
         fuse_unk=True,
         byte_fallback=True,
@@ -205,6 +194,28 @@ def sentencepiece_backend(path: Path) -> Tokenizer:
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, model.bos_id())]
     )
     return tokenizer
+
+
+def sentencepiece_merges(
+    model: sentencepiece.SentencePieceProcessor,
+) -> list[tuple[str, str]]:
+    """The merges of a sentencepiece BPE model, in the order in which they are to be applied.
+
+    sentencepiece joins the adjacent pair whose joined piece has the best score, so they are all
+    splits of every piece into two known pieces, best piece first.
+    """
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i, piece in enumerate(pieces):
+        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
+            continue  # no text is ever joined into one of these
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
+        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(-model.get_score(i), pair) for pair in known]
+    merges.sort(key=lambda merge: merge[0])  # stable: equal scores keep the pieces' order
+    return [pair for _, pair in merges]
 
 
 def tokenize_pairs(
