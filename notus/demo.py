@@ -13,7 +13,8 @@ trained by maximum likelihood, first on right answers, which is where its knowle
 on answers of mixed quality (`SFT_SHARES`), so that about half of what it samples is right; what a
 preference run adds to that is the preference run's own doing. Held-out instructions are new
 strings, but their facts may have been seen in another phrasing: a model of this size knows what it
-was told."""
+was told.
+"""
 
 import argparse
 import io
