@@ -73,6 +73,7 @@ class Run(NamedTuple):
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     optimizer: Optimizer
     step: int  # optimiser steps done
+    totals: dict[str, list[float]]  # of metrics, since they were last reported
     common: dict[str, Any]  # what a continuation must have in common
 
 
@@ -83,6 +84,7 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
     tokens_seen = sum(int(tokens[plan.pairs_of(done)].sum()) for done in range(run.step))
     log = MetricsLog(run.output, step=run.step, total=plan.steps, active=ranks.first)
     totals, speed = Totals(), Speed(policy.shape, ranks.count, ranks.device)
+    totals.restore(run.totals, ranks.device)
     if run.step == 0:
         log.write(0, evaluate_held_out(config, ranks, run))
 
@@ -91,7 +93,7 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
         division = plan.division(chosen)
         mean_chosen_length = float(pairs.lengths[chosen, 1].mean())
         pair_losses = step_loss_function(config, ranks, run, chosen)
-        step_loss = torch.zeros((), device=ranks.device)
+        step_loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for batch in pack_plan(division, pairs, config.data.prefix_sharing, ranks.device):
             reference_log_probs = reference.of_batch(batch)
             log_probs = token_log_probs(policy, batch, loss.uses_weights)
@@ -103,7 +105,7 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
             # of ranks: FSDP sums over ranks and never divides, so this is the only division.
             (losses.sum() / len(chosen)).backward()
             step_loss += losses.detach().sum()
-            totals.add(pair_metrics(losses.detach(), scored, loss.beta))
+            totals.add(pair_metrics(losses.detach(), scored, loss.beta, loss.uses_reference))
 
         grad_norm = clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
         grad_norm = require_finite(grad_norm.full_tensor(), step_loss, step, chosen)
@@ -149,6 +151,7 @@ def train(config: Config, ranks: Ranks, run: Run) -> None:
                 run.optimizer,
                 run.following,
                 common=run.common,
+                totals=totals.snapshot(),
                 source=run.source,
                 keep=config.checkpoint.keep,
             )
@@ -224,12 +227,12 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
     distributed.check_host_memory(shape.num_parameters, ranks)
 
     identity = weights_identity(reference_path, reference_folder) if loss.uses_reference else None
-    common = checkpoint.common_ground(settings, pairs, identity, plan.steps)
+    common = checkpoint.common_ground(settings, shape, pairs, identity, plan.steps)
     if found:
         agree(lambda: checkpoint.check_checkpoint(found, common))
     policy = build_model(config, shape, mesh, ranks, frozen=False)
     agree(lambda: load_weights(policy, source))
-    checkpoint.write_settings(output, settings)
+    agree(lambda: checkpoint.write_settings(output, settings))
     agree(lambda: checkpoint.check_shared(output))
     sets = [pairs] if held_out is None else [pairs, held_out]
     references, following = [no_reference(data, ranks.device) for data in sets], None
@@ -240,11 +243,13 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
         )
         following = model if config.reference.sync_every else None
     optimizer = build_optimizer(config, policy)
-    step = 0
+    step, totals = 0, {}
     if found:
-        step = agree(lambda: checkpoint.load_checkpoint(found, policy, optimizer, following))
+        step, totals = agree(
+            lambda: checkpoint.load_checkpoint(found, policy, optimizer, following)
+        )
         ranks.say(f"resumed from {found} after {step:,} steps")
-    elif loss.uses_reference and reference_folder == source:
+    elif loss.uses_reference and reference_folder.resolve() == source.resolve():
         check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
     return Run(
         output=output,
@@ -259,8 +264,19 @@ def open_run(config: Config, ranks: Ranks, *, resume: str, dry_run: bool) -> Run
         following=following,
         optimizer=optimizer,
         step=step,
+        totals=totals,
         common=common,
     )
+
+
+def check_loss(config: Config, options: argparse.Namespace) -> None:
+    """Check the section that only the losses know, naming where it was written."""
+    try:
+        build_loss(config.loss.section)
+    except UserError as error:
+        overrides = [word for word in options.overrides if word.startswith("loss")]
+        origin = f"command line, {' '.join(overrides)}" if overrides else options.config
+        raise UserError(f"{origin}: {error}") from None
 
 
 def check_settings(config: Config, loss: Loss) -> None:
@@ -295,11 +311,12 @@ def read_data(
     holdout = config.data.eval.holdout if isinstance(config.data.eval, Holdout) else 0
     seed = config.train.seed
     found = agree(lambda: load_preferences(config.data.train, seed=seed, holdout=holdout))
-    sets = {"train": found.train}
+    sets, dropped = {"train": found.train}, {"train": found.dropped}
     if holdout:
         sets["eval"] = found.holdout
     elif config.data.eval is not None:
-        sets["eval"] = agree(lambda: load_preferences(config.data.eval, seed=seed)).train
+        other = agree(lambda: load_preferences(config.data.eval, seed=seed))
+        sets["eval"], dropped["eval"] = other.train, other.dropped
 
     def tokenize(share: list[Pair]) -> Tokenized:
         return tokenize_pairs(
@@ -315,8 +332,8 @@ def read_data(
     tokenized = {}
     for name, pairs in sets.items():
         result = Tokenized.join(divide(pairs, tokenize))
-        counts = dict(found.dropped) if name == "train" else {}
-        counts = {f"dropped: {reason}": n for reason, n in counts.items()} | result.counts
+        earlier = dropped.get(name, {})  # a holdout's are counted with the training data's
+        counts = {f"dropped: {reason}": n for reason, n in earlier.items()} | result.counts
         notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
         ranks.say(f"{name} data: {len(result.pairs):,} pairs{notes}")
         if not len(result.pairs):
@@ -371,10 +388,11 @@ def open_reference(
     """
     model = policy
     online = config.reference.log_probs == "online"
-    if online or folder != source:
+    if online or folder.resolve() != source.resolve():
         model = build_model(config, agree(lambda: read_shape(folder)), mesh, ranks, frozen=True)
         agree(lambda: load_weights(model, folder))
     references = []
+    compute_dtype = getattr(torch, config.model.compute_dtype)
     for pairs in sets:
         score_pairs = make_scorer(config, model, pairs, ranks)
         if online:
@@ -383,7 +401,7 @@ def open_reference(
             flat = cached_log_probs(
                 Path(config.output_dir) / "reference",
                 pairs,
-                cache_identity(pairs, identity, getattr(torch, config.model.compute_dtype)),
+                cache_identity(pairs, identity, model.shape, compute_dtype),
                 score_pairs,
                 ranks.device,
             )
@@ -473,7 +491,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = None
     try:
         config = load_config(options.config, options.overrides)
+        check_loss(config, options)
         ranks = distributed.start(config.parallel.device)
+        if config.parallel.device == "auto" and ranks.device.type == "cpu":
+            ranks.say(f"no CUDA device was found (PyTorch {torch.__version__}): using the CPU")
         run = open_run(config, ranks, resume=options.resume, dry_run=options.dry_run)
         if run is not None:
             train(config, ranks, run)

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,3 +134,11 @@ def test_readme_names_every_file():
         if not re.search(rf"(?<![\w.-]){re.escape(path.name)}\b", readme)
     ]
     assert not missing, f"not in README.md: {missing}"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_has_nothing_to_say(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout

@@ -28,7 +28,8 @@ class Layout:
     branch: int32, PROMPT, CHOSEN or REJECTED.
     position: int32, counted from the document's start.
     hidden: bool, True for a token that neither attends nor is attended to (an end-of-sequence token
-        inside the text under the "trl-0.7.4" tokenization).
+        inside the text under the "trl-0.7.4" tokenization; FlashAttention-2 took it out of the
+        sequence, and so its attention output is 0).
     """
 
     document: Tensor

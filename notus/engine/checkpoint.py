@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM
+from notus.model.mistral import MistralForCausalLM, ModelShape
 from notus.model.weights import copy_tokenizer, local_rows, save_sharded
 
 Plain = dict[str, Any]
@@ -44,14 +45,15 @@ def save_checkpoint(
     reference: MistralForCausalLM | None,
     *,
     common: Mapping[str, Any],
+    totals: Mapping[str, list[float]],
     source: Path,
     keep: int,
 ) -> None:
     """Write root/step-<step> from all ranks, then remove all but the newest `keep`.
 
     reference: one that changes during training. common: what a run that resumes from here must have
-    in common with this one. source: the folder whose config.json and tokenizer describe the model.
-    Collective.
+    in common with this one. totals: metrics summed since the last report. source: the folder whose
+    config.json and tokenizer describe the model. Collective.
     """
     folder = root / f"step-{step:08d}"
     partial = root / f".partial-{folder.name}"
@@ -65,7 +67,9 @@ def save_checkpoint(
     if reference is not None:
         _save_tensors(partial, "reference", reference.named_parameters())
     if first:
-        _write_json(partial / "state.json", {"step": step, "common": dict(common)})
+        _write_json(
+            partial / "state.json", {"step": step, "common": dict(common), "totals": totals}
+        )
     _write_manifest(partial)
     if first:
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,11 +168,16 @@ def check_output_dir(folder: Path, settings: Plain, resume: str) -> None:
 
 
 def write_settings(folder: Path, settings: Plain) -> None:
-    """Create output_dir and write its config.json; rank 0 alone does it. Collective."""
+    """Create output_dir and write its config.json; rank 0 alone does it.
+
+    Raises UserError on rank 0 when the folder cannot be made or written to.
+    """
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", settings)
-    dist.barrier()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / "config.json", settings)
+        except OSError as error:
+            raise UserError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
 
 
 def check_shared(folder: Path) -> None:
@@ -181,10 +190,15 @@ def check_shared(folder: Path) -> None:
 
 
 def common_ground(
-    settings: Plain, pairs: TokenizedPairs, reference: Mapping[str, str] | None, steps: int
+    settings: Plain,
+    shape: ModelShape,
+    pairs: TokenizedPairs,
+    reference: Mapping[str, Any] | None,
+    steps: int,
 ) -> Plain:
-    """What a run and its continuation must share: settings, tokens, reference, number of steps."""
+    """What a run and its continuation must share: settings, model, tokens, reference, steps."""
     return essence(settings, FREE + PATHS) | {
+        "model_shape": asdict(shape),
         "tokens_sha256": pairs.fingerprint(),
         "reference_sha256": reference["sha256"] if reference else None,
         "steps": steps,
@@ -250,17 +264,17 @@ def load_checkpoint(
     model: MistralForCausalLM,
     optimizer: Optimizer,
     reference: MistralForCausalLM | None,
-) -> int:
-    """Restore what `save_checkpoint` was given, each rank its own slices; returns the steps done.
+) -> tuple[int, dict[str, list[float]]]:
+    """Restore what `save_checkpoint` was given, each rank its own slices.
 
-    `check_checkpoint` must have passed the folder.
+    Returns the steps done and the metrics' totals. `check_checkpoint` must have passed the folder.
     """
     state = json.loads((folder / "state.json").read_text())
     _load_tensors(folder, "model", dict(model.named_parameters()))
     if reference is not None:
         _load_tensors(folder, "reference", dict(reference.named_parameters()))
     _load_optimizer(folder, model, optimizer, state["step"])
-    return state["step"]
+    return state["step"], state["totals"]
 
 
 def _save_tensors(folder: Path, prefix: str, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -64,11 +64,12 @@ def start(device: str = "auto") -> Ranks:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if processes > gpus:
             raise UserError(
-                f"local rank {local_rank} has no GPU: PyTorch {torch.__version__} finds {gpus} on "
-                "this machine; lower --nproc_per_node, or give parallel.device=cpu"
+                f"{processes} processes were started on this machine, where PyTorch "
+                f"{torch.__version__} finds {gpus} GPUs; lower --nproc_per_node, or give "
+                "parallel.device=cpu"
             )
         torch.cuda.set_device(local_rank)
     device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")

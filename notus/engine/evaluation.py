@@ -22,5 +22,5 @@ def evaluate(
     policy = score_pairs(range(len(pairs)))
     lengths = torch.from_numpy(pairs.lengths[:, 1:]).to(reference.device)
     scored = pair_log_probs(policy, reference, lengths, float(pairs.lengths[:, 1].mean()))
-    metrics = pair_metrics(loss(scored), scored, loss.beta)
+    metrics = pair_metrics(loss(scored), scored, loss.beta, loss.uses_reference)
     return {f"eval_{name}": float(top / bottom) for name, (top, bottom) in metrics.items()}

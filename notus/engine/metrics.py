@@ -27,12 +27,13 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e1
 
 @torch.no_grad()
 def pair_metrics(
-    losses: Tensor, pairs: PairLogProbs, beta: float
+    losses: Tensor, pairs: PairLogProbs, beta: float, against_reference: bool = True
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Numerator and denominator of every metric over these pairs, 0-d float64 on their device.
 
     losses: float [B]. Rewards are beta x (log-prob under the policy - under the reference), summed
-    over the response. Accuracy is strict: a tie is not a win. Log-probs in nats.
+    over the response. Accuracy is strict: a tie is not a win. Log-probs in nats. Without a
+    reference its log-probs are 0, and there is no displacement from it.
     """
     chosen_ratio = pairs.policy_chosen - pairs.reference_chosen
     rejected_ratio = pairs.policy_rejected - pairs.reference_rejected
@@ -42,7 +43,7 @@ def pair_metrics(
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
         return values.double().sum(), count
 
-    return {
+    metrics = {
         "loss": mean(losses),
         "rewards/chosen": mean(beta * chosen_ratio),
         "rewards/rejected": mean(beta * rejected_ratio),
@@ -50,14 +51,16 @@ def pair_metrics(
         "rewards/margins": mean(beta * (chosen_ratio - rejected_ratio)),
         "logps/chosen": mean(pairs.policy_chosen),
         "logps/rejected": mean(pairs.policy_rejected),
+    }
+    if not against_reference:
+        return metrics
+    chosen_tokens, rejected_tokens = pairs.chosen_length.sum(), pairs.rejected_length.sum()
+    return metrics | {
         "displacement/chosen_falling": mean(chosen_ratio < 0),
-        "displacement/chosen_per_token": (
-            chosen_ratio.double().sum(),
-            pairs.chosen_length.double().sum(),
-        ),
+        "displacement/chosen_per_token": (chosen_ratio.double().sum(), chosen_tokens.double()),
         "displacement/rejected_per_token": (
             rejected_ratio.double().sum(),
-            pairs.rejected_length.double().sum(),
+            rejected_tokens.double(),
         ),
     }
 
@@ -78,6 +81,20 @@ class Totals:
         values = torch.stack([torch.stack(pair) for pair in metrics.values()])
         self._names = list(metrics)
         self._sums = values if self._sums is None else self._sums + values
+
+    def snapshot(self) -> dict[str, list[float]]:
+        """The sums over all ranks by name, for a checkpoint between two reports; collective."""
+        if self._sums is None:
+            return {}
+        sums = self._sums.clone()
+        dist.all_reduce(sums)
+        return dict(zip(self._names, sums.tolist(), strict=True))
+
+    def restore(self, snapshot: Mapping[str, list[float]], device: torch.device) -> None:
+        """Go on from `snapshot`, which the first rank takes over for all."""
+        if snapshot and dist.get_rank() == 0:
+            self._names = list(snapshot)
+            self._sums = torch.tensor(list(snapshot.values()), dtype=torch.float64, device=device)
 
     def means(self) -> dict[str, float]:
         """The exact means over all ranks since the last call; collective."""

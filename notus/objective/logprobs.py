@@ -36,20 +36,21 @@ def token_log_probs(
 
 
 def response_sums(values_S: Tensor, lengths_B2: Tensor) -> Tensor:
-    """Sum each response's values, accumulated in float64: [B, 2], chosen and rejected.
+    """Sum each response's values: float64 [B, 2], chosen and rejected.
 
-    values_S is in scoring order, lengths_B2 int64. Deterministic: no atomics.
+    values_S is in scoring order, lengths_B2 int64. Deterministic: no atomics. The sums stay in
+    float64, because rewards are small differences of large ones.
     """
     sums = torch.segment_reduce(
         values_S.double(), "sum", lengths=lengths_B2.flatten(), initial=0.0, unsafe=True
     )
-    return sums.to(values_S.dtype).view(-1, 2)
+    return sums.view(-1, 2)
 
 
 def pair_log_probs(
     policy_S: Tensor, reference_S: Tensor, lengths_B2: Tensor, mean_chosen_length: float
 ) -> PairLogProbs:
-    """What the losses look at, for the B pairs whose response tokens are scored in S.
+    """What the losses look at, in float64, for the B pairs whose response tokens are scored in S.
 
     policy_S: float32 [S] with gradient, or [2, S] with log sum_v p(v)^2 in the second row, for
     losses that weight pairs by it. reference_S: float32 [S]. lengths_B2: int64 [B, 2].
@@ -66,9 +67,9 @@ def pair_log_probs(
         for values in (policy_S, reference_S, policy_S * shared_S, reference_S * shared_S)
     ]
     policy, reference, policy_shared, reference_shared = sums
-    lengths = lengths_B2.to(policy_S.dtype).unbind(1)
+    lengths = lengths_B2.double().unbind(1)
     # Not torch.tensor: a copy from the host would wait for the forward pass.
-    mean_length = torch.full((), mean_chosen_length, dtype=policy_S.dtype, device=policy_S.device)
+    mean_length = torch.full((), mean_chosen_length, dtype=torch.float64, device=policy_S.device)
     return PairLogProbs(
         *policy, *reference, *lengths, *policy_shared, *reference_shared, mean_length, *weights
     )

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from notus.data.packing import Microbatch
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM
+from notus.model.mistral import MistralForCausalLM, ModelShape
 from notus.objective.logprobs import (
     Scorer,
     flat_positions,
@@ -79,11 +80,15 @@ def no_reference(pairs: TokenizedPairs, device: torch.device) -> Reference:
 
 
 def cache_identity(
-    pairs: TokenizedPairs, reference: Mapping[str, str], compute_dtype: torch.dtype
+    pairs: TokenizedPairs,
+    reference: Mapping[str, str],
+    shape: ModelShape,
+    compute_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """What cached log-probs were computed from: with equal ones they are equal up to rounding."""
     return {
         "reference_sha256": reference["sha256"],
+        "reference_shape": asdict(shape),
         "tokens_sha256": pairs.fingerprint(),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }

@@ -166,6 +166,8 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
 
 def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
     """(name, first, last) of the main held-out metrics in a metrics.jsonl that has any."""
+    if not metrics.is_file():  # a run resumed elsewhere after its last step logs nothing
+        return []
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     evaluated = [line for line in lines if "eval_loss" in line]
     names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")

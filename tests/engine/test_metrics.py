@@ -116,6 +116,13 @@ def test_means_do_not_depend_on_the_division(one_process):
         for first, last in zip(edges[:-1], edges[1:], strict=True):
             totals.add(part(slice(first, last)))
         assert totals.means() == pytest.approx(expected, rel=1e-12)
+    totals.add(part(slice(7, 30)))
+    resumed = Totals()  # what a checkpoint between two reports carries over
+    resumed.restore(json.loads(json.dumps(totals.snapshot())), CPU)
+    for either in (totals, resumed):
+        either.add(part(slice(30, 40)))
+    assert totals.means() == resumed.means()
+    assert totals.snapshot() == {}
     totals.add(part(slice(7, 8)))
     assert totals.means()["loss"] == pytest.approx(losses[7])  # nothing is left of what was told
 

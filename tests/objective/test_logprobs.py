@@ -137,7 +137,7 @@ def test_pair_log_probs_by_hand():
     assert pairs.policy_rejected_shared.tolist() == [4.0, 16.0]
     assert pairs.reference_rejected_shared.tolist() == [2.0, 8.0]
     assert pairs.mean_chosen_length == 1.5
-    torch.testing.assert_close(pairs.rejected_weight, torch.tensor([1.0, np.exp(1.0)]).float())
+    torch.testing.assert_close(pairs.rejected_weight, torch.tensor([1.0, np.exp(1.0)]).double())
     assert pairs.chosen_weight.tolist() == [1.0, 1.0]
 
 

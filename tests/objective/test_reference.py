@@ -1,6 +1,7 @@
 """The reference's cache, its audit, and the check of a run's start."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,7 +47,13 @@ def setting(group, tiny_model, tmp_path):
         calls.append(list(indices))
         return score_pairs(indices)
 
-    return tmp_path, pairs, cache_identity(pairs, REFERENCE, torch.float32), counted, calls
+    return (
+        tmp_path,
+        pairs,
+        cache_identity(pairs, REFERENCE, tiny_model.shape, torch.float32),
+        counted,
+        calls,
+    )
 
 
 def test_one_pass_then_only_a_sample(setting):
@@ -58,15 +65,17 @@ def test_one_pass_then_only_a_sample(setting):
     assert torch.equal(first, second) and (first < 0).all()
 
 
-def test_another_reference_token_or_dtype_is_another_cache(setting):
+def test_another_reference_token_or_dtype_is_another_cache(setting, tiny_model):
     folder, pairs, identity, score_pairs, calls = setting
     cached_log_probs(folder, pairs, identity, score_pairs, CPU)
     changed = random_pairs(30)
     changed.tokens[5] += 1
+    shape = tiny_model.shape
     for other in (
-        cache_identity(pairs, {"sha256": "1" * 64}, torch.float32),
-        cache_identity(changed, REFERENCE, torch.float32),
-        cache_identity(pairs, REFERENCE, torch.bfloat16),
+        cache_identity(pairs, {"sha256": "1" * 64}, shape, torch.float32),
+        cache_identity(changed, REFERENCE, shape, torch.float32),
+        cache_identity(pairs, REFERENCE, shape, torch.bfloat16),
+        cache_identity(pairs, REFERENCE, replace(shape, rope_theta=5e5), torch.float32),
     ):
         calls.clear()
         cached_log_probs(folder, pairs, other, score_pairs, CPU)
