@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import random_pairs
 from notus.data.packing import CHOSEN, PADDING, PROMPT, REJECTED, pack, slots_of
 from notus.data.tokenization import TokenizedPairs
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import random_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import random_pairs
 from notus.data.packing import pack, slots_of
 from notus.data.planning import Plan
 from notus.engine import metrics

@@ -6,6 +6,7 @@ gradient, and the checkpoint holds it in full.
 
 import pytest
 import torch
+
 from runs import base_config, metrics, run, stored
 
 VARIANTS = {

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import transformers
-from runs import base_config, metrics, run, stored
 
 from notus.config import load_config
 from notus.data.planning import pairs_of_step
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import load_tokenizer, tokenize_pairs
+from runs import base_config, metrics, run, stored
 
 RATE, BETA, CLIP, STEPS, PER_STEP = 2e-3, 0.3, 0.05, 3, 16
 

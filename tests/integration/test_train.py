@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import flat_log_probs
-from runs import base_config, metrics, run, stored
 
+from conftest import flat_log_probs
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import load_tokenizer, tokenize_pairs
+from runs import base_config, metrics, run, stored
 
 STEPS = 5
 LOSSES = {

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import random_pairs
 from torch.nn.attention.flex_attention import BlockMask
 
+from conftest import random_pairs
 from notus.data.packing import Layout, pack
 from notus.model.attention import attend, build_mask
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import flat_log_probs, random_pairs
 
+from conftest import flat_log_probs, random_pairs
 from notus.data.packing import pack, slots_of
 from notus.data.planning import plan
 from notus.objective.logprobs import (

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import random_pairs
 from safetensors.torch import load_file, save_file
 
+from conftest import random_pairs
 from notus.data.packing import pack
 from notus.errors import UserError
 from notus.objective.logprobs import pair_log_probs, scorer, token_log_probs
