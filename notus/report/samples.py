@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from notus.config import Config
 from notus.data.preferences import Message, read_messages, read_rows
@@ -94,6 +95,7 @@ def write_responses(
     tokenizer = load_tokenizer(folder)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    logging.disable_progress_bar()  # one bar a rank for a second's loading
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     # Sampling is governed by the arguments alone, not by what the folder's own defaults may say.
     sampling = {"do_sample": False}
