@@ -88,7 +88,7 @@ def test_nothing_imports_the_scripts():
 def test_every_module_has_a_place():
     for module in MODULES:
         if module and MODULES[module].name != "__init__.py":
-            place(module)
+            assert place(module), module
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name))

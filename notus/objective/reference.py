@@ -150,8 +150,9 @@ def worst_difference(one_S: Tensor, other_S: Tensor, lengths_B2: Tensor) -> floa
 def check_start(loss: Loss, pairs: PairLogProbs, compute_dtype: torch.dtype) -> None:
     """Refuse to start when policy and reference, which are the same weights, do not agree.
 
-    Each response's log-ratio must be 0 and the loss its known value (ln 2 for sigmoid: the loss of
-    the reference against itself), up to rounding. Raises UserError with the likely cause.
+    Each response's log-ratio must be 0 up to rounding. The loss, a function of nothing else, then
+    has its known value (ln 2 for sigmoid), which must be finite. Raises UserError with the likely
+    cause.
     """
     tolerance = TOLERANCE[compute_dtype]
     ratio = torch.stack(

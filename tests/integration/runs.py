@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from notus.config import Config
+from notus.data.preferences import load_preferences
+from notus.data.tokenization import TokenizedPairs, load_tokenizer, tokenize_pairs
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,6 +54,26 @@ def run(config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1) 
         timeout=150,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+
+
+def pairs_of(config: Config) -> tuple[TokenizedPairs, TokenizedPairs]:
+    """The pairs that a run of this configuration trains on, and those it holds out."""
+    holdout = config.data.eval.holdout if config.data.eval else 0
+    found = load_preferences(config.data.train, seed=config.train.seed, holdout=holdout)
+    tokenizer = load_tokenizer(Path(config.model.policy))
+    train, held_out = (
+        tokenize_pairs(
+            rows,
+            tokenizer,
+            style="clean",
+            truncation="pair",
+            max_length=config.data.max_length,
+            max_prompt_length=config.data.max_prompt_length,
+            system_prompt=None,
+        ).pairs
+        for rows in (found.train, found.holdout)
+    )
+    return train, held_out
 
 
 def metrics(output: Path) -> list[dict]:

@@ -488,6 +488,13 @@ def test_a_checkpoint_of_another_run(finished, capfd):
     message = refuse(capfd, "loss.beta=0.5", *options)
     check(message, f"{checkpoint}: made by another run (loss.beta was 0.1 and is 0.5)")
     check(message, "another output_dir")
+    file = Path(json.loads(Path("config.json").read_text())["model"]["policy"], "model.safetensors")
+    original, weights = file.read_bytes(), load_file(file)
+    weights["model.norm.weight"] += 0.1
+    save_file(weights, file, metadata={"format": "pt"})
+    message = refuse(capfd, *options)
+    check(message, f"{checkpoint}: made by another run (the reference's weights differ")
+    file.write_bytes(original)
     write_rows(*[GOOD_ROW] * 8)
     check(refuse(capfd, *options), f"{checkpoint}: made by another run (the training pairs' tokens")
 

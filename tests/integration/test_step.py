@@ -8,9 +8,7 @@ import transformers
 
 from notus.config import load_config
 from notus.data.planning import pairs_of_step
-from notus.data.preferences import load_preferences
-from notus.data.tokenization import load_tokenizer, tokenize_pairs
-from runs import base_config, metrics, run, stored
+from runs import base_config, metrics, pairs_of, run, stored
 
 RATE, BETA, CLIP, STEPS, PER_STEP = 2e-3, 0.3, 0.05, 3, 16
 
@@ -24,16 +22,7 @@ def log_prob(model, prompt, response):
 
 def by_hand(demo, config):
     """(metrics of each step, final weights): one pair at a time, cosine schedule, clipping."""
-    rows = load_preferences(config.data.train, seed=config.train.seed).train
-    pairs = tokenize_pairs(
-        rows,
-        load_tokenizer(demo / "sft"),
-        style="clean",
-        truncation="pair",
-        max_length=96,
-        max_prompt_length=48,
-        system_prompt=None,
-    ).pairs
+    pairs, _ = pairs_of(config)
     policy, reference = (
         transformers.AutoModelForCausalLM.from_pretrained(demo / "sft", dtype=torch.float32)
         for _ in range(2)

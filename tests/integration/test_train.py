@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from conftest import flat_log_probs
-from notus.data.preferences import load_preferences
-from notus.data.tokenization import load_tokenizer, tokenize_pairs
-from runs import base_config, metrics, run, stored
+from notus.config import load_config
+from notus.data.tokenization import load_tokenizer
+from runs import base_config, metrics, pairs_of, run, stored
 
 STEPS = 5
 LOSSES = {
@@ -79,34 +79,9 @@ def test_four_ranks_log_what_one_rank_logs(folder):
 
 
 @pytest.mark.slow
-def test_evaluation_counts_every_pair_once(demo, other, folder):
-    source = long_config(demo, other)["data"]["train"][0]
-    rows = load_preferences(
-        [
-            type(
-                "Source",
-                (),
-                {
-                    "split": None,
-                    "weight": 1.0,
-                    "format": None,
-                    "path": source["path"],
-                    "curation": type("Rule", (), source["curation"]),
-                },
-            )
-        ],
-        seed=42,
-        holdout=21,
-    ).holdout
-    pairs = tokenize_pairs(
-        rows,
-        load_tokenizer(demo / "sft"),
-        style="clean",
-        truncation="pair",
-        max_length=96,
-        max_prompt_length=48,
-        system_prompt=None,
-    ).pairs
+def test_evaluation_counts_every_pair_once(demo, other, folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(long_config(demo, other)))
+    _, pairs = pairs_of(load_config(tmp_path / "config.json"))
     assert len(pairs) % 2 and len(pairs) % 4
     sums = {}
     for name, path in (("policy", demo / "sft"), ("reference", other)):
@@ -163,6 +138,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(demo, other, folder,
             assert expected.keys() == resumed.keys()
             assert len(expected) > 10 or prefix == "reference"
             assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_goes_on_with_one(demo, other, folder, tmp_path):
+    whole, broken = folder / "sigmoid-2", tmp_path / "broken"
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("final", "step-00000005"))
+    run(long_config(demo, other), [[f"output_dir={broken}"]], tmp_path, ranks=1)
+    assert len(list((broken / "checkpoints/step-00000005").glob("model-*.safetensors"))) == 1
+    assert_same_metrics(metrics(whole), metrics(broken), rel=1e-4)
+    for prefix in ("model", "optimizer"):
+        expected, resumed = (
+            stored(path / "checkpoints/step-00000005", prefix) for path in (whole, broken)
+        )
+        for key, value in expected.items():
+            torch.testing.assert_close(resumed[key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
