@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from notus.errors import UserError
-from notus.kernels.reference import linear_log_probs, linear_log_sum_squares
+from notus.kernels.dispatch import linear_log_probs, linear_log_sum_squares
 from notus.model.attention import AttentionMask, attend
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
@@ -305,29 +305,39 @@ class Decoder(nn.Module):
 class LogProbHead(nn.Module):
     """The output projection and the log-softmax in one, so that logits need never be stored."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, kernels: str = "auto") -> None:
+        """kernels: "auto", "triton" or "plain", as in notus/kernels/dispatch.py."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        self.kernels = kernels
 
-    def forward(self, hidden_SD: Tensor, targets_S: Tensor, sum_squares: bool = False) -> Tensor:
+    def forward(
+        self, hidden_SD: Tensor, targets_S: Tensor | None, sum_squares: bool = False
+    ) -> Tensor:
         """Log-prob of each row's target token, natural logarithm: float32 [S].
 
-        With `sum_squares`, [2, S]: the second row is log sum_v p(v)^2, without gradient.
+        With `sum_squares`, [2, S]: the second row is log sum_v p(v)^2, without gradient. Without
+        targets the rows' logits, float32 [S, V], for the few rows of which a token is sampled; they
+        are computed in the weight's dtype, as transformers serves them.
         """
-        log_probs_S = linear_log_probs(hidden_SD, self.weight, targets_S)
+        if targets_S is None:
+            return F.linear(hidden_SD.to(self.weight.dtype), self.weight).float()
+        log_probs_S = linear_log_probs(hidden_SD, self.weight, targets_S, self.kernels)
         if not sum_squares:
             return log_probs_S
-        return torch.stack((log_probs_S, linear_log_sum_squares(hidden_SD, self.weight)))
+        squares_S = linear_log_sum_squares(hidden_SD, self.weight, self.kernels)
+        return torch.stack((log_probs_S, squares_S))
 
 
 class MistralForCausalLM(nn.Module):
     """The decoder and its head. Keys of the state dict equal those of transformers' class."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, kernels: str = "auto") -> None:
+        """kernels: "auto", "triton" or "plain", what computes the head."""
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape)
-        self.lm_head = LogProbHead(shape)
+        self.lm_head = LogProbHead(shape, kernels)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -337,14 +347,14 @@ class MistralForCausalLM(nn.Module):
         position_T: Tensor,
         mask: AttentionMask,
         rows_S: Tensor,
-        targets_S: Tensor,
+        targets_S: Tensor | None,
         sum_squares: bool = False,
     ) -> Tensor:
         """Log-probs of `targets_S` as predicted at the slots `rows_S`: float32 [S].
 
         tokens_T, position_T: integers, the packed row; mask: of `attention.build_mask`; rows_S,
         targets_S: int64, a slot may predict more than one target (the prompt's last slot predicts
-        the first token of both responses); sum_squares: see LogProbHead.
+        the first token of both responses), None: the logits instead; sum_squares: see LogProbHead.
         """
         hidden_SD = self.model(tokens_T, position_T, mask, rows_S)
         return self.lm_head(hidden_SD, targets_S, sum_squares)

@@ -1,0 +1,434 @@
+"""The head side by side: hidden rows and weight in, log-probs of targets out, forward and backward.
+
+    pip install -e . && pip install -r benchmarks/requirements.txt
+    python benchmarks/head.py --json head.json            # one CUDA GPU, a few minutes
+    python benchmarks/head.py --sweep                     # tile and chunk sizes of the Triton head
+    python benchmarks/head.py --toy                       # small, also on a CPU: does it work?
+
+Every method first has to be right, on the very inputs it is timed with: log-probs of all rows,
+hidden gradients of some rows and weight gradients of some tokens against float64. Then: median
+time, TFLOP/s on the products that the result needs (2 N D V forward, 6 N D V with both gradients,
+whatever was computed), and the memory above the inputs at its highest, which includes the results.
+Methods:
+
+    matmul         the bare products: the ceiling
+    eager          logits, log_softmax and gather in the inputs' dtype, as most trainers do
+    eager-float32  the same on logits in float32: the error to stay below (not timed)
+    compile        eager under torch.compile
+    trl            TRL's chunked log-prob function
+    liger          Liger's fused linear cross entropy, a loss for each row
+    cce            cut-cross-entropy without gradient filter, which is not exact
+    plain, triton  notus
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from notus.errors import UserError
+from notus.kernels import dispatch
+
+Head = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # hidden [N, D], weight [V, D], targets [N] -> [N]
+PROBED = 64  # rows and tokens whose gradients are compared
+TRL_VOCABULARY_CHUNK = 32768  # what its trainers pass
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+class Case(NamedTuple):
+    """One problem: N rows, V tokens, D hidden values, and the spread of the logits."""
+
+    N: int
+    V: int
+    D: int
+    logits: str  # "random", of standard deviation 1.3, or "peaked", four times that
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    upstream: Tensor
+
+
+class Truth(NamedTuple):
+    """Float64: log-probs [N], gradients of the probed rows and tokens [PROBED, D]."""
+
+    log_probs: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    probes: Tensor  # [2, PROBED]: rows, tokens
+
+
+GPU_CASES = [
+    Case(N, V, 4096, logits)
+    for V in (32000, 128256)
+    for N in (2048, 9400, 32768)
+    for logits in (("random", "peaked") if N == 9400 else ("random",))
+]
+TOY_CASES = [Case(70, 300, 64, "random"), Case(130, 700, 48, "peaked")]
+
+
+# ------------------------------------------------------------------------------------ the methods
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1).float()
+
+
+def eager_float32(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return eager(hidden.float(), weight.float(), targets)
+
+
+def make_trl(device: torch.device) -> Head:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ()
+        )[0]
+
+    return head
+
+
+def make_liger(device: torch.device) -> Head:
+    if device.type != "cuda":
+        raise UserError("its kernels need CUDA")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+    return lambda hidden, weight, targets: -loss(weight, hidden, targets)
+
+
+def make_cce(device: torch.device) -> Head:
+    if device.type != "cuda":
+        raise UserError("its kernels need CUDA")
+    from cut_cross_entropy import linear_cross_entropy
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -linear_cross_entropy(hidden, weight, targets, reduction="none", filter_eps=None)
+
+    return head
+
+
+def make_notus(backend: str, device: torch.device) -> Head:
+    dispatch.check_backend(backend, device)
+    return lambda hidden, weight, targets: dispatch.linear_log_probs(
+        hidden, weight, targets, backend
+    )
+
+
+METHODS: dict[str, Callable[[torch.device], Head]] = {
+    "eager": lambda device: eager,
+    "eager-float32": lambda device: eager_float32,
+    "compile": lambda device: torch.compile(eager, dynamic=False),
+    "trl": make_trl,
+    "liger": make_liger,
+    "cce": make_cce,
+    "plain": partial(make_notus, "plain"),
+    "triton": partial(make_notus, "triton"),
+}
+NOT_TIMED = ("eager-float32",)
+
+
+# ------------------------------------------------------------------------- inputs and what is true
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    spread = {"random": 1.28, "peaked": 5.12}[case.logits]
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).mul_(std).to(dtype)
+
+    return Inputs(
+        hidden=normal(case.N, case.D).requires_grad_(),
+        weight=normal(case.V, case.D, std=spread / case.D**0.5).requires_grad_(),
+        targets=torch.randint(0, case.V, (case.N,), generator=generator, device=device),
+        upstream=torch.randn(case.N, generator=generator, device=device),
+    )
+
+
+@torch.no_grad()
+def compute_truth(inputs: Inputs) -> Truth:
+    """In float64, a few rows of logits at a time."""
+    hidden, weight, targets, upstream = inputs
+    N, V = len(hidden), len(weight)
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.stack([torch.randint(0, n, (PROBED,), generator=generator) for n in (N, V)])
+    rows, tokens = probes = probes.to(hidden.device)
+    tokens[: PROBED // 2] = targets[rows[: PROBED // 2]]  # tokens that are some row's target too
+    wide = weight.double()
+    log_probs, grad_weight = [], torch.zeros(PROBED, hidden.shape[1], dtype=torch.float64)
+    grad_weight = grad_weight.to(hidden.device)
+    for part in torch.arange(N, device=hidden.device).split(1024):
+        x = hidden[part].double()
+        all_log_probs = (x @ wide.T).log_softmax(-1)
+        log_probs.append(all_log_probs.gather(1, targets[part, None]).squeeze(1))
+        slope = (targets[part, None] == tokens).double() - all_log_probs[:, tokens].exp()
+        grad_weight += (slope * upstream[part, None].double()).T @ x
+    probabilities = (hidden[rows].double() @ wide.T).softmax(-1)
+    grad_hidden = (wide[targets[rows]] - probabilities @ wide) * upstream[rows, None].double()
+    return Truth(torch.cat(log_probs), grad_hidden, grad_weight, probes)
+
+
+def errors(head: Head, inputs: Inputs, truth: Truth) -> dict[str, float]:
+    """Largest absolute error of the log-probs; of the gradients, relative to the largest entry."""
+    hidden, weight, targets, upstream = inputs
+    log_probs = head(hidden, weight, targets)
+    grad_hidden, grad_weight = torch.autograd.grad(log_probs @ upstream, (hidden, weight))
+    rows, tokens = truth.probes
+
+    def relative(found: Tensor, true: Tensor) -> float:
+        return ((found.double() - true).abs().max() / true.abs().max()).item()
+
+    return {
+        "log_prob_error": (log_probs.double() - truth.log_probs).abs().max().item(),
+        "grad_hidden_error": relative(grad_hidden[rows], truth.grad_hidden),
+        "grad_weight_error": relative(grad_weight[tokens], truth.grad_weight),
+    }
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def seconds(compute: Callable[[], object], device: torch.device, at_least: float) -> float:
+    """Median time of one call; as many calls as `at_least` seconds hold, three at the least."""
+    compute()  # compiles, allocates
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < at_least:
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            compute()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            compute()
+            times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def peak_bytes(compute: Callable[[], object], device: torch.device) -> int | None:
+    """Highest memory above what was allocated before; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = compute()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def passes(name: str, head: Head | None, inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """The forward pass alone, and with both gradients; for "matmul" the bare products of each."""
+    hidden, weight, targets, upstream = inputs
+    if head is None:
+        x, w = hidden.detach(), weight.detach()
+        slope = torch.randn(len(x), len(w), device=x.device, dtype=x.dtype)
+        return {
+            "forward": lambda: x @ w.T,
+            "forward+backward": lambda: (x @ w.T, slope @ w, slope.T @ x),
+        }
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return head(hidden, weight, targets)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(head(hidden, weight, targets), (hidden, weight), upstream)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def measure(
+    name: str, head: Head | None, case: Case, inputs: Inputs, at_least: float
+) -> dict[str, Any]:
+    """Time, rate and memory of both passes."""
+    device, found = inputs.hidden.device, {}
+    for number, (label, compute) in enumerate(passes(name, head, inputs).items()):
+        elapsed = seconds(compute, device, at_least)
+        flops = (2, 6)[number] * case.N * case.D * case.V
+        found[label] = {
+            "seconds": elapsed,
+            "tflops": flops / elapsed / 1e12,
+            "extra_bytes": peak_bytes(compute, device),
+        }
+    return found
+
+
+def run_case(
+    case: Case, heads: dict[str, Head], device: torch.device, dtype: torch.dtype, at_least: float
+) -> list[dict[str, Any]]:
+    """One row of results for each method, the bare product first."""
+    inputs = make_inputs(case, device, dtype, seed=time.time_ns() % 2**31)
+    truth = compute_truth(inputs)
+    common = case._asdict() | {"dtype": str(dtype).removeprefix("torch.")}
+    rows = [common | {"method": "matmul"} | measure("matmul", None, case, inputs, at_least)]
+    for name, head in heads.items():
+        row = common | {"method": name}
+        try:
+            row |= errors(head, inputs, truth)
+            if not is_right(row, truth.log_probs.abs().max().item()):
+                row["wrong"] = True
+            elif name not in NOT_TIMED:
+                row |= measure(name, head, case, inputs, at_least)
+        except torch.cuda.OutOfMemoryError:
+            row["out_of_memory"] = True
+        rows.append(row)
+    return rows
+
+
+def is_right(found: dict[str, float], largest: float) -> bool:
+    """Within what rounding to bfloat16 can explain; a mistake is larger.
+
+    largest: of the sizes of logits and log-probs, which eager rounds to half of 2^-7 of them.
+    """
+    return (
+        found["log_prob_error"] <= 2**-7 * 2 * largest
+        and found["grad_hidden_error"] <= 0.05
+        and found["grad_weight_error"] <= 0.05
+    )
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One case: errors, then milliseconds, TFLOP/s, share of the bare product, extra GB."""
+    first = rows[0]
+    lines = [
+        f"\nN {first['N']:,}  V {first['V']:,}  D {first['D']:,}  {first['dtype']}, "
+        f"{first['logits']} logits",
+        f"{'':<14}{'log-prob':>10}{'d hidden':>10}{'d weight':>10}   "
+        f"{'forward: ms':>12}{'TFLOP/s':>9}{'share':>7}{'GB':>7}   "
+        f"{'+backward: ms':>14}{'TFLOP/s':>9}{'share':>7}{'GB':>7}",
+    ]
+    for row in rows:
+        line = f"{row['method']:<14}"
+        for key in ("log_prob_error", "grad_hidden_error", "grad_weight_error"):
+            line += f"{row[key]:>10.1e}" if key in row else f"{'':>10}"
+        if row.get("wrong") or row.get("out_of_memory"):
+            line += "   WRONG, not timed" if row.get("wrong") else "   out of memory"
+        for label, width in (("forward", 12), ("forward+backward", 14)):
+            if label in row:
+                found = row[label]
+                memory = found["extra_bytes"]
+                line += (
+                    f"   {found['seconds'] * 1e3:>{width}.3f}{found['tflops']:>9.1f}"
+                    f"{found['tflops'] / first[label]['tflops']:>7.0%}"
+                    f"{'' if memory is None else f'{memory / 1e9:.2f}':>7}"
+                )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def open_methods(wanted: Sequence[str], device: torch.device) -> dict[str, Head]:
+    """Those that can run here; says which cannot, and why."""
+    heads = {}
+    for name in wanted:
+        try:
+            heads[name] = METHODS[name](device)
+        except (ImportError, UserError) as error:
+            print(f"skipped: {name} ({error})")
+    return heads
+
+
+def sweep(device: torch.device) -> list[dict[str, Any]]:
+    """Forward time by tile, backward time by rows per chunk, at the size of a usual microbatch."""
+    from notus.kernels import linear_log_probs as kernels
+
+    case = Case(9400, 32000, 4096, "random")
+    inputs = make_inputs(case, device, torch.bfloat16, seed=0)
+    head, found = make_notus("triton", device), []
+    usual = kernels.LARGE
+    for tiles in (
+        usual,
+        usual._replace(stages=4),
+        usual._replace(hidden=32, stages=5),
+        usual._replace(hidden=128, stages=2),
+        usual._replace(rows=256, vocabulary=128),
+        usual._replace(vocabulary=128, stages=4),
+        kernels.SMALL,
+    ):
+        kernels.LARGE = tiles
+        elapsed = seconds(passes("triton", head, inputs)["forward"], device, 0.3)
+        found.append({"tiles": tiles._asdict(), "forward_seconds": elapsed})
+        print(f"{elapsed * 1e3:8.3f} ms  {tiles}")
+    kernels.LARGE = usual
+    for kernels.CHUNK_ROWS in (1024, 2048, 4096, 8192):
+        compute = passes("triton", head, inputs)["forward+backward"]
+        elapsed = seconds(compute, device, 0.3)
+        memory = peak_bytes(compute, device)
+        rows = kernels.CHUNK_ROWS
+        found.append({"chunk_rows": rows, "seconds": elapsed, "extra_bytes": memory})
+        print(f"{elapsed * 1e3:8.3f} ms  {memory / 1e9:.2f} GB  at most {rows} rows a chunk")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The linear + log-softmax head, side by side.")
+    parser.add_argument("--toy", action="store_true", help="tiny problems, on the CPU if need be")
+    parser.add_argument("--sweep", action="store_true", help="tile and chunk sizes instead")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+        help=f"any of {', '.join(METHODS)}",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write every number here")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (options.sweep or not options.toy):
+        print("error: no CUDA device was found; on a CPU only --toy works", file=sys.stderr)
+        return 2
+
+    report: dict[str, Any] = {"environment": environment(device)}
+    print(", ".join(f"{name} {value}" for name, value in report["environment"].items()))
+    if options.sweep:
+        report["sweep"] = sweep(device)
+    else:
+        heads = open_methods(options.methods, device)
+        report["results"] = []
+        for case in TOY_CASES if options.toy else GPU_CASES:
+            rows = run_case(case, heads, device, torch.bfloat16, 0.0 if options.toy else 0.3)
+            print(table(rows), flush=True)
+            report["results"] += rows
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    wrong = [row["method"] for row in report.get("results", []) if row.get("wrong")]
+    if wrong:
+        print(f"error: wrong results from {', '.join(dict.fromkeys(wrong))}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
