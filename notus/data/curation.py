@@ -1,122 +1,330 @@
-"""UltraFeedback's ratings -> one chosen and one rejected completion per prompt.
+"""Sets of rated responses -> preference pairs: the rule, decontamination, and what was left out.
 
-A raw openbmb/UltraFeedback row holds a prompt (`instruction`) and usually four completions, each
-rated by GPT-4 from 1 to 5 on four aspects (`annotations`) and from 1 to 10 overall
-(`overall_score`). Notus takes the mean of the aspects, because about 2,600 of the overall scores
-were published wrongly: a true 1 became a 10 (https://github.com/OpenBMB/UltraFeedback/issues/8).
-Everything here is a pure function of one row.
+    python -m notus.data.curation INPUT --out DIR [--rule mean-rating] [--decontaminate FILE ...]
+
+curates a file, folder or hub dataset into a folder of its own; a source in a training
+configuration that has "curation" goes the same way without files in between. With the same
+settings and seed both give the same pairs.
 """
 
+import argparse
 import hashlib
-from collections.abc import Callable, Iterator
-from types import NoneType
-from typing import Any
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
+import pyarrow
+import pyarrow.parquet
+from tqdm import tqdm
+
+from notus.data.curation_report import Summary, write_report
+from notus.data.decontamination import MATCHES, BenchmarkPrompts, Dropped, SeenPrompts, read_prompts
+from notus.data.ratings import (
+    REJECTED,
+    RULES,
+    Choice,
+    RatedRow,
+    choose_pair,
+    find_rated_format,
+)
+from notus.data.rows import PlacedRow, Row, read_rows, read_text
 from notus.errors import UserError
 
-Completion = dict[str, Any]
+DUPLICATE = "duplicate prompt"
+NEAR_DUPLICATE = "near-duplicate prompt"
+HELD_OUT_PROMPT = "prompt of a held-out row"
+DUPLICATES = ("keep", "exact", "near")
 
-TIED_RATINGS = "tied ratings"
-TOO_FEW_RATED = "fewer than two rated completions"
+
+class Curation(Protocol):
+    """How rows become pairs, as a configuration or the command's options say it."""
+
+    rule: str | None
+    rejected: str
+    decontaminate: Sequence[str] | None
+    match: str
+    drop_sources: Sequence[str] | None
+    duplicates: str
 
 
-def mean_rating(completion: Completion) -> float | None:
-    """The mean of a completion's aspect ratings, 1 to 5; None if no aspect is rated.
+class Screen:
+    """Which rows stay out of the training data because of their prompt or their source."""
 
-    An aspect counts only if it holds a rating other than null and "N/A". Ratings are strings in
-    the published revisions and numbers in some copies; the first revision holds a list of
-    annotations for each aspect. This is Argilla's rule for
-    argilla/ultrafeedback-binarized-preferences.
+    def __init__(self, curation: Curation, held_out: Sequence[str] = ()) -> None:
+        """held_out: files of prompts that no pair may repeat, or nearly so.
+
+        Raises:
+            UserError: a file cannot be read, or holds no prompts.
+        """
+        self._sources = frozenset(curation.drop_sources or ())
+        self._benchmarks = BenchmarkPrompts(curation.decontaminate or (), curation.match)
+        self._duplicates = curation.duplicates
+        self._seen = SeenPrompts(near=curation.duplicates == "near")
+        self._held_out = SeenPrompts(near=True)
+        for path in held_out:
+            for where, prompt in read_prompts(path):
+                self._held_out.add(prompt, where)
+
+    def refuse(self, asked: Sequence[str], whole: str, row: Row, where: str) -> Dropped | None:
+        """Why a row gives no pair whatever its responses; None if it may.
+
+        asked: the texts that the prompt asks; whole: the prompt as one text.
+        """
+        if self._sources and read_text(row, "source", where) in self._sources:
+            return Dropped(f'source "{row["source"]}"')
+        if hit := self._benchmarks.find(asked):
+            return Dropped(f"{hit.kind} of {hit.benchmark}", hit)
+        return Dropped(HELD_OUT_PROMPT) if self._held_out.find(whole) else None
+
+    def repeated(self, whole: str, where: str) -> Dropped | None:
+        """Whether a pair's prompt came before in another pair; notes it if it did not."""
+        if self._duplicates == "keep" or self._seen.add(whole, where) is None:
+            return None
+        return Dropped(DUPLICATE if self._duplicates == "exact" else NEAR_DUPLICATE)
+
+
+def curate_row(
+    rated: RatedRow, row: Row, where: str, curation: Curation, screen: Screen, seed: int
+) -> Choice | Dropped:
+    """The pair of a row of rated responses, or why it gives none.
 
     Raises:
-        UserError: a rating is not a number from 1 to 5, or an annotation is not an object.
+        UserError: a rating is out of range, or a response that would be in the pair is not text.
     """
-    ratings = [_number(found, f"rating of {aspect}", 5) for aspect, found in _ratings(completion)]
-    return sum(ratings) / len(ratings) if ratings else None
-
-
-def overall_score(completion: Completion) -> float | None:
-    """GPT-4's overall score of a completion as published, 1 to 10; None if there is none.
-
-    Strings ("8", "8/10") are read as numbers. Revisions before 2023-12-29 hold 10 where 1 was
-    meant; that is not repaired here.
-
-    Raises:
-        UserError: the score is not a number from 1 to 10.
-    """
-    found = completion.get("overall_score")
-    if found is None or found == "N/A":
-        return None
-    if isinstance(found, str):
-        found = found.removesuffix("/10")
-    return _number(found, "overall_score", 10)
-
-
-RULES: dict[str, Callable[[Completion], float | None]] = {
-    "mean-rating": mean_rating,
-    "overall-score": overall_score,
-}
-
-
-def choose_pair(
-    row: dict[str, Any], rule: str, seed: int
-) -> tuple[Completion, Completion, float, float] | str:
-    """(chosen, rejected, chosen score, rejected score) of a raw row, or why there is no pair.
-
-    Chosen is the first completion with the highest score under `rule` (a name in `RULES`).
-    Rejected is drawn among those with a strictly lower score rather than being the worst one,
-    as for Zephyr (https://arxiv.org/abs/2310.16944, section 3). The draw depends on the seed and
-    the prompt's text alone, so neither the order of the rows nor other rows change it.
-    Completions without a score take no part.
-
-    Raises:
-        UserError: the rule is unknown, or a rating is out of range.
-    """
-    if rule not in RULES:
-        raise UserError(f'no curation rule "{rule}"; expected one of {", ".join(RULES)}')
-    scored = [
-        (completion, score)
-        for completion in row["completions"] or []
-        if (score := RULES[rule](completion)) is not None
-    ]
-    if len(scored) < 2:
-        return TOO_FEW_RATED
-    best = max(score for _, score in scored)
-    lower = [candidate for candidate in scored if candidate[1] < best]
-    if not lower:
-        return TIED_RATINGS
-    chosen = next(completion for completion, score in scored if score == best)
-    rejected, rejected_score = lower[_draw(seed, row["instruction"], len(lower))]
-    return chosen, rejected, best, rejected_score
-
-
-def _ratings(completion: Completion) -> Iterator[tuple[str, Any]]:
-    """(aspect, rating) of every aspect that is rated."""
-    aspects = completion.get("annotations") or {}
-    if not isinstance(aspects, dict):
-        raise UserError(f"annotations are {aspects!r:.60}; expected an object of aspects")
-    for aspect, found in aspects.items():
-        for annotation in found if isinstance(found, list) else [found]:
-            if not isinstance(annotation, dict | NoneType):
-                raise UserError(f"annotation of {aspect} is {annotation!r:.60}; expected an object")
-            rating = annotation.get("Rating") if annotation else None
-            if rating is not None and rating != "N/A":
-                yield aspect, rating
-
-
-def _number(found: Any, name: str, highest: int) -> float:
-    """`found` as a number from 1 to `highest`."""
-    expected = f"expected a number from 1 to {highest}"
+    refused = screen.refuse([rated.prompt], rated.prompt, row, where)
+    if refused:
+        return refused
     try:
-        number = float(found)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is {found!r}; {expected}") from None
-    if not 1 <= number <= highest:
-        raise UserError(f"{name} is {found!r}; {expected}")
-    return number
+        choice = choose_pair(rated, curation.rule, seed, curation.rejected)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if isinstance(choice, str):
+        return Dropped(choice)
+    for completion in (choice.chosen, choice.rejected):
+        read_text(completion, "response", where)
+    return screen.repeated(rated.prompt, where) or choice
 
 
-def _draw(seed: int, prompt: str, count: int) -> int:
-    """A uniform draw from range(count), keyed by the seed and the prompt's text."""
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
-    return int.from_bytes(digest, "big") % count
+# ------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command's settings: a `Curation`, and more."""
+
+    rule: str | None = "mean-rating"
+    rejected: str = "random"
+    decontaminate: tuple[str, ...] = ()
+    match: str = "n-grams"
+    drop_sources: tuple[str, ...] = ()
+    duplicates: str = "keep"
+    held_out: tuple[str, ...] = ()
+    seed: int = 42
+
+
+# The columns of argilla/ultrafeedback-binarized-preferences, Notus's training data.
+SCHEMA = pyarrow.schema(
+    [
+        ("source", pyarrow.string()),
+        ("instruction", pyarrow.string()),
+        ("chosen_response", pyarrow.string()),
+        ("rejected_response", pyarrow.string()),
+        ("chosen_avg_rating", pyarrow.float64()),
+        ("rejected_avg_rating", pyarrow.float64()),
+        ("chosen_model", pyarrow.string()),
+    ]
+)
+
+
+def curate(path: str, split: str | None, out: Path, settings: Settings) -> Summary:
+    """Curates the rows at `path` (see `read_rows`) into the new folder `out`.
+
+    It holds train.parquet and jsonl/train.jsonl (the same pairs, in Argilla's columns; the
+    `*_avg_rating` are the scores under the rule), jsonl/dropped.jsonl (every other row and why),
+    report.md with figures, and manifest.json (settings, hashes, counts). As a training source the
+    folder is its Parquet file. It appears whole, or not at all.
+
+    Raises:
+        UserError: `out` exists, a file cannot be read, a row or a rating is malformed, or no pair
+            is left.
+    """
+    with new_folder(out) as folder:
+        screen = Screen(settings, settings.held_out)
+        summary, digest = Summary(), hashlib.sha256()
+        (folder / "jsonl").mkdir()
+        with (
+            pyarrow.parquet.ParquetWriter(folder / "train.parquet", SCHEMA) as parquet,
+            open(folder / "jsonl" / "train.jsonl", "w", encoding="utf-8") as train,
+            open(folder / "jsonl" / "dropped.jsonl", "w", encoding="utf-8") as dropped,
+        ):
+            batch: list[Row] = []
+            for where, row in tqdm(read_rows(path, split), unit=" rows", disable=None):
+                digest.update(_canonical(row))
+                rated = find_rated_format(row, where).read(row, where)
+                outcome = curate_row(rated, row, where, settings, screen, settings.seed)
+                summary.add(rated, outcome, where)
+                if isinstance(outcome, Dropped):
+                    _write_line(dropped, _record_of_dropped(rated, outcome, where))
+                    continue
+                batch.append(_record_of_pair(rated, outcome, where))
+                _write_line(train, batch[-1])
+                if len(batch) == 1000:
+                    parquet.write_table(pyarrow.Table.from_pylist(batch, SCHEMA))
+                    batch = []
+            parquet.write_table(pyarrow.Table.from_pylist(batch, SCHEMA))
+        if not summary.pairs:
+            raise UserError(f"{path}: no pair is left; {_counts(summary)}")
+        described = {"input": path, "split": split or "train", **asdict(settings)}
+        write_report(folder, summary, {key: _show(value) for key, value in described.items()})
+        _write_manifest(folder, described, digest.hexdigest(), summary)
+    return summary
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name at the end, or vanishes on an error.
+
+    Raises:
+        UserError: `path` exists already or cannot be made.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: exists already; expected the name of a new folder")
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:
+    model = choice.chosen.get("model")
+    return {
+        "source": rated.source,
+        "instruction": rated.prompt,
+        "chosen_response": choice.chosen["response"],
+        "rejected_response": choice.rejected["response"],
+        "chosen_avg_rating": choice.chosen_score,
+        "rejected_avg_rating": choice.rejected_score,
+        "chosen_model": None if model is None else read_text(choice.chosen, "model", where),
+    }
+
+
+def _record_of_dropped(rated: RatedRow, dropped: Dropped, where: str) -> Row:
+    record = {"row": where, "source": rated.source, "instruction": rated.prompt}
+    hit = {} if dropped.hit is None else dropped.hit._asdict()
+    return {**record, "reason": dropped.reason, **{f"benchmark_{k}": v for k, v in hit.items()}}
+
+
+def _write_line(file: Any, record: Row) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _canonical(row: Row) -> bytes:
+    """A row's content as bytes, whatever the kind of file that it was read from."""
+    return json.dumps(row, sort_keys=True, default=str).encode() + b"\n"
+
+
+def _write_manifest(
+    folder: Path, described: dict[str, Any], input_hash: str, summary: Summary
+) -> None:
+    prompts = {
+        name: _hash_of_rows(read_rows(name))
+        for name in (*described["decontaminate"], *described["held_out"])
+    }
+    manifest = {
+        **described,
+        "rows_sha256": {described["input"]: input_hash, **prompts},
+        "counts": {
+            "rows": summary.rows,
+            "pairs": summary.pairs,
+            "dropped": summary.dropped_by_reason,
+            "pairs by source": dict(summary.kept),
+            "pairs that the trainer drops": dict(summary.unusable),
+        },
+        "files_sha256": {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in ("train.parquet", "jsonl/train.jsonl", "jsonl/dropped.jsonl")
+        },
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _hash_of_rows(rows: Iterable[PlacedRow]) -> str:
+    digest = hashlib.sha256()
+    for _, row in rows:
+        digest.update(_canonical(row))
+    return digest.hexdigest()
+
+
+def _show(value: Any) -> str:
+    return ", ".join(value) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _counts(summary: Summary) -> str:
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in summary.dropped_by_reason.items())
+    return f"{summary.rows:,} rows, dropped: {dropped or 'none'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m notus.data.curation",
+        description="Curate a set of rated responses into preference pairs.",
+    )
+    parser.add_argument("input", help="a JSON, JSONL or Parquet file, a folder, or a hub id")
+    parser.add_argument("--split", help="a split of the input (default: train)")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to make")
+    parser.add_argument("--rule", choices=RULES, default=Settings.rule, help="what ranks responses")
+    parser.add_argument("--rejected", choices=REJECTED, default=Settings.rejected)
+    files = {"action": "extend", "nargs": "+", "default": [], "metavar": "FILE"}
+    parser.add_argument("--decontaminate", **files, help="benchmark prompts, to be left out")
+    parser.add_argument(
+        "--match",
+        choices=MATCHES,
+        default=Settings.match,
+        help="how a benchmark prompt is recognised",
+    )
+    parser.add_argument("--held-out", **files, help="prompts to evaluate on, to be left out")
+    parser.add_argument(
+        "--drop-source", **files | {"metavar": "NAME"}, help="rows whose source is left out"
+    )
+    parser.add_argument(
+        "--duplicates", choices=DUPLICATES, default=Settings.duplicates, help="of prompts"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=Settings.seed, help="of the draw of rejected responses"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    settings = Settings(
+        rule=options.rule,
+        rejected=options.rejected,
+        decontaminate=tuple(options.decontaminate),
+        match=options.match,
+        drop_sources=tuple(options.drop_source),
+        duplicates=options.duplicates,
+        held_out=tuple(options.held_out),
+        seed=options.seed,
+    )
+    try:
+        summary = curate(options.input, options.split, options.out, settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.out}: {summary.pairs:,} pairs; {_counts(summary)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

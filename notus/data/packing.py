@@ -68,8 +68,13 @@ def _move(value: Tensor | Layout, device: torch.device) -> Tensor | Layout:
 
 
 def slots_of(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:
-    """Slots that each pair takes: int64 [pairs], from lengths [pairs, 3]."""
-    return lengths.sum(1) + (0 if prefix_sharing else lengths[:, 0])
+    """Slots that each pair takes: int64 [pairs], from lengths [pairs, 3].
+
+    Without prefix sharing 2P + C + R, which is also how trainers that pad count a pair's tokens; or
+    P + C where there is no rejected response.
+    """
+    repeated = lengths[:, 0] * (lengths[:, 2] > 0)
+    return lengths.sum(1) + (0 if prefix_sharing else repeated)
 
 
 def pack(
@@ -77,8 +82,8 @@ def pack(
 ) -> Microbatch:
     """The pairs `chosen_pairs`, in that order, in one row of `slots` slots; the rest is padding.
 
-    They must fit. No pairs at all gives a row of padding without scored rows, for a rank that has
-    nothing to do while others work.
+    They must fit. A rejected response of no tokens takes no slot. No pairs at all gives a row of
+    padding without scored rows, for a rank that has nothing to do while others work.
     """
     tokens = np.zeros(slots, np.int64)
     document = np.full(slots, PADDING, np.int32)
@@ -106,6 +111,8 @@ def pack(
         prompt, *responses = pairs.parts(pair)
         prompt_length = prompt.stop - prompt.start
         for side, part in enumerate(responses):
+            if part.start == part.stop:
+                continue  # there is no rejected response in supervised fine-tuning
             if side == 0 or not prefix_sharing:
                 documents += 1
                 prompt_end = place(prompt, PROMPT, 0) + prompt_length - 1

@@ -87,6 +87,11 @@ def pairs_of_step(
     return np.asarray(order[within * pairs_per_step : (within + 1) * pairs_per_step], np.int64)
 
 
+def random_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of what a rank draws in a step (dropout), so that a resumed run draws it again."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
 def plan(
     pairs: Sequence[int] | np.ndarray,
     slot_counts: np.ndarray,

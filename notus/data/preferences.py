@@ -1,31 +1,27 @@
 """Every accepted dataset format -> canonical preference pairs.
 
-Read top to bottom: files and datasets give rows, each row is converted by its format's function,
+Read top to bottom: each row of a source is converted by its format's function or by its curation,
 the sources are mixed by weight, held-out rows are set aside, and pairs that cannot be trained on
 are dropped with a named reason.
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
-from notus.data.curation import choose_pair
+from notus.data.curation import HELD_OUT_PROMPT, Curation, Screen, curate_row
+from notus.data.decontamination import Dropped, SeenPrompts, asked, whole_text
+from notus.data.ratings import RATED_FORMATS, RatedRow
+from notus.data.rows import Row, read_rows, read_text, reject_column
 from notus.errors import UserError
 
 Message = dict[str, str]
-Row = dict[str, Any]
-PlacedRow = tuple[str, Row]
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,8 @@ class Pair:
     assistant): the conversation up to the answer, and the message or messages that follow it.
     `where` is the pair's origin, for messages to the user: "file.jsonl:12", the 1-based line, or
     the 1-based row number where there are no lines. Scores are the format's own ratings, if any.
+    An implied prompt is what two whole texts have in common, so it may end inside a word. Labels
+    say what the row says of itself (`LABELS`). For supervised fine-tuning `rejected` is empty.
     """
 
     prompt: str | list[Message]
@@ -44,6 +42,8 @@ class Pair:
     where: str
     chosen_score: float | None = None
     rejected_score: float | None = None
+    implied: bool = field(default=False, compare=False)
+    labels: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 class Preferences(NamedTuple):
@@ -54,12 +54,6 @@ class Preferences(NamedTuple):
     dropped: dict[str, int]
 
 
-class Curation(Protocol):
-    """How raw ratings become pairs."""
-
-    rule: str
-
-
 class Source(Protocol):
     """One dataset of a mixture, as the configuration describes it."""
 
@@ -68,152 +62,6 @@ class Source(Protocol):
     weight: float
     format: str | None
     curation: Curation | None
-
-
-# ------------------------------------------------------------------------------------- reading
-
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet")
-
-
-def read_rows(path: str, split: str | None = None) -> Iterator[PlacedRow]:
-    """(where, row) of a file, a folder of files, a dataset saved to disk or one on the hub.
-
-    A split of null stands for "train" wherever there are splits. In a folder of files, those
-    whose name contains the split are read; a folder without a file so named has no splits.
-
-    Raises:
-        UserError: nothing is found, or what is found cannot be read as rows.
-    """
-    local = Path(path).expanduser()
-    if local.is_file():
-        return _read_files([local], split)
-    if not local.is_dir():
-        return _read_hub(path, split or "train")
-    if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-        return _read_saved_dataset(local, split)
-    files = sorted(file for file in local.iterdir() if file.name.endswith(SUFFIXES))
-    if not files:
-        raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-    return _read_files(files, split)
-
-
-def _read_files(files: Sequence[Path], split: str | None) -> Iterator[PlacedRow]:
-    named = [file for file in files if (split or "train") in file.name]
-    if not named and split not in (None, "train"):
-        names = ", ".join(file.name for file in files)
-        raise UserError(f'{files[0].parent}: no file name contains the split "{split}": {names}')
-    for file in named or files:
-        yield from _read_file(file)
-
-
-def _read_file(file: Path) -> Iterator[PlacedRow]:
-    if file.name.endswith(".parquet"):
-        rows = _read_parquet(file)
-    elif file.name.endswith(JSON_SUFFIXES):
-        rows = _read_json(file)
-    else:
-        raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
-    empty = True
-    for number, row in rows:
-        empty = False
-        if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: the row is {_kind(row)}; expected an object")
-        yield f"{file}:{number}", row
-    if empty:
-        raise UserError(f"{file}: the file holds no rows")
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with _open_text(file) as text:
-            is_array = text.read(4096).lstrip().startswith("[")
-            text.seek(0)
-            yield from _json_array(file, text) if is_array else _json_lines(file, text)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-
-
-def _open_text(file: Path) -> TextIO:
-    opener = gzip.open if file.suffix == ".gz" else open
-    # The "-sig" drops the byte order mark that editors on Windows put first.
-    return opener(file, "rt", encoding="utf-8-sig")
-
-
-def _json_lines(file: Path, text: TextIO) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}:{number}: not JSON: {error.msg} at column {error.colno}; "
-                "expected one object per line, or one array of objects in the file"
-            ) from None
-
-
-def _json_array(file: Path, text: TextIO) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from enumerate(json.load(text), start=1)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        ) from None
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            batches = parquet.iter_batches(batch_size=1000)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{file}: cannot be read as Parquet: {error}") from None
-
-
-def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
-    import datasets  # takes seconds to import and plain files do not need it
-
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read as a saved dataset: {error}") from None
-    if isinstance(saved, datasets.DatasetDict):
-        if (split or "train") not in saved:
-            raise UserError(
-                f'{folder}: no split "{split or "train"}"; the dataset has {", ".join(saved)}'
-            )
-        folder, saved = folder / (split or "train"), saved[split or "train"]
-    elif split not in (None, "train", saved.split and str(saved.split)):
-        raise UserError(f'{folder}: no split "{split}"; the saved dataset has no splits')
-    return _dataset_rows(str(folder), saved)
-
-
-def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
-    if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"{path}: no such file or folder")
-
-    import datasets  # takes seconds to import and plain files do not need it
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        dataset = datasets.load_dataset(path, split=split)
-    except (OSError, HFValidationError) as error:
-        raise UserError(
-            f"{path}: neither a local file or folder nor a dataset reachable on the hub: {error}"
-        ) from None
-    # An unknown split, several configurations; a loading script; files that cannot be parsed.
-    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f'{path}, split "{split}": {error}') from None
-    return _dataset_rows(f"{path}/{split}", dataset)
-
-
-def _dataset_rows(name: str, dataset: Iterable[Row]) -> Iterator[PlacedRow]:
-    number = 0
-    for number, row in enumerate(dataset, start=1):
-        yield f"{name}:{number}", row
-    if number == 0:
-        raise UserError(f"{name}: the dataset holds no rows")
 
 
 # ------------------------------------------------------------------- the parts of a row, checked
@@ -233,38 +81,17 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
-
-
-def _kind(value: Any) -> str:
-    return KINDS.get(type(value), "a number")
-
-
-def _mistyped(row: Row, column: str, where: str, expected: str) -> NoReturn:
-    found = f"is {_kind(row[column])}" if column in row else "is missing"
-    raise UserError(f'{where}: "{column}" {found}; expected {expected}')
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    text = row.get(column)
-    if not isinstance(text, str):
-        _mistyped(row, column, where, "text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON's \\u can spell
-        raise UserError(f'{where}: "{column}" is not valid Unicode: {error}') from None
-    return text
 
 
 def _message(row: Row, column: str, where: str, keys: tuple[str, str]) -> Message:
     """The message in `row[column]`, whose role and content are under `keys`."""
     message = row.get(column)
     if not isinstance(message, dict):
-        _mistyped(row, column, where, f"a message with {keys[0]} and {keys[1]}")
-    role = _text(message, keys[0], f"{where}, {column}")
+        reject_column(row, column, where, f"a message with {keys[0]} and {keys[1]}")
+    role = read_text(message, keys[0], f"{where}, {column}")
     if role not in ROLES:
         raise UserError(f'{where}: "{column}" has the role "{role}"; known are {", ".join(ROLES)}')
-    return {"role": ROLES[role], "content": _text(message, keys[1], f"{where}, {column}")}
+    return {"role": ROLES[role], "content": read_text(message, keys[1], f"{where}, {column}")}
 
 
 def read_messages(
@@ -276,7 +103,7 @@ def read_messages(
     """
     messages = row.get(column)
     if not isinstance(messages, list):
-        _mistyped(row, column, where, "a list of messages")
+        reject_column(row, column, where, "a list of messages")
     numbered = {f"{column}[{index}]": message for index, message in enumerate(messages)}
     return [_message(numbered, name, where, keys) for name in numbered]
 
@@ -288,17 +115,19 @@ def _check_ends_with_answer(messages: list[Message], column: str, where: str) ->
 
 
 def _scores(row: Row, where: str) -> tuple[float | None, float | None]:
-    """The ratings of chosen and rejected, where the row has both columns."""
-    for columns in SCORE_COLUMNS:
-        if all(column in row for column in columns):
-            return _score(row, columns[0], where), _score(row, columns[1], where)
+    """The ratings of chosen and rejected, where the row or its `metadata` has both columns."""
+    metadata = row.get("metadata")
+    for place in (row, metadata if isinstance(metadata, dict) else {}):
+        for columns in SCORE_COLUMNS:
+            if all(column in place for column in columns):
+                return _score(place, columns[0], where), _score(place, columns[1], where)
     return None, None
 
 
 def _score(row: Row, column: str, where: str) -> float | None:
     score = row[column]
     if score is not None and not isinstance(score, (int, float)):
-        _mistyped(row, column, where, "a number")
+        reject_column(row, column, where, "a number")
     return None if score is None else float(score)
 
 
@@ -310,6 +139,11 @@ IDENTICAL = "identical responses"
 EMPTY_PROMPT = "empty prompt"
 PROMPTS_DIFFER = "prompts differ"
 HELD_OUT_COPY = "copy of a held-out row"
+NO_COUNTERPART = "no response with the other label"
+LABELLED_BAD = "labelled false"
+NO_ANSWER = "no message of the assistant"
+
+LABELS = ("source", "subset")  # columns of text that evaluation reports by
 
 
 def convert_preference(row: Row, where: str) -> Pair | str:
@@ -321,19 +155,20 @@ def convert_preference(row: Row, where: str) -> Pair | str:
     """
     if row.get("chosen") is None or row.get("rejected") is None:
         missing = "chosen" if row.get("chosen") is None else "rejected"
-        _mistyped(row, missing, where, "text or a list of messages")
+        reject_column(row, missing, where, "text or a list of messages")
     convert = _convert_texts if isinstance(row["chosen"], str) else _convert_messages
     return convert(row, where)
 
 
 def _convert_texts(row: Row, where: str) -> Pair:
-    chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
+    chosen, rejected = read_text(row, "chosen", where), read_text(row, "rejected", where)
     if "prompt" in row:
-        prompt = _text(row, "prompt", where)
+        prompt = read_text(row, "prompt", where)
     else:
         length = common_prompt_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    return Pair(prompt, chosen, rejected, where, *_scores(row, where))
+    implied = "prompt" not in row
+    return Pair(prompt, chosen, rejected, where, *_scores(row, where), implied=implied)
 
 
 def common_prompt_length(chosen: str, rejected: str) -> int:
@@ -362,7 +197,7 @@ def _convert_messages(row: Row, where: str) -> Pair | str:
                     'expected the answer alone, since "prompt" holds the conversation'
                 )
     else:
-        repeated = _text(row, "prompt", where) if "prompt" in row else ""
+        repeated = read_text(row, "prompt", where) if "prompt" in row else ""
         if repeated and chosen[0]["role"] == rejected[0]["role"] == "assistant":
             prompt = [{"role": "user", "content": repeated}]
         else:
@@ -382,16 +217,16 @@ def _common_messages(chosen: list[Message], rejected: list[Message]) -> int:
 
 def convert_turns(row: Row, where: str) -> Pair:
     """Text columns that are turns of a chat: the prompt the user's, the responses the model's."""
-    texts = (_text(row, column, where) for column in ("prompt", "chosen", "rejected"))
+    texts = (read_text(row, column, where) for column in ("prompt", "chosen", "rejected"))
     return _single_turn_pair(*texts, where, _scores(row, where))
 
 
 def convert_argilla(row: Row, where: str) -> Pair:
     """argilla/ultrafeedback-binarized-preferences: an instruction and two answers to it."""
     return _single_turn_pair(
-        _text(row, "instruction", where),
-        _text(row, "chosen_response", where),
-        _text(row, "rejected_response", where),
+        read_text(row, "instruction", where),
+        read_text(row, "chosen_response", where),
+        read_text(row, "rejected_response", where),
         where,
         _scores(row, where),
     )
@@ -406,7 +241,7 @@ def convert_hh(row: Row, where: str) -> Pair | str:
 
 
 def _hh_turns(row: Row, column: str, where: str) -> list[Message]:
-    before, *parts = re.split(r"\n\n(Human|Assistant):", _text(row, column, where))
+    before, *parts = re.split(r"\n\n(Human|Assistant):", read_text(row, column, where))
     if before.strip() or not parts:
         raise UserError(
             f'{where}: "{column}" starts with {row[column][:40]!r}; expected "\\n\\nHuman:"'
@@ -422,7 +257,7 @@ def _hh_turns(row: Row, column: str, where: str) -> list[Message]:
 def convert_sharegpt(row: Row, where: str) -> Pair:
     """LLaMA-Factory's ShareGPT preferences: a conversation and two messages that may follow it."""
     prompt = read_messages(row, "conversations", where, SHAREGPT_KEYS)
-    system = "" if row.get("system") is None else _text(row, "system", where)
+    system = "" if row.get("system") is None else read_text(row, "system", where)
     if system.strip() and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
     chosen = [_message(row, "chosen", where, SHAREGPT_KEYS)]
@@ -432,22 +267,93 @@ def convert_sharegpt(row: Row, where: str) -> Pair:
     return Pair(prompt, chosen, rejected, where, *_scores(row, where))
 
 
-def convert_ultrafeedback(row: Row, where: str, *, rule: str, seed: int) -> Pair | str:
-    """Raw openbmb/UltraFeedback: the pair that the curation rule makes of the completions."""
-    prompt = _text(row, "instruction", where)
-    # null stands for no completions: Parquet files written from JSON hold it for missing lists.
-    completions = [] if row.get("completions", ()) is None else row.get("completions")
-    if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
-        _mistyped(row, "completions", where, "a list of objects")
-    try:
-        choice = choose_pair(row, rule, seed)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if isinstance(choice, str):
+def convert_rated(
+    read: Callable[[Row, str], RatedRow],
+    row: Row,
+    where: str,
+    *,
+    curation: Curation,
+    screen: Screen,
+    seed: int,
+) -> Pair | Dropped:
+    """A prompt with rated responses: the pair that the curation makes of it."""
+    rated = read(row, where)
+    choice = curate_row(rated, row, where, curation, screen, seed)
+    if isinstance(choice, Dropped):
         return choice
-    chosen, rejected, *scores = choice
-    responses = (_text(completion, "response", where) for completion in (chosen, rejected))
-    return _single_turn_pair(prompt, *responses, where, tuple(scores))
+    responses = (choice.chosen["response"], choice.rejected["response"])
+    scores = (choice.chosen_score, choice.rejected_score)
+    return _single_turn_pair(rated.prompt, *responses, where, scores)
+
+
+def convert_screened(
+    convert: Callable[[Row, str], Pair | str], row: Row, where: str, *, screen: Screen
+) -> Pair | str | Dropped:
+    """A row that `convert` reads as a pair, unless the screen leaves it out."""
+    pair = convert(row, where)
+    if isinstance(pair, str):
+        return pair
+    whole = whole_text(pair.prompt)
+    refused = screen.refuse(asked(pair.prompt), whole, row, where)
+    return refused or screen.repeated(whole, where) or pair
+
+
+def convert_conversation(
+    column: str, keys: tuple[str, str], row: Row, where: str
+) -> list[Pair] | str:
+    """A conversation alone: each of the assistant's messages, after all that came before it."""
+    messages = read_messages(row, column, where, keys)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return [Pair(messages[:i], [messages[i]], [], where) for i in answers] or NO_ANSWER
+
+
+def convert_completion(row: Row, where: str) -> Pair:
+    """TRL's prompt and completion, as text or as messages."""
+    prompt, response = _prompt_and_completion(row, where)
+    return Pair(prompt, response, type(response)(), where)
+
+
+def _prompt_and_completion(row: Row, where: str) -> tuple[str | list[Message], str | list[Message]]:
+    if isinstance(row["prompt"], str):
+        return read_text(row, "prompt", where), read_text(row, "completion", where)
+    prompt, response = (read_messages(row, name, where) for name in ("prompt", "completion"))
+    _check_ends_with_answer(response, "completion", where)
+    return prompt, response
+
+
+class Judged(NamedTuple):
+    """One response to a prompt, and whether it is a good one."""
+
+    prompt: str | list[Message]
+    response: str | list[Message]
+    is_good: bool
+    where: str
+
+
+def convert_unpaired(row: Row, where: str) -> Judged:
+    """TRL's unpaired preferences: a prompt, one completion, and a label, true or false."""
+    if not isinstance(row.get("label"), bool):
+        reject_column(row, "label", where, "true or false")
+    return Judged(*_prompt_and_completion(row, where), row["label"], where)
+
+
+def pair_up(responses: Sequence[Judged]) -> list[Pair | str]:
+    """Each good response with a bad one to the same prompt, the first with the first, and so on.
+
+    The pairs stand in the order of their good responses, and behind them, a reason for each
+    response that is left over.
+    """
+    bad: dict[str, list[Judged]] = {}
+    for one in responses:
+        if not one.is_good:
+            bad.setdefault(json.dumps(one.prompt), []).append(one)
+    waiting = {key: iter(found) for key, found in bad.items()}
+    rows: list[Pair | str] = []
+    for one in responses:
+        other = next(waiting.get(json.dumps(one.prompt), iter(())), None) if one.is_good else None
+        if other is not None:
+            rows.append(Pair(one.prompt, one.response, other.response, one.where))
+    return rows + [NO_COUNTERPART] * (len(responses) - 2 * len(rows))
 
 
 def _single_turn_pair(
@@ -475,12 +381,19 @@ class Format(NamedTuple):
 
     columns: str
     recognises: Callable[[Row], bool]
-    convert: Callable[..., Pair | str]
+    convert: Callable[..., Pair | str | Dropped | Judged]
     needs_curation: bool = False
+    has_rejected: bool = True
 
 
 def _has(*columns: str) -> Callable[[Row], bool]:
     return lambda row: all(column in row for column in columns)
+
+
+def _rated(name: str) -> Format:
+    columns, read = RATED_FORMATS[name]
+    convert = partial(convert_rated, read)
+    return Format(", ".join(columns), _has(*columns), convert, needs_curation=True)
 
 
 def _is_hh(row: Row) -> bool:
@@ -498,12 +411,8 @@ def _is_preference(row: Row) -> bool:
 
 # The first format that recognises a source's first row is taken, so the special ones come first.
 FORMATS: dict[str, Format] = {
-    "ultrafeedback": Format(
-        "instruction, completions",
-        _has("instruction", "completions"),
-        convert_ultrafeedback,
-        needs_curation=True,
-    ),
+    "ultrafeedback": _rated("ultrafeedback"),
+    "rated": _rated("rated"),
     "argilla": Format(
         "instruction, chosen_response, rejected_response",
         _has("instruction", "chosen_response", "rejected_response"),
@@ -517,6 +426,27 @@ FORMATS: dict[str, Format] = {
     "hh": Format('chosen, rejected as "\\n\\nHuman:" dialogues', _is_hh, convert_hh),
     "preference": Format(
         "chosen, rejected and optionally prompt", _is_preference, convert_preference
+    ),
+    "unpaired": Format(
+        "prompt, completion, label", _has("prompt", "completion", "label"), convert_unpaired
+    ),
+    "completion": Format(
+        "prompt, completion",
+        _has("prompt", "completion"),
+        convert_completion,
+        has_rejected=False,
+    ),
+    "messages": Format(
+        "messages",
+        _has("messages"),
+        partial(convert_conversation, "messages", MESSAGE_KEYS),
+        has_rejected=False,
+    ),
+    "conversations": Format(
+        "conversations",
+        _has("conversations"),
+        partial(convert_conversation, "conversations", SHAREGPT_KEYS),
+        has_rejected=False,
     ),
     # The columns of plain text, so it is never guessed: the source has to name it.
     "turns": Format(
@@ -542,41 +472,76 @@ def find_format(name: str | None, row: Row, where: str) -> str:
     return found
 
 
-def read_pairs(source: Source, seed: int) -> tuple[list[Pair | str], Counter[str]]:
+def read_pairs(
+    source: Source, seed: int, responses_only: bool = False
+) -> tuple[list[Pair | str], Counter[str]]:
     """A source's rows in file order, each a pair or why it is none, and what curation left out.
 
     What curation leaves out was never a pair and so is not a row: the published curated sets
-    were split into train and test without it.
+    were split into train and test without it. With `responses_only` the pairs have no rejected
+    response, and rows may be conversations, each of whose answers is then a pair.
     """
     rows: list[Pair | str] = []
+    judged: list[Judged] = []
     left_out: Counter[str] = Counter()
     convert = None
     for where, row in read_rows(source.path, source.split):
-        convert = convert or _converter(source, row, where, seed)
-        pair = convert(row, where)
-        if source.curation is not None and isinstance(pair, str):
-            left_out[pair] += 1
-        else:
-            rows.append(pair)
+        convert = convert or _converter(source, row, where, seed, responses_only)
+        labels = {name: row[name] for name in LABELS if isinstance(row.get(name), str)}
+        found = convert(row, where)
+        for pair in found if isinstance(found, list) else [found]:
+            if isinstance(pair, Dropped):
+                left_out[pair.reason] += 1
+            elif isinstance(pair, str):
+                rows.append(pair)
+            elif isinstance(pair, Pair):
+                rows.append(replace(pair, labels=labels))
+            elif not responses_only:
+                judged.append(pair)
+            elif pair.is_good:
+                rows.append(Pair(pair.prompt, pair.response, pair.response, pair.where))
+            else:
+                left_out[LABELLED_BAD] += 1
+    rows += pair_up(judged)
+    if responses_only:
+        rows = [row if isinstance(row, str) else _without_rejected(row) for row in rows]
     return rows, left_out
 
 
-def _converter(source: Source, row: Row, where: str, seed: int) -> Callable[..., Pair | str]:
+def _without_rejected(pair: Pair) -> Pair:
+    return replace(pair, rejected=type(pair.rejected)())
+
+
+def _converter(
+    source: Source, row: Row, where: str, seed: int, responses_only: bool
+) -> Callable[[Row, str], Pair | list[Pair] | str | Dropped | Judged]:
     name = find_format(source.format, row, where)
-    needs_curation = FORMATS[name].needs_curation
-    if needs_curation and source.curation is None:
+    entry, curation = FORMATS[name], source.curation
+    if not entry.has_rejected and not responses_only:
+        raise UserError(
+            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
+            'or "train": {"objective": "sft"}'
+        )
+    if entry.needs_curation and (curation is None or curation.rule is None):
         raise UserError(
             f"{source.path}: the rows hold ratings and no pairs yet; "
             'give the source "curation": {"rule": "mean-rating"}'
         )
-    if source.curation is None:
-        return FORMATS[name].convert
-    if not needs_curation:
+    if curation is None:
+        return entry.convert
+    if entry.needs_curation:
+        return partial(entry.convert, curation=curation, screen=Screen(curation), seed=seed)
+    if name == "unpaired" or not entry.has_rejected:
         raise UserError(
-            f'{source.path}: "curation" does nothing for rows in the format "{name}", '
+            f'{source.path}: "curation" is not for rows of one response each (the format '
+            f'"{name}"); remove it'
+        )
+    if curation.rule is not None:
+        raise UserError(
+            f'{source.path}: "curation" does nothing with a rule for rows in the format "{name}", '
             "which are pairs already; remove it"
         )
-    return partial(FORMATS[name].convert, rule=source.curation.rule, seed=seed)
+    return partial(convert_screened, entry.convert, screen=Screen(curation))
 
 
 # -------------------------------------------------------------------------------------- mixing
@@ -608,11 +573,11 @@ def split_holdout(count: int, holdout: int, seed: int) -> tuple[np.ndarray, np.n
     return shuffled_twice[holdout:], shuffled_twice[:holdout]
 
 
-def reason_to_drop(pair: Pair) -> str | None:
-    """Why nothing can be learned from a pair; None if something can."""
+def reason_to_drop(pair: Pair, responses_only: bool = False) -> str | None:
+    """Why nothing can be learned from a pair, or its chosen response alone; None if it can."""
     if _is_blank(pair.chosen):
         return EMPTY_CHOSEN
-    if _is_blank(pair.rejected):
+    if not responses_only and _is_blank(pair.rejected):
         return EMPTY_REJECTED
     if pair.chosen == pair.rejected:
         return IDENTICAL
@@ -625,11 +590,11 @@ def _is_blank(text: str | list[Message]) -> bool:
     return not any(message["content"].strip() for message in text)
 
 
-def _usable(rows: Iterable[Pair | str], dropped: Counter[str]) -> list[Pair]:
+def _usable(rows: Iterable[Pair | str], dropped: Counter[str], responses_only: bool) -> list[Pair]:
     """The pairs worth training on; the others are counted in `dropped` by reason."""
     pairs = []
     for row in rows:
-        reason = row if isinstance(row, str) else reason_to_drop(row)
+        reason = row if isinstance(row, str) else reason_to_drop(row, responses_only)
         if reason is None:
             pairs.append(row)
         else:
@@ -637,13 +602,33 @@ def _usable(rows: Iterable[Pair | str], dropped: Counter[str]) -> list[Pair]:
     return pairs
 
 
-def load_preferences(sources: Sequence[Source], *, seed: int, holdout: int = 0) -> Preferences:
+def without_leaks(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> list[Pair]:
+    """The pairs whose prompt is not that of a held-out one, nor nearly (see `SeenPrompts`)."""
+    seen = SeenPrompts(near=True)
+    for pair in held_out:
+        seen.add(whole_text(pair.prompt), pair.where)
+    return [pair for pair in pairs if seen.find(whole_text(pair.prompt)) is None]
+
+
+def load_preferences(
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    holdout: int = 0,
+    holdout_seed: int | None = None,
+    evaluation: Sequence[Pair] = (),
+    drop_leaks: bool = False,
+    responses_only: bool = False,
+) -> Preferences:
     """Read, convert and mix the sources, set `holdout` rows aside, and drop what is unusable.
 
     A source's rows enter `weight` times, in the order of the sources. The held-out rows are drawn
-    from all entered rows before any is dropped, so that dropping does not change the draw; a copy
-    of a held-out row (weight above 1) is dropped from training. Rows are counted in `dropped` as
-    often as they enter, those that curation leaves out once.
+    by `holdout_seed` (None: `seed`) from all entered rows before any is dropped, so that dropping
+    does not change the draw; a copy of a held-out row (weight above 1) is dropped from training.
+    With `drop_leaks` so is every row whose prompt is, or nearly is, that of a held-out row or of
+    one of the `evaluation` pairs. Rows are counted in `dropped` as often as they enter, those
+    that curation leaves out once. With `responses_only` (supervised fine-tuning) the chosen
+    responses alone are read, and each answer of a conversation is a row of its own.
 
     Raises:
         UserError: a source cannot be read or converted, `holdout` takes every row, or no pair is
@@ -653,7 +638,7 @@ def load_preferences(sources: Sequence[Source], *, seed: int, holdout: int = 0) 
     dropped: Counter[str] = Counter()
     entered = []
     for index, source in enumerate(sources):
-        source_rows, left_out = read_pairs(source, seed)
+        source_rows, left_out = read_pairs(source, seed, responses_only)
         entered.append(len(rows) + weighted_rows(len(source_rows), source.weight, seed, index))
         rows += source_rows
         dropped += left_out
@@ -664,11 +649,21 @@ def load_preferences(sources: Sequence[Source], *, seed: int, holdout: int = 0) 
             "expected fewer than there are"
         )
 
-    train, held_out = (order[part] for part in split_holdout(len(order), holdout, seed))
+    split_seed = seed if holdout_seed is None else holdout_seed
+    train, held_out = (order[part] for part in split_holdout(len(order), holdout, split_seed))
     is_copy = np.isin(train, held_out)
     dropped += Counter({HELD_OUT_COPY: int(is_copy.sum())})
-    train_pairs = _usable((rows[index] for index in train[~is_copy]), dropped)
-    holdout_pairs = _usable((rows[index] for index in held_out), dropped)
+    train_pairs = _usable((rows[index] for index in train[~is_copy]), dropped, responses_only)
+    holdout_pairs = _usable((rows[index] for index in held_out), dropped, responses_only)
+    if responses_only:  # the answers of one conversation stay together
+        conversations = {pair.where for pair in holdout_pairs}
+        apart = [pair for pair in train_pairs if pair.where not in conversations]
+        dropped += Counter({HELD_OUT_COPY: len(train_pairs) - len(apart)})
+        train_pairs = apart
+    if drop_leaks:
+        count = len(train_pairs)
+        train_pairs = without_leaks(train_pairs, [*holdout_pairs, *evaluation])
+        dropped += Counter({HELD_OUT_PROMPT: count - len(train_pairs)})
     if not train_pairs or (holdout and not holdout_pairs):
         name = "held out" if train_pairs else "left to train on"
         paths = ", ".join(source.path for source in sources)

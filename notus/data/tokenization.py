@@ -4,28 +4,38 @@
 offsets, so the tokens are those the model meets when it answers. "trl-0.7.4" is what Zephyr and
 Notus were trained with: the three texts encoded apart (a response then begins with the tokenizer's
 dummy prefix), every end-of-sequence token inside them hidden from attention, one more appended.
+
+Special tokens that a message spells out are characters under "clean": only the template makes
+turns. In plain text, which brings its own, and under "trl-0.7.4" they are special. Either way such
+pairs are counted.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from notus.data.preferences import Message, Pair
+from notus.data.special_tokens import guard_of, spells_special, without_ends
 from notus.errors import UserError
 
+Kind = TypeVar("Kind")
+
 PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
+
+AS_TEXT = "with special-token text in content, read as text"
+AS_SPECIAL = "with special-token text in content, read as special tokens"
 
 
 @dataclass(frozen=True)
@@ -92,36 +102,48 @@ class Tokenized(NamedTuple):
     """What became of the input pairs.
 
     pairs: those to train on. kept: int64, each one's place in the input. inputs: pairs given.
-    counts: how many were "dropped: <reason>" and had parts that were "cut: <part>".
+    whole_lengths: int64 [pairs, 3], as pairs.lengths, before truncation. counts: how many were
+    "dropped: <reason>", had parts that were "cut: <part>", or are AS_TEXT or AS_SPECIAL. examples:
+    the place in the input of the first pair under each count.
     """
 
     pairs: TokenizedPairs
     kept: np.ndarray
     inputs: int
+    whole_lengths: np.ndarray
     counts: dict[str, int]
+    examples: dict[str, int]
 
     @classmethod
     def join(cls, parts: Sequence["Tokenized"]) -> "Tokenized":
         """The result for a data set from those for consecutive shares of it."""
         shifts = np.cumsum([0, *(part.inputs for part in parts[:-1])])
         counts: Counter[str] = Counter()
-        for part in parts:
+        examples: dict[str, int] = {}
+        for part, shift in zip(parts, shifts, strict=True):
             counts.update(part.counts)
+            examples = {name: int(i + shift) for name, i in part.examples.items()} | examples
         return cls(
             TokenizedPairs.join([part.pairs for part in parts]),
             np.concatenate([p.kept + shift for p, shift in zip(parts, shifts, strict=True)]),
             sum(part.inputs for part in parts),
+            np.concatenate([part.whole_lengths for part in parts]),
             dict(counts),
+            examples,
         )
 
 
 class _Branches(NamedTuple):
-    """One pair's token ids, with a flag for each: True where the token is outside attention."""
+    """One pair's token ids, with a flag for each: True where the token is outside attention.
+
+    remark: what is to be counted of the pair besides.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     hidden: tuple[list[bool], list[bool], list[bool]]
+    remark: str | None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -230,19 +252,33 @@ def tokenize_pairs(
 ) -> Tokenized:
     """Render, encode and truncate `pairs`; style is "clean" or "trl-0.7.4".
 
-    Raises UserError, showing the pair, when its prompt is not a prefix of both branches, in text
-    or in tokens, and when a conversation meets a tokenizer without a chat template.
+    A pair without a rejected response has none in the result. Raises UserError, showing the pair,
+    when its prompt is not a prefix of both branches, in text or in tokens, and when a conversation
+    meets a tokenizer without a chat template.
     """
     branches = _clean if style == "clean" else _trl_0_7_4
     tokens: list[int] = []
     hidden: list[bool] = []
     lengths: list[tuple[int, int, int]] = []
+    whole_lengths: list[tuple[int, int, int]] = []
     kept: list[int] = []
     counts: Counter[str] = Counter()
-    for index, ids in enumerate(branches(pairs, tokenizer, system_prompt)):
+    examples: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        counts[name] += 1
+        examples.setdefault(name, index)
+
+    # Without a rejected response (supervised fine-tuning) the chosen one stands in for it.
+    whole = [pair if pair.rejected else replace(pair, rejected=pair.chosen) for pair in pairs]
+    for index, ids in enumerate(branches(whole, tokenizer, system_prompt)):
+        if not pairs[index].rejected:
+            ids = ids._replace(rejected=[], hidden=(*ids.hidden[:2], []))
         full = (len(ids.prompt), len(ids.chosen), len(ids.rejected))
+        if ids.remark:
+            count(ids.remark)
         if full[0] == 0:
-            counts["dropped: empty prompt"] += 1
+            count("dropped: empty prompt")
             continue
         cut = truncate(
             *full,
@@ -251,13 +287,14 @@ def tokenize_pairs(
             rule="trl-0.7.4" if style == "trl-0.7.4" else truncation,
         )
         if cut is None:
-            counts["dropped: longer than max_length"] += 1
+            count("dropped: longer than max_length")
             continue
         if style == "clean" and ids.chosen[: cut[1]] == ids.rejected[: cut[2]]:
-            counts["dropped: identical responses after truncation"] += 1
+            count("dropped: identical responses after truncation")
             continue
         for name, before, after in zip(("prompt", "chosen", "rejected"), full, cut, strict=True):
-            counts[f"cut: {name}"] += after < before
+            if after < before:
+                count(f"cut: {name}")
         has_bos = style == "clean" and ids.prompt[0] == tokenizer.bos_token_id
         kept_prompt = _keep_end(full[0], cut[0], has_bos)
         tokens += [ids.prompt[i] for i in kept_prompt]
@@ -265,6 +302,7 @@ def tokenize_pairs(
         hidden += [ids.hidden[0][i] for i in kept_prompt]
         hidden += ids.hidden[1][: cut[1]] + ids.hidden[2][: cut[2]]
         lengths.append(cut)
+        whole_lengths.append(full)
         kept.append(index)
     return Tokenized(
         TokenizedPairs(
@@ -274,7 +312,9 @@ def tokenize_pairs(
         ),
         np.array(kept, dtype=np.int64),
         len(pairs),
-        {reason: count for reason, count in counts.items() if count},
+        np.array(whole_lengths, dtype=np.int64).reshape(-1, 3),
+        dict(counts),
+        examples,
     )
 
 
@@ -310,46 +350,104 @@ def _keep_end(length: int, keep: int, has_bos: bool) -> list[int]:
     return list(range(length - keep, length))
 
 
-def _batches(pairs: Sequence[Pair]) -> Iterator[tuple[bool, list[Pair]]]:
-    """Runs of pairs of one kind, small enough to encode at once: (conversational, pairs)."""
-    for conversational, run in groupby(pairs, key=lambda pair: not isinstance(pair.prompt, str)):
+def _batches(
+    pairs: Sequence[Pair], kind: Callable[[Pair], Kind]
+) -> Iterator[tuple[Kind, list[Pair]]]:
+    """Runs of pairs of one kind, small enough to encode at once: (kind, pairs)."""
+    for kind_of_run, run in groupby(pairs, key=kind):
         while batch := list(islice(run, PAIRS_AT_ONCE)):
-            yield conversational, batch
+            yield kind_of_run, batch
+
+
+def _is_conversation(pair: Pair) -> bool:
+    return not isinstance(pair.prompt, str)
 
 
 def _clean(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Branches]:
-    for conversational, batch in _batches(pairs):
+    def kind(pair: Pair) -> tuple[bool, bool]:
+        return _is_conversation(pair), spells_special(without_ends(pair, tokenizer), tokenizer)
+
+    for (conversational, special), batch in _batches(pairs, kind):
+        if conversational and special:
+            yield from _clean_guarded(batch, tokenizer, system_prompt)
+            continue
         texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
         # A conversation has the special tokens its template writes; plain text the tokenizer's.
         encoded = tokenizer(
             [prompt + response for prompt, *responses in texts for response in responses],
             add_special_tokens=not conversational,
-            return_offsets_mapping=True,
-        )
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        ).encodings
         for i, (pair, (prompt, *_)) in enumerate(zip(batch, texts, strict=True)):
-            chosen = _split(encoded, 2 * i, prompt, tokenizer, pair)
-            rejected = _split(encoded, 2 * i + 1, prompt, tokenizer, pair)
-            if chosen[0] != rejected[0]:
-                raise UserError(
-                    f"{pair.where}: the prompt's tokens differ between the two branches, "
-                    f"{_tail(tokenizer, chosen[0])} and {_tail(tokenizer, rejected[0])}; "
-                    "expected the same"
-                )
-            ids = (chosen[0], chosen[1], rejected[1])
-            yield _Branches(*ids, hidden=tuple([False] * len(part) for part in ids))
+            sides = [
+                _split(encoding, encoding.ids, prompt, tokenizer, pair)
+                for encoding in encoded[2 * i : 2 * i + 2]
+            ]
+            yield _clean_branches(*sides, tokenizer, pair, AS_SPECIAL if special else None)
+
+
+def _clean_guarded(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+) -> Iterator[_Branches]:
+    """Conversations that spell out special tokens, which are to be text."""
+    guard = guard_of(tokenizer)
+    broken = [guard.break_up(without_ends(pair, tokenizer)) for pair in pairs]
+    for pair, to_render in zip(pairs, broken, strict=True):
+        texts = _branch_texts(to_render, tokenizer, system_prompt)
+        prompt, *responses = map(guard.mark, texts)
+        encoded = guard.backend.encode_batch(
+            [prompt + response for response in responses], add_special_tokens=False
+        )
+        sides = [
+            _split(encoding, guard.restore(encoding.ids), prompt, tokenizer, pair)
+            for encoding in encoded
+        ]
+        tight = all(guard.is_tight(encoding.ids) for encoding in encoded)
+        yield _clean_branches(*sides, tokenizer, pair, AS_TEXT if tight else AS_SPECIAL)
+
+
+def _clean_branches(
+    chosen: tuple[list[int], list[int]],
+    rejected: tuple[list[int], list[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    pair: Pair,
+    remark: str | None,
+) -> _Branches:
+    """A pair from its two branches, each (prompt tokens, response tokens).
+
+    An implied prompt ends where the branches' tokens part.
+    """
+    if pair.implied:
+        same = [a == b for a, b in zip(chosen[0], rejected[0], strict=False)]
+        common = (*same, False).index(False)
+        chosen, rejected = (
+            (prompt[:common], prompt[common:] + response) for prompt, response in (chosen, rejected)
+        )
+    if chosen[0] != rejected[0]:
+        raise UserError(
+            f"{pair.where}: the prompt's tokens differ between the two branches, "
+            f"{_tail(tokenizer, chosen[0])} and {_tail(tokenizer, rejected[0])}; "
+            "expected the same"
+        )
+    ids = (chosen[0], chosen[1], rejected[1])
+    return _Branches(*ids, hidden=tuple([False] * len(part) for part in ids), remark=remark)
 
 
 def _split(
-    encoded: BatchEncoding, row: int, prompt: str, tokenizer: PreTrainedTokenizerFast, pair: Pair
+    encoding: Encoding,
+    ids: list[int],
+    prompt: str,
+    tokenizer: PreTrainedTokenizerFast,
+    pair: Pair,
 ) -> tuple[list[int], list[int]]:
     """One encoded branch as (prompt tokens, response tokens), the response with one final EOS."""
-    ids = encoded["input_ids"][row]
-    boundary = encoded.char_to_token(row, len(prompt))
+    boundary = encoding.char_to_token(len(prompt))
     if boundary is None:  # nothing follows the prompt but what the tokenizer swallows
         boundary = len(ids)
-    elif encoded["offset_mapping"][row][boundary][0] < len(prompt):
+    elif encoding.token_to_chars(boundary)[0] < len(prompt) and not pair.implied:
         raise UserError(
             f"{pair.where}: the prompt is not a token prefix of its branch: the token "
             f"{tokenizer.convert_ids_to_tokens(ids[boundary])!r} covers the end of "
@@ -381,7 +479,7 @@ def _trl_0_7_4(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Branches]:
     eos = tokenizer.eos_token_id
-    for _, batch in _batches(pairs):
+    for special, batch in _batches(pairs, lambda pair: spells_special(pair, tokenizer)):
         texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
         flat = [text for branch in texts for text in branch]
         encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
@@ -391,7 +489,8 @@ def _trl_0_7_4(
             for part, flags in zip((chosen, rejected), hidden[1:], strict=True):
                 part.append(eos)
                 flags.append(False)
-            yield _Branches(prompt, chosen, rejected, hidden)
+            remark = AS_SPECIAL if special else None
+            yield _Branches(prompt, chosen, rejected, hidden, remark)
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:

@@ -50,6 +50,24 @@ def test_apart_by_hand():
     assert batch.lengths.tolist() == [[1, 2], [2, 1]]
 
 
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_without_rejected_response(prefix_sharing):
+    """Supervised fine-tuning: prompt 11 12, chosen 13; prompt 21, chosen 22 23."""
+    alone = TokenizedPairs(
+        np.array([11, 12, 13, 21, 22, 23], np.int32),
+        np.zeros(6, bool),
+        np.array([[2, 1, 0], [1, 2, 0]]),
+    )
+    slots = slots_of(alone.lengths, prefix_sharing)
+    assert slots.tolist() == [3, 3]
+    batch = pack(alone, [0, 1], slots=7, prefix_sharing=prefix_sharing)
+    assert batch.tokens.tolist() == [11, 12, 13, 21, 22, 23, 0]
+    assert batch.layout.branch[:6].tolist() == [P, P, C, P, C, C]
+    assert batch.rows.tolist() == [1, 3, 4]
+    assert batch.targets.tolist() == [13, 22, 23]
+    assert batch.lengths.tolist() == [[1, 0], [2, 0]]
+
+
 def test_types():
     batch = pack(EXAMPLE, [0], slots=6, prefix_sharing=True)
     layout = batch.layout

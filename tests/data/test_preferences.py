@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from notus.data.curation import Settings
 from notus.data.preferences import (
     FORMATS,
     Pair,
@@ -20,20 +21,15 @@ from notus.errors import UserError
 
 
 @dataclass(frozen=True)
-class Curation:
-    rule: str
-
-
-@dataclass(frozen=True)
 class Source:
     path: str
     split: str | None = None
     weight: float = 1.0
     format: str | None = None
-    curation: Curation | None = None
+    curation: Settings | None = None
 
 
-MEAN_RATING = Curation("mean-rating")
+MEAN_RATING = Settings(rule="mean-rating")
 
 
 def user(content):
@@ -115,13 +111,14 @@ SINGLE_TURN = {
         "instruction": QUESTION,
         "completions": [completion(BAD, "2"), completion(GOOD, "5")],
     },
+    "rated": {"prompt": QUESTION, "responses": [BAD, GOOD], "ratings": [2, 5]},
 }
+CURATED = {"ultrafeedback": MEAN_RATING, "rated": Settings(rule="rating")}
 
 
 @pytest.mark.parametrize("name", SINGLE_TURN)
 def test_every_conversational_format_converts_to_the_same_pair(tmp_path, name):
-    curation = MEAN_RATING if name == "ultrafeedback" else None
-    pair = load_one(tmp_path, SINGLE_TURN[name], curation=curation)
+    pair = load_one(tmp_path, SINGLE_TURN[name], curation=CURATED.get(name))
     assert (pair.prompt, pair.chosen, pair.rejected) == (
         [user(QUESTION)],
         [assistant(GOOD)],
@@ -161,6 +158,49 @@ def test_sharegpt_system_column_comes_first_unless_the_conversation_has_its_own(
     assert load_one(tmp_path, {**SINGLE_TURN["sharegpt"], "system": None}).prompt == [
         user(QUESTION)
     ]
+
+
+def test_responses_with_labels_pair_up_by_their_prompt(tmp_path):
+    def row(prompt, completion, label):
+        return {"prompt": prompt, "completion": completion, "label": label}
+
+    rows = [
+        row("a", "bad", False),
+        row("b", "alone", True),
+        row("a", "good", True),
+        row("c", "C", True),
+        row("a", "worse", False),
+        row("c", "c", False),
+        row("a", "better", True),
+        row("a", "third", False),
+    ]
+    loaded = load(tmp_path, *rows)
+    parts = [(one.prompt, one.chosen, one.rejected, one.where[-2:]) for one in loaded.train]
+    assert parts == [
+        ("a", "good", "bad", ":3"),
+        ("c", "C", "c", ":4"),
+        ("a", "better", "worse", ":7"),
+    ]
+    assert loaded.dropped == {"no response with the other label": 2}
+    explicit = SINGLE_TURN["explicit"]
+    turns = [row(explicit["prompt"], explicit[name], name == "chosen") for name in DIALOGUES]
+    (pair,) = load(tmp_path, *turns).train
+    assert pair == load_one(tmp_path, explicit)
+    for broken, message in (
+        (row("a", "b", 1), '"label" is a number; expected true or false'),
+        (row("a", None, True), '"completion" is null; expected text'),
+        (row([user("a")], [user("b")], True), '"completion" ends with a message of the user'),
+    ):
+        with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
+            load(tmp_path, broken)
+    with pytest.raises(UserError, match='"curation" is not for rows of one response each'):
+        load(tmp_path, *rows, curation=Settings(rule=None))
+
+
+def test_scores_may_lie_in_metadata(tmp_path):
+    row = {**SINGLE_TURN["implicit"], "metadata": {"score_chosen": 7, "score_rejected": 7.0}}
+    pair = load_one(tmp_path, row)
+    assert (pair.chosen_score, pair.rejected_score) == (7, 7)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +268,7 @@ def test_a_later_row_without_rejected_names_its_line(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "a", "answer": "b"},
         {"question": "a", "chosen": "b", "rejected": "c"},
     ],
 )
@@ -250,7 +290,7 @@ def test_format_forces_one(tmp_path):
 def test_curation_is_needed_for_raw_ratings_and_refused_elsewhere(tmp_path):
     with pytest.raises(UserError, match='"curation": {"rule": "mean-rating"}'):
         load(tmp_path, SINGLE_TURN["ultrafeedback"])
-    with pytest.raises(UserError, match='"curation" does nothing .*"argilla"'):
+    with pytest.raises(UserError, match='"curation" does nothing with a rule .*"argilla"'):
         load(tmp_path, SINGLE_TURN["argilla"], curation=MEAN_RATING)
     broken = {"instruction": "a", "completions": [completion("b", "9")]}
     with pytest.raises(UserError, match="rows.jsonl:1: rating of honesty is '9'"):
@@ -343,13 +383,104 @@ def test_weights_repeat_rows_and_take_a_seeded_part(tmp_path):
     assert got != prompts(load_weighted(2).train)
 
 
-@pytest.mark.parametrize(("count", "holdout", "seed"), [(50, 7, 42), (333, 100, 1), (2, 1, 0)])
+# The first is the published split of Notus's 63,619 rows: 61,619 to train on, 2,000 held out.
+@pytest.mark.parametrize(
+    ("count", "holdout", "seed"), [(63619, 2000, 42), (50, 7, 42), (333, 100, 1), (2, 1, 0)]
+)
 def test_holdout_is_the_split_that_datasets_makes(count, holdout, seed):
     shuffled = datasets.Dataset.from_dict({"index": range(count)}).shuffle(seed)
     expected = shuffled.train_test_split(test_size=holdout, seed=seed, shuffle=True)
     train, held_out = split_holdout(count, holdout, seed)
+    assert (len(train), len(held_out)) == (count - holdout, holdout)
     assert train.tolist() == list(expected["train"]["index"])
     assert held_out.tolist() == list(expected["test"]["index"])
+
+
+def test_the_split_may_have_a_seed_of_its_own(tmp_path):
+    source = Source(write(tmp_path / "a.jsonl", text_rows(20)))
+
+    def held_out(**seeds):
+        return prompts(load_preferences([source], holdout=5, **seeds).holdout)
+
+    assert held_out(seed=1, holdout_seed=42) == held_out(seed=42) != held_out(seed=1)
+    assert held_out(seed=1, holdout_seed=0) == held_out(seed=0)
+
+
+LONG = "tell me in a few plain words why the sky over the sea looks blue at noon and red at dusk"
+
+
+def test_training_rows_that_repeat_an_evaluation_prompt_can_be_dropped(tmp_path):
+    def row(prompt):
+        return {"prompt": prompt, "chosen": "good", "rejected": "bad"}
+
+    names = [LONG, LONG.upper() + "?", LONG.replace("few", "hundred") + " today", "something else"]
+    train = Source(write(tmp_path / "train.jsonl", [row(name) for name in names]))
+    other = Source(write(tmp_path / "eval.jsonl", [row(f"{LONG}."), row("Something!")]))
+    evaluation = load_preferences([other], seed=0).train
+    kept = load_preferences([train], seed=0, evaluation=evaluation)
+    assert prompts(kept.train) == names and kept.dropped == {}
+    apart = load_preferences([train], seed=0, evaluation=evaluation, drop_leaks=True)
+    # One word in twenty changed breaks five of the sixteen shingles: that is no near duplicate.
+    assert prompts(apart.train) == names[2:]
+    assert apart.dropped == {"prompt of a held-out row": 2}
+
+    rows = [row(f"prompt {index // 2}") for index in range(40)]
+    twice = Source(write(tmp_path / "twice.jsonl", rows))
+    split = load_preferences([twice], seed=0, holdout=10, drop_leaks=True)
+    assert not set(prompts(split.train)) & set(prompts(split.holdout))
+    assert len(split.holdout) == 10
+    assert len(split.train) + split.dropped["prompt of a held-out row"] == 30
+
+
+def test_pairs_can_be_decontaminated_without_a_rule(tmp_path):
+    bench = write(tmp_path / "bench.jsonl", [{"question": "c "}, {"question": QUESTION}])
+    conversation = [user("a"), assistant("b"), user("c")]
+    rows = [
+        {
+            "source": "x",
+            "chosen": [*conversation, assistant(GOOD)],
+            "rejected": [*conversation, assistant(BAD)],
+        },
+        {"source": "x", **DIALOGUES},
+        {
+            "source": "y",
+            "prompt": [user("c d")],
+            "chosen": [assistant("d")],
+            "rejected": [assistant("e")],
+        },
+        {
+            "source": "z",
+            "prompt": [user("c d")],
+            "chosen": [assistant("d")],
+            "rejected": [assistant("e")],
+        },
+        {
+            "source": "z",
+            "prompt": [user("C, d!")],
+            "chosen": [assistant("d")],
+            "rejected": [assistant("e")],
+        },
+        {
+            "source": "z",
+            "prompt": [user("f")],
+            "chosen": [assistant("d")],
+            "rejected": [assistant("d")],
+        },
+    ]
+    curation = Settings(rule=None, decontaminate=(bench,), drop_sources=("y",), duplicates="near")
+    loaded = load(tmp_path, *rows, curation=curation)
+    assert [pair.where[-2:] for pair in loaded.train] == [":4"]
+    assert loaded.dropped == {
+        f"normalised prompt of {bench}": 1,
+        f"exact prompt of {bench}": 1,
+        'source "y"': 1,
+        "near-duplicate prompt": 1,
+        "identical responses": 1,
+    }
+    with pytest.raises(UserError, match='rows.jsonl:1: "source" is missing; expected text'):
+        load(tmp_path, DIALOGUES, curation=curation)
+    with pytest.raises(UserError, match='the rows hold ratings .*"curation": {"rule"'):
+        load(tmp_path, SINGLE_TURN["ultrafeedback"], curation=Settings(rule=None))
 
 
 def test_rows_are_held_out_before_any_is_dropped(tmp_path):
@@ -480,3 +611,79 @@ def test_text_columns_become_turns_when_the_source_says_so():
     )
     assert find_format(None, row, "here:1") == "preference"
     assert find_format("turns", row, "here:1") == "turns"
+
+
+def test_supervised_fine_tuning_reads_chosen_responses_alone(tmp_path):
+    rows = [
+        {"prompt": "2+2?", "chosen": " 4", "rejected": " 4"},  # equal: no matter
+        {"prompt": "3+3?", "chosen": " 6", "rejected": ""},
+        {"prompt": "4+4?", "chosen": " ", "rejected": " 8"},
+    ]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    found = load_preferences([Source(path)], seed=0, responses_only=True)
+    assert [(p.prompt, p.chosen, p.rejected) for p in found.train] == [
+        ("2+2?", " 4", ""),
+        ("3+3?", " 6", ""),
+    ]
+    assert found.dropped == {"empty chosen response": 1}
+
+
+def test_each_answer_of_a_conversation_is_learnt(tmp_path):
+    turns = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "see you"},
+    ]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    other = [{"from": names[t["role"]], "value": t["content"]} for t in turns]
+    shapes = {
+        "messages": [{"messages": turns}, {"messages": turns[:2]}],
+        "conversations": [{"conversations": other}, {"conversations": other[:2]}],
+    }
+    for name, rows in shapes.items():
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        found = load_preferences([Source(path)], seed=0, responses_only=True)
+        assert [(p.prompt, p.chosen, p.rejected) for p in found.train] == [
+            (turns[:2], turns[2:3], []),
+            (turns[:4], turns[4:], []),
+        ]
+        assert found.dropped == {"no message of the assistant": 1}
+    path = write(
+        tmp_path / "completion.jsonl",
+        [
+            {"prompt": turns[:2], "completion": turns[2:3]},
+            {"prompt": turns[:4], "completion": turns[4:]},
+        ],
+    )
+    same = load_preferences([Source(path)], seed=0, responses_only=True)
+    assert [vars(p) | {"where": ""} for p in same.train] == [
+        vars(p) | {"where": ""} for p in found.train
+    ]
+
+
+def test_a_conversation_is_held_out_whole(tmp_path):
+    def turns(n):
+        pair = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]
+        return {"messages": pair + [{**m, "content": m["content"] + "!"} for m in pair]}
+
+    path = write(tmp_path / "talks.jsonl", [turns(n) for n in range(20)])
+    found = load_preferences([Source(path)], seed=0, holdout=5, responses_only=True)
+    held_out = {pair.where for pair in found.holdout}
+    assert len(found.holdout) == 5 and not held_out & {pair.where for pair in found.train}
+    assert len(found.train) + found.dropped["copy of a held-out row"] == 35
+
+
+def test_answers_alone_are_no_preferences(tmp_path):
+    path = write(tmp_path / "talks.jsonl", [{"messages": []}])
+    expected = r'talks.jsonl:1: found answers without .*"messages".*"sft"'
+    with pytest.raises(UserError, match=expected):
+        load_preferences([Source(path)], seed=0)
+
+
+def test_rows_may_say_where_they_come_from(tmp_path):
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "subset": "math", "source": 3}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    found = load_preferences([Source(path)], seed=0)
+    assert found.train[0].labels == {"subset": "math"}

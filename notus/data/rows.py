@@ -1,0 +1,185 @@
+"""Files, folders, saved datasets and the hub -> rows, each with the place that it came from."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import pyarrow
+import pyarrow.parquet
+
+from notus.errors import UserError
+
+Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
+
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+
+
+def read_rows(path: str, split: str | None = None) -> Iterator[PlacedRow]:
+    """(where, row) of a file, a folder of files, a dataset saved to disk or one on the hub.
+
+    A split of null stands for "train" wherever there are splits. In a folder of files, those
+    whose name contains the split are read; a folder without a file so named has no splits.
+
+    Raises:
+        UserError: nothing is found, or what is found cannot be read as rows.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        return _read_files([local], split)
+    if not local.is_dir():
+        return _read_hub(path, split or "train")
+    if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+        return _read_saved_dataset(local, split)
+    files = sorted(file for file in local.iterdir() if file.name.endswith(SUFFIXES))
+    if not files:
+        raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+    return _read_files(files, split)
+
+
+def _read_files(files: Sequence[Path], split: str | None) -> Iterator[PlacedRow]:
+    named = [file for file in files if (split or "train") in file.name]
+    if not named and split not in (None, "train"):
+        names = ", ".join(file.name for file in files)
+        raise UserError(f'{files[0].parent}: no file name contains the split "{split}": {names}')
+    for file in named or files:
+        yield from _read_file(file)
+
+
+def _read_file(file: Path) -> Iterator[PlacedRow]:
+    if file.name.endswith(".parquet"):
+        rows = _read_parquet(file)
+    elif file.name.endswith(JSON_SUFFIXES):
+        rows = _read_json(file)
+    else:
+        raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
+    empty = True
+    for number, row in rows:
+        empty = False
+        if not isinstance(row, dict):
+            raise UserError(f"{file}:{number}: the row is {kind_of(row)}; expected an object")
+        yield f"{file}:{number}", row
+    if empty:
+        raise UserError(f"{file}: the file holds no rows")
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with _open_text(file) as text:
+            is_array = text.read(4096).lstrip().startswith("[")
+            text.seek(0)
+            yield from _json_array(file, text) if is_array else _json_lines(file, text)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+
+
+def _open_text(file: Path) -> TextIO:
+    opener = gzip.open if file.suffix == ".gz" else open
+    # The "-sig" drops the byte order mark that editors on Windows put first.
+    return opener(file, "rt", encoding="utf-8-sig")
+
+
+def _json_lines(file: Path, text: TextIO) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{file}:{number}: not JSON: {error.msg} at column {error.colno}; "
+                "expected one object per line, or one array of objects in the file"
+            ) from None
+
+
+def _json_array(file: Path, text: TextIO) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from enumerate(json.load(text), start=1)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
+        ) from None
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            batches = parquet.iter_batches(batch_size=1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{file}: cannot be read as Parquet: {error}") from None
+
+
+def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
+    import datasets  # takes seconds to import and plain files do not need it
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read as a saved dataset: {error}") from None
+    if isinstance(saved, datasets.DatasetDict):
+        if (split or "train") not in saved:
+            raise UserError(
+                f'{folder}: no split "{split or "train"}"; the dataset has {", ".join(saved)}'
+            )
+        folder, saved = folder / (split or "train"), saved[split or "train"]
+    elif split not in (None, "train", saved.split and str(saved.split)):
+        raise UserError(f'{folder}: no split "{split}"; the saved dataset has no splits')
+    return _dataset_rows(str(folder), saved)
+
+
+def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
+    if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"{path}: no such file or folder")
+
+    import datasets  # takes seconds to import and plain files do not need it
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        dataset = datasets.load_dataset(path, split=split)
+    except (OSError, HFValidationError) as error:
+        raise UserError(
+            f"{path}: neither a local file or folder nor a dataset reachable on the hub: {error}"
+        ) from None
+    # An unknown split, several configurations; a loading script; files that cannot be parsed.
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f'{path}, split "{split}": {error}') from None
+    return _dataset_rows(f"{path}/{split}", dataset)
+
+
+def _dataset_rows(name: str, dataset: Iterable[Row]) -> Iterator[PlacedRow]:
+    number = 0
+    for number, row in enumerate(dataset, start=1):
+        yield f"{name}:{number}", row
+    if number == 0:
+        raise UserError(f"{name}: the dataset holds no rows")
+
+
+KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a row is, in words for a message."""
+    return KINDS.get(type(value), "a number")
+
+
+def reject_column(row: Row, column: str, where: str, expected: str) -> NoReturn:
+    """Raises the UserError of a column that is missing or holds something else."""
+    found = f"is {kind_of(row[column])}" if column in row else "is missing"
+    raise UserError(f'{where}: "{column}" {found}; expected {expected}')
+
+
+def read_text(row: Row, column: str, where: str) -> str:
+    """The text in `row[column]`; raises UserError that names `where` if it holds none."""
+    text = row.get(column)
+    if not isinstance(text, str):
+        reject_column(row, column, where, "text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON's \\u can spell
+        raise UserError(f'{where}: "{column}" is not valid Unicode: {error}') from None
+    return text

@@ -1,0 +1,143 @@
+"""Special tokens that a data set spells out: found, and kept from becoming special.
+
+Who writes "</s>" in a message could end a turn and begin another. In a conversation only the chat
+template makes turns, so special tokens in what was said are read as the characters they are.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from notus.data.preferences import Message, Pair
+
+# Noncharacters, which no text is to hold: BREAK goes into the text of special tokens that were said
+# while a template renders it; those that the template wrote become OPEN, their id, CLOSE.
+BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+
+
+def spells_special(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the text of a special token occurs in a prompt, a response or a message."""
+    return any(_pattern(tokenizer).search(text) for text in _contents(pair))
+
+
+def without_ends(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Pair:
+    """The pair without a BOS that begins plain text and EOS that end a response.
+
+    They are where the tokenizer and the template put their own, and mean no more than these.
+    """
+    prompt, bos = pair.prompt, tokenizer.bos_token
+    if isinstance(prompt, str) and bos:
+        prompt = prompt.removeprefix(bos)
+    responses = []
+    for response in (pair.chosen, pair.rejected):
+        if isinstance(response, str):
+            responses.append(_without_final(response, tokenizer.eos_token))
+        else:
+            content = _without_final(response[-1]["content"], tokenizer.eos_token)
+            responses.append([*response[:-1], {**response[-1], "content": content}])
+    return replace(pair, prompt=prompt, chosen=responses[0], rejected=responses[1])
+
+
+def _without_final(text: str, eos: str) -> str:
+    """The text without EOS, and white space after it, at its end."""
+    while text.rstrip().endswith(eos):
+        text = text.rstrip().removesuffix(eos)
+    return text
+
+
+def _contents(pair: Pair) -> Iterator[str]:
+    for part in (pair.prompt, pair.chosen, pair.rejected):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from (message["content"] for message in part)
+
+
+@lru_cache(maxsize=4)
+def _pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Matches the text of any special token, the longest one first."""
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Encodes a rendered conversation so that special tokens come from the template alone.
+
+    backend: a copy of the tokenizer that reads the special tokens' texts as text, and tokens of its
+    own, OPEN id CLOSE, in their place. original: those tokens' ids -> the special tokens' ids.
+    """
+
+    backend: Tokenizer
+    pattern: re.Pattern[str]
+    ids: dict[str, int]
+    original: dict[int, int]
+    unknown: int | None
+
+    def break_up(self, pair: Pair) -> Pair:
+        """The conversation with a BREAK in every special token's text, to be rendered."""
+
+        def broken(messages: Sequence[Message]) -> list[Message]:
+            return [
+                {**message, "content": self.pattern.sub(_broken, message["content"])}
+                for message in messages
+            ]
+
+        return replace(
+            pair,
+            prompt=broken(pair.prompt),
+            chosen=broken(pair.chosen),
+            rejected=broken(pair.rejected),
+        )
+
+    def mark(self, rendered: str) -> str:
+        """The rendered text, to be encoded: what the template wrote marked, BREAKs taken out."""
+        marked = self.pattern.sub(lambda match: f"{OPEN}{self.ids[match[0]]}{CLOSE}", rendered)
+        return marked.replace(BREAK, "")
+
+    def is_tight(self, ids: Sequence[int]) -> bool:
+        """Whether the backend, given marked text, made no special token of what was said.
+
+        Merges may lead from the characters of a special token to itself.
+        """
+        return not (set(self.original.values()) - {self.unknown}) & set(ids)
+
+    def restore(self, ids: Sequence[int]) -> list[int]:
+        """The backend's ids with the special tokens' own."""
+        return [self.original.get(token, token) for token in ids]
+
+
+def _broken(match: re.Match[str]) -> str:
+    return match[0][0] + BREAK + match[0][1:]
+
+
+@lru_cache(maxsize=4)
+def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
+    """The guard of a tokenizer, which must not change afterwards."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # the library's words for: as text
+    special = {id: t for id, t in tokenizer.added_tokens_decoder.items() if t.special}
+    marks = {
+        f"{OPEN}{id}{CLOSE}": AddedToken(
+            f"{OPEN}{id}{CLOSE}",
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+        )
+        for id, token in special.items()
+    }
+    backend.add_tokens(list(marks.values()))
+    return Guard(
+        backend,
+        _pattern(tokenizer),
+        {token.content: id for id, token in special.items()},
+        {backend.token_to_id(mark): id for mark, id in zip(marks, special, strict=True)},
+        tokenizer.unk_token_id,
+    )
