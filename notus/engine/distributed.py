@@ -4,7 +4,7 @@ Started by torchrun on any number of nodes, or as a single process; both take th
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from notus.engine.rendezvous import fresh_store
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
 
@@ -77,7 +78,9 @@ def start(device: str = "auto") -> Ranks:
     if dist.is_initialized():
         pass  # called from a program that has joined one itself
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = fresh_store(store, rank, count, TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -168,16 +171,18 @@ def shard_model(
     activation_checkpointing: str,
     compile_blocks: bool,
     cpu_offload: bool,
+    dropout: bool = False,
 ) -> None:
     """Activation checkpointing, then compilation, then sharding, of a model on the meta device.
 
     Afterwards parameters are sharded, uninitialised, in the dtype they were made in. They are cast
     to compute_dtype when gathered. Gradients are summed in float32 over all ranks, never averaged:
-    the loss is divided once, by the number of pairs in the global step.
+    the loss is divided once, by the number of pairs in the global step. dropout: whether blocks
+    draw random numbers, which recomputation must then draw again.
     """
     for block in model.model.layers:
         if activation_checkpointing != "none":
-            block.forward = _recomputed(block.forward, activation_checkpointing)
+            block.forward = _recomputed(block.forward, activation_checkpointing, dropout)
         if compile_blocks:
             block.forward = torch.compile(block.forward)
     offload = OffloadPolicy()
@@ -207,6 +212,24 @@ def shard_model(
     model.to_empty(device=torch.device("cpu") if cpu_offload else device)
 
 
+def accumulate(
+    model: MistralForCausalLM, batches: Iterable[Item], count: int, keep_gathered: bool
+) -> Iterator[Item]:
+    """Hand out a step's `count` microbatches, and spare FSDP what only the last of them needs.
+
+    Gradients are reduced over the replicas of a hybrid mesh once a step. With `keep_gathered` the
+    parameters are gathered once a step too and stay, in compute_dtype, until its last backward pass
+    has used them: less communication, 2 bytes of bfloat16 more for every parameter of the model.
+    """
+    model.set_reshard_after_forward(not keep_gathered)
+    for index, batch in enumerate(batches, start=1):
+        last = index == count
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or not keep_gathered)
+        yield batch
+    model.set_reshard_after_forward(True)
+
+
 # What "selective" keeps: the results of matrix products and attention, the costly operations.
 KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
@@ -216,12 +239,12 @@ KEPT_OPERATIONS = {
 }
 
 
-def _recomputed(forward: Callable, mode: str) -> Callable:
+def _recomputed(forward: Callable, mode: str, dropout: bool) -> Callable:
     """A forward that keeps its inputs alone ("full"), or also the costly results ("selective")."""
     context = {}
     if mode == "selective":
         context["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **context)
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=dropout, **context)
 
 
 def _keep_costly(context, operation, *args, **kwargs) -> CheckpointPolicy:

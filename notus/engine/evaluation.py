@@ -1,12 +1,14 @@
 """Held-out loss, accuracy and margins, every pair counted once."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from notus.data.tokenization import TokenizedPairs
 from notus.engine.metrics import pair_metrics
 from notus.objective.logprobs import Scorer, pair_log_probs
-from notus.objective.losses import Loss
+from notus.objective.losses import Loss, PairLogProbs
 
 
 @torch.no_grad()
@@ -19,8 +21,20 @@ def evaluate(
     log-probs of every response token. The ranks share the scoring, then each one sums over all
     pairs, so every pair counts once whatever their number. Collective.
     """
-    policy = score_pairs(range(len(pairs)))
+    metrics = summarize(all_log_probs(score_pairs(range(len(pairs))), reference, pairs), loss)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def all_log_probs(policy: Tensor, reference: Tensor, pairs: TokenizedPairs) -> PairLogProbs:
+    """What losses and metrics look at, for every pair; both tensors flat, see `scorer`."""
     lengths = torch.from_numpy(pairs.lengths[:, 1:]).to(reference.device)
-    scored = pair_log_probs(policy, reference, lengths, float(pairs.lengths[:, 1].mean()))
-    metrics = pair_metrics(loss(scored), scored, loss.beta, loss.uses_reference)
-    return {f"eval_{name}": float(top / bottom) for name, (top, bottom) in metrics.items()}
+    return pair_log_probs(policy, reference, lengths, float(pairs.lengths[:, 1].mean()))
+
+
+def summarize(scored: PairLogProbs, loss: Loss) -> dict[str, float]:
+    """The means of `pair_metrics`; after supervised fine-tuning also the perplexity of a token."""
+    sums = pair_metrics(loss(scored), scored, loss)
+    metrics = {name: float(top / bottom) for name, (top, bottom) in sums.items()}
+    if not loss.uses_rejected:  # the loss is the negative log-likelihood of a token
+        metrics["perplexity"] = math.exp(metrics["loss"])
+    return metrics

@@ -6,8 +6,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,33 +17,37 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from notus.data.packing import slots_of
 from notus.data.planning import Plan
-from notus.errors import UserError
+from notus.engine.hardware import gpu_of_device
 from notus.model.mistral import ModelShape
-from notus.objective.losses import PairLogProbs
-
-# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by a part of its name.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12}
+from notus.objective.losses import Loss, PairLogProbs
 
 
 @torch.no_grad()
 def pair_metrics(
-    losses: Tensor, pairs: PairLogProbs, beta: float, against_reference: bool = True
+    losses: Tensor, pairs: PairLogProbs, loss: Loss
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Numerator and denominator of every metric over these pairs, 0-d float64 on their device.
 
-    losses: float [B]. Rewards are beta x (log-prob under the policy - under the reference), summed
-    over the response. Accuracy is strict: a tie is not a win. Log-probs in nats. Without a
-    reference its log-probs are 0, and there is no displacement from it.
+    losses: float [B], what `loss` gave. Rewards are beta x (log-prob under the policy - under the
+    reference), summed over the response. Accuracy is strict: a tie is not a win. Log-probs in nats.
+    Without a reference its log-probs are 0, and there is no displacement from it. A loss that does
+    not look at rejected responses (SFT) has no rewards either: its metrics are the negative
+    log-likelihood per chosen token, however many steps the mean is taken over, and `logps/chosen`.
     """
-    chosen_ratio = pairs.policy_chosen - pairs.reference_chosen
-    rejected_ratio = pairs.policy_rejected - pairs.reference_rejected
     # Not a tensor made from a number: that copy from the host would wait for the forward pass.
     count = torch.full((), len(losses), dtype=torch.float64, device=losses.device)
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
         return values.double().sum(), count
 
+    if not loss.uses_rejected:
+        per_token = (-pairs.policy_chosen.double().sum(), pairs.chosen_length.double().sum())
+        return {"loss": per_token, "logps/chosen": mean(pairs.policy_chosen)}
+    chosen_ratio = pairs.policy_chosen - pairs.reference_chosen
+    rejected_ratio = pairs.policy_rejected - pairs.reference_rejected
+    beta = loss.beta
     metrics = {
         "loss": mean(losses),
         "rewards/chosen": mean(beta * chosen_ratio),
@@ -52,7 +57,7 @@ def pair_metrics(
         "logps/chosen": mean(pairs.policy_chosen),
         "logps/rejected": mean(pairs.policy_rejected),
     }
-    if not against_reference:
+    if not loss.uses_reference:
         return metrics
     chosen_tokens, rejected_tokens = pairs.chosen_length.sum(), pairs.rejected_length.sum()
     return metrics | {
@@ -82,49 +87,109 @@ class Totals:
         self._names = list(metrics)
         self._sums = values if self._sums is None else self._sums + values
 
-    def snapshot(self) -> dict[str, list[float]]:
-        """The sums over all ranks by name, for a checkpoint between two reports; collective."""
+    def add_step(self, step: "Totals", finite: bool) -> None:
+        """Add a step's sums; of one that is not finite, only that it was not (`nonfinite`)."""
+        sums = step._sums if finite else torch.zeros_like(step._sums)
+        counted = torch.ones_like(sums[:1])
+        counted[0, 0] = float(not finite)
+        sums = torch.cat((sums, counted))
+        self._names = [*step._names, "nonfinite"]
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def snapshot(self) -> dict[str, list[list[float]]]:
+        """The sums of each rank by name, for a checkpoint between two reports; collective."""
         if self._sums is None:
             return {}
-        sums = self._sums.clone()
-        dist.all_reduce(sums)
-        return dict(zip(self._names, sums.tolist(), strict=True))
+        parts = [torch.empty_like(self._sums) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, self._sums)
+        return dict(zip(self._names, torch.stack(parts, 1).tolist(), strict=True))
 
-    def restore(self, snapshot: Mapping[str, list[float]], device: torch.device) -> None:
-        """Go on from `snapshot`, which the first rank takes over for all."""
-        if snapshot and dist.get_rank() == 0:
-            self._names = list(snapshot)
-            self._sums = torch.tensor(list(snapshot.values()), dtype=torch.float64, device=device)
+    def restore(self, snapshot: Mapping[str, list[list[float]]], device: torch.device) -> None:
+        """Go on from `snapshot`: each rank from its own sums, or, of other ranks, a share."""
+        if snapshot:
+            parts = torch.tensor(list(snapshot.values()), dtype=torch.float64)
+            own = parts[:, dist.get_rank() :: dist.get_world_size()].sum(1)
+            self._names, self._sums = list(snapshot), own.to(device)
 
     def means(self) -> dict[str, float]:
-        """The exact means over all ranks since the last call; collective."""
+        """The exact means over all ranks since the last call; collective.
+
+        What was counted over nothing has none.
+        """
         sums, self._sums = self._sums, None
         dist.all_reduce(sums)
         numerators, denominators = sums.T.tolist()
         pairs = zip(self._names, numerators, denominators, strict=True)
-        return {name: top / bottom for name, top, bottom in pairs}
+        return {name: top / bottom for name, top, bottom in pairs if bottom}
 
 
-def require_finite(grad_norm: Tensor, step_loss: Tensor, step: int, chosen: np.ndarray) -> float:
-    """The gradient's norm, once it and this step's loss are known to be finite on every rank.
+class Verdict(NamedTuple):
+    """What all ranks know of a step before its update: the same on each.
 
-    Raises UserError, alike on all ranks, that names the step and its pairs.
+    loss: the mean over the step's pairs. finite: whether it and the gradient's norm are. stop,
+    save: whether a signal has asked any rank for it.
     """
-    dist.all_reduce(step_loss)
-    norm, loss = float(grad_norm), float(step_loss) / len(chosen)
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        raise UserError(
-            f"step {step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}; nothing was "
-            f"updated. The step's pairs, by index in the training data: {chosen.tolist()}"
-        )
-    return norm
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+    save: bool
 
 
-def model_flops(shape: ModelShape, lengths: np.ndarray) -> float:
+def judge_step(step_loss: Tensor, grad_norm: Tensor, pairs: int, stop: bool, save: bool) -> Verdict:
+    """Agree on what becomes of a step: one reduction, and the step's only wait for the device.
+
+    step_loss: 0-d float64, the sum over this rank's pairs. grad_norm: 0-d, of the whole gradient.
+    pairs: of the step, over all ranks.
+    """
+    grad_norm = grad_norm.to(step_loss)
+    # Not tensors made from numbers: such a copy from the host would be a wait of its own.
+    flags = [torch.full_like(step_loss, float(flag)) for flag in (stop, save)]
+    sums = torch.stack([step_loss, (~grad_norm.isfinite()).to(step_loss), *flags])
+    dist.all_reduce(sums)
+    total, broken, stops, saves, norm = torch.cat((sums, grad_norm[None])).tolist()
+    finite = math.isfinite(total) and broken == 0
+    return Verdict(total / pairs, norm, finite, stops > 0, saves > 0)
+
+
+def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """The pairs, over all ranks, whose loss is not finite, ascending. Collective.
+
+    seen: this rank's pair indices [B] and losses [B], by microbatch.
+    """
+    own = [i for pairs, losses in seen for i in pairs[~losses.isfinite()].tolist()]
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return sorted(index for part in found for index in part)
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file; numbers that JSON does not have become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in entry.items()
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step`, and one that was torn when the run was killed."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    os.replace(partial, path)
+
+
+def model_flops(shape: ModelShape, lengths: np.ndarray, frozen: bool = False) -> float:
     """FLOPs that training on these pairs needs: 3 x (forward of the decoder and the head).
 
     lengths: int64 [pairs, 3]. Counts each real token once (prompts shared by both responses), exact
     causal attention, and the head on scored tokens only; no recomputation, reference or padding.
+    frozen: a matrix product whose weight has no gradient counts 2 x; low-rank adapters, 0.
     """
     prompt, chosen, rejected = lengths.astype(np.float64).T
     queries = shape.num_attention_heads * shape.head_dim
@@ -137,7 +202,9 @@ def model_flops(shape: ModelShape, lengths: np.ndarray) -> float:
     linear = 2 * block * (prompt + chosen + rejected)
     attention = 4 * queries * attended
     head = 2 * hidden * shape.vocab_size * (chosen + rejected)
-    return float(3 * (shape.num_hidden_layers * (linear + attention) + head).sum())
+    products = shape.num_hidden_layers * linear + head
+    passes = 2 if frozen else 3
+    return float((passes * products + 3 * shape.num_hidden_layers * attention).sum())
 
 
 def _triangle(length: np.ndarray) -> np.ndarray:
@@ -147,8 +214,10 @@ def _triangle(length: np.ndarray) -> np.ndarray:
 class Speed:
     """Throughput since the last report, from what the plan says was done and the clock."""
 
-    def __init__(self, shape: ModelShape, ranks: int, device: torch.device) -> None:
-        self.shape, self.ranks, self.device = shape, ranks, device
+    def __init__(
+        self, shape: ModelShape, ranks: int, device: torch.device, frozen: bool = False
+    ) -> None:
+        self.shape, self.ranks, self.device, self.frozen = shape, ranks, device, frozen
         self.restart()
 
     def restart(self) -> None:
@@ -159,8 +228,8 @@ class Speed:
     def count(self, lengths: np.ndarray, filled: int, division: Plan) -> None:
         """One step: its pairs' lengths [pairs, 3], the slots they fill, and their division."""
         self._pairs += len(lengths)
-        self._tokens += int(lengths.sum() + lengths[:, 0].sum())
-        self._flops += model_flops(self.shape, lengths)
+        self._tokens += int(slots_of(lengths, prefix_sharing=False).sum())
+        self._flops += model_flops(self.shape, lengths, self.frozen)
         self._filled += filled
         self._slots += division.slots * len(division.bins) * self.ranks
 
@@ -181,9 +250,10 @@ class Speed:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of this device's data sheet, or None if it is not in PEAK_FLOPS."""
+    """Dense bfloat16 FLOP/s of this device's data sheet, or None if it is not in hardware.GPUS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    gpu = gpu_of_device(name)
+    return None if gpu is None else gpu.peak_flops
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -197,7 +267,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 class MetricsLog:
     """metrics.jsonl, TensorBoard and the progress bar; on ranks other than 0 it does nothing.
 
-    Lines of steps after `step` are removed first: a resumed run writes them again.
+    Lines that a run which begins or resumes at `step` will write again are removed first.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, active: bool) -> None:
@@ -205,14 +275,7 @@ class MetricsLog:
         if not active:
             return
         self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            # A line without an end was torn when the run was killed.
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            os.replace(partial, self.path)
+        drop_later_lines(self.path, step or -1)  # one that begins evaluates at step 0 again
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         interval = 0.5 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(total=total, initial=step, unit="step", mininterval=interval)
@@ -224,8 +287,7 @@ class MetricsLog:
         self.bar.update(step - self.bar.n)
         if not metrics:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_line(self.path, {"step": step, **metrics})
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         shown = {

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from notus.engine import metrics
 from notus.engine.metrics import MetricsLog, Speed, Totals, model_flops, pair_metrics, peak_flops
 from notus.model.mistral import ModelShape
 from notus.objective.logprobs import token_log_probs
-from notus.objective.losses import PairLogProbs
+from notus.objective.losses import PairLogProbs, build_loss
 
 MISTRAL_7B = ModelShape(
     vocab_size=32_000,
@@ -67,7 +68,8 @@ def test_pair_metrics_by_hand():
         reference_rejected=[-10.0, -8.0, -13.0],
         lengths=[(4, 5), (2, 3), (6, 2)],
     )
-    found = pair_metrics(torch.tensor([0.5, 0.7, 1.2]), pairs, beta=0.1)
+    loss = build_loss({"name": "sigmoid", "beta": 0.1})
+    found = pair_metrics(torch.tensor([0.5, 0.7, 1.2]), pairs, loss)
     # Ratios: chosen 1, 2, -4; rejected -2, 2, 3.
     expected = {
         "loss": (2.4, 3),
@@ -87,16 +89,26 @@ def test_pair_metrics_by_hand():
         assert [float(value) for value in pair] == pytest.approx(expected[name], abs=1e-6), name
 
 
+def test_metrics_of_supervised_fine_tuning():
+    """Per token, not per response; nothing of the rejected response or the reference is read."""
+    unread = [math.nan] * 2
+    pairs = log_probs([-9.0, -8.0], unread, unread, unread, [(4, 0), (2, 0)])
+    found = pair_metrics(torch.tensor([3.0, 2.7]), pairs, build_loss({"name": "sft"}))
+    found = {name: [float(value) for value in pair] for name, pair in found.items()}
+    assert found == {"loss": [17.0, 6.0], "logps/chosen": [-17.0, 2.0]}
+
+
 def test_means_do_not_depend_on_the_division(one_process):
     rng = np.random.default_rng(0)
     values = {name: rng.normal(-50, 20, 40) for name in ("pc", "pr", "rc", "rr")}
     lengths = rng.integers(1, 30, (40, 2))
     losses = rng.random(40)
+    loss = build_loss({"name": "sigmoid", "beta": 0.3})
 
     def part(rows):
         logs = [values[name][rows].tolist() for name in ("pc", "pr", "rc", "rr")]
         pairs = log_probs(*logs, lengths[rows].tolist())
-        return pair_metrics(torch.tensor(losses[rows]), pairs, beta=0.3)
+        return pair_metrics(torch.tensor(losses[rows]), pairs, loss)
 
     chosen, rejected = values["pc"] - values["rc"], values["pr"] - values["rr"]
     expected = {
@@ -166,6 +178,7 @@ def test_model_flops_against_torch(tiny_model):
         2 * 2 * width * attended * shape.num_hidden_layers
     )  # q k and p v, a product-sum each
     assert model_flops(shape, pairs.lengths) == 3 * (products + attention)
+    assert model_flops(shape, pairs.lengths, frozen=True) == 2 * products + 3 * attention
 
 
 def test_speed(monkeypatch):

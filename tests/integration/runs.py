@@ -81,6 +81,17 @@ def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps_logged(output: Path) -> int:
+    """How many lines the run's metrics.jsonl has so far."""
+    file = output / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def checkpoints(output: Path) -> list[str]:
+    """The names of a run's checkpoints, oldest first."""
+    return sorted(path.name for path in (output / "checkpoints").glob("step-*"))
+
+
 def stored(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint's files that begin with `prefix`."""
     tensors = {}

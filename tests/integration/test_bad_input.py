@@ -516,7 +516,7 @@ def test_a_damaged_checkpoint(finished, capfd, file, spoil, words):
     shutil.rmtree(finished / "final")  # as if it had been interrupted before
     spoil(finished / "checkpoints/step-00000001" / file)
     message = refuse(capfd, "train.max_steps=1")
-    check(message, *words, "remove out/checkpoints/step-00000001 to resume from an earlier one")
+    check(message, *words, "no sound checkpoint is left in out/checkpoints: restore one, or remove")
 
 
 # Several processes

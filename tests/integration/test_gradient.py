@@ -19,6 +19,7 @@ VARIANTS = {
         "full checkpointing": ["parallel.activation_checkpointing=full"],
         "online reference": ["reference.log_probs=online"],
         "cpu offload": ["parallel.cpu_offload=true"],
+        "kept gathered": ["parallel.keep_gathered=true", "data.tokens_per_microbatch=128"],
     },
     2: {
         "two ranks": [],
@@ -36,6 +37,12 @@ VARIANTS = {
         "four ranks": [],
         "hybrid 2 x 2": ["parallel.replicate=2", "parallel.shard=2"],
         "four ranks, small budget": ["data.tokens_per_microbatch=128"],
+        "hybrid 2 x 2, small budget, kept gathered": [
+            "parallel.replicate=2",
+            "parallel.shard=2",
+            "data.tokens_per_microbatch=128",
+            "parallel.keep_gathered=true",
+        ],
     },
 }
 NAMES = [name for variants in VARIANTS.values() for name in variants]

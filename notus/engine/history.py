@@ -1,0 +1,133 @@
+"""When, how and on what a run was started: history.jsonl of output_dir, for its model card.
+
+One line of JSON when the program starts and one when it ends by itself; a killed one has no end. A
+run that was continued has as many starts as it took. Times are UTC, ISO 8601.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from notus.errors import UserError
+
+NAME = "history.jsonl"
+PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "numpy")
+
+
+def record_start(
+    folder: Path,
+    *,
+    continues: str | None,
+    device: torch.device,
+    data: Mapping[str, Any],
+    paths: Sequence[str],
+) -> None:
+    """Note a start and what it runs on; rank 0 alone does it.
+
+    continues: the checkpoint's name, if there is one. data: what became of each data set, plain
+    JSON. paths: of models and data, as configured; those on this machine are noted as local, the
+    rest are hub ids. Raises UserError on rank 0 when the file cannot be written.
+    """
+    if dist.get_rank() == 0:
+        _append(
+            folder,
+            {
+                "event": "start",
+                "time": _now(),
+                "continues": continues,
+                "command": command(sys.argv, os.environ),
+                "ranks": dist.get_world_size(),
+                "device": device_name(device),
+                "versions": versions(),
+                "data": data,
+                "local": [path for path in dict.fromkeys(paths) if Path(path).exists()],
+            },
+        )
+
+
+def record_end(folder: Path) -> None:
+    """Note that the last start has ended; rank 0 alone does it. Raises UserError as above."""
+    if dist.get_rank() == 0:
+        _append(folder, {"event": "end", "time": _now()})
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """All events, oldest first; none where the run left no such file."""
+    path = folder / NAME
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The command that starts this program again, from sys.argv and what torchrun has set.
+
+    torchrun leaves no trace of where the machines met, so of several that is to be filled in.
+    """
+    machines = int(environment.get("GROUP_WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ["python", *arguments]
+    launcher = ["torchrun"]
+    if machines > 1:
+        launcher += ["--nnodes", str(machines), "--rdzv_backend", "c10d"]
+        launcher += ["--rdzv_endpoint", "HOST:PORT"]
+    return [*launcher, "--nproc_per_node", environment["LOCAL_WORLD_SIZE"], *arguments]
+
+
+def device_name(device: torch.device) -> str:
+    """What PyTorch calls the GPU, or the kind of processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    """Versions by name: of this project's sources too, where they are a git checkout."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # Triton exists for Linux only
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    commit = _commit(Path(__file__).parents[2])
+    return found | ({"notus": commit} if commit else {})
+
+
+def _commit(root: Path) -> str | None:
+    """The commit that is checked out, with -dirty if tracked files differ from it."""
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run([*describe, "--exclude", "*"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _append(folder: Path, event: Mapping[str, Any]) -> None:
+    path = folder / NAME
+    partial = path.with_suffix(".partial")
+    events = [*read_history(folder), event]
+    try:
+        text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

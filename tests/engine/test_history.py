@@ -1,0 +1,72 @@
+"""What history.jsonl says of a run's starts."""
+
+import json
+
+import pytest
+import torch
+
+from notus.engine import distributed, history
+from notus.errors import UserError
+
+
+@pytest.fixture
+def one_rank():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+def test_starts_and_ends_are_added(one_rank, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "configs/demo.json", "loss.beta=0.2"])
+    (tmp_path / "data.jsonl").write_text("")
+    for continues in (None, "step-00000500"):
+        history.record_start(
+            tmp_path,
+            continues=continues,
+            device=torch.device("cpu"),
+            data={"train": {"pairs": 7, "counts": {"cut": 2}}},
+            paths=["org/model", str(tmp_path / "data.jsonl"), "org/model"],
+        )
+    history.record_end(tmp_path)
+    first, second, end = history.read_history(tmp_path)
+    assert [first["continues"], second["continues"]] == [None, "step-00000500"]
+    assert first["command"] == ["python", "train.py", "configs/demo.json", "loss.beta=0.2"]
+    assert first["ranks"] == 1 and first["device"].startswith("CPU")
+    assert first["data"] == {"train": {"pairs": 7, "counts": {"cut": 2}}}
+    assert first["local"] == [str(tmp_path / "data.jsonl")]
+    assert first["versions"]["torch"] == torch.__version__
+    assert end["event"] == "end" and first["time"] <= second["time"] <= end["time"]
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_run_without_history_has_none(tmp_path):
+    assert history.read_history(tmp_path) == []
+
+
+def test_a_folder_that_is_gone_is_named(one_rank, tmp_path):
+    with pytest.raises(UserError, match=r"gone/history.jsonl: cannot be written \(No such file"):
+        history.record_end(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "python train.py c.json"),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nproc_per_node 8 train.py c.json",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:PORT "
+            "--nproc_per_node 8 train.py c.json",
+        ),
+    ],
+)
+def test_command_that_starts_it_again(environment, expected):
+    assert " ".join(history.command(["train.py", "c.json"], environment)) == expected
+
+
+def test_the_checkout_is_named(tmp_path):
+    assert history._commit(tmp_path) is None
+    found = history.versions()
+    assert json.dumps(found) and found["python"].startswith("3.")

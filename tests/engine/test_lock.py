@@ -1,0 +1,79 @@
+"""One run per output_dir, also where the file system cannot lock."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+
+import pytest
+import torch.distributed as dist
+
+from notus.engine import lock
+from notus.engine.lock import OutputLock
+from notus.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def first_rank(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+
+
+@pytest.fixture(params=["flock", "no flock"])
+def locking(request, monkeypatch):
+    """Both kinds of file systems."""
+
+    def refuse(file, operation) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if request.param == "no flock":
+        monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_the_second_is_told_who_holds_it(locking, tmp_path):
+    with OutputLock(tmp_path) as held:
+        held.take()
+        held.take()  # once is enough
+        about = json.loads((tmp_path / "lock").read_text())
+        assert about["host"] == socket.gethostname() and about["pid"] == os.getpid()
+        told = f"in use by process {os.getpid()} on host .*, started {about['started']}"
+        with OutputLock(tmp_path) as second, pytest.raises(UserError, match=told.replace("+", ".")):
+            second.take()
+        assert json.loads((tmp_path / "lock").read_text()) == about
+    assert (tmp_path / "lock").read_text() == ""
+    with OutputLock(tmp_path) as third:
+        third.take()
+
+
+def test_what_a_dead_process_left_is_free(locking, tmp_path):
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    about = {"host": socket.gethostname(), "pid": process.pid, "started": "long ago"}
+    (tmp_path / "lock").write_text(json.dumps(about))
+    with OutputLock(tmp_path) as held:
+        held.take()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_another_host_may_be_alive_where_nobody_can_lock(monkeypatch, tmp_path):
+    about = {"host": "elsewhere", "pid": 1, "started": "long ago"}
+    (tmp_path / "lock").write_text(json.dumps(about))
+    with OutputLock(tmp_path) as held:
+        held.take()  # the kernel knows better than the text
+    (tmp_path / "lock").write_text(json.dumps(about))
+
+    def refuse(file, operation) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with OutputLock(tmp_path) as held, pytest.raises(UserError, match="process 1 on host elsewh"):
+        held.take()
+    assert json.loads((tmp_path / "lock").read_text()) == about
+
+
+def test_other_ranks_take_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with OutputLock(tmp_path) as held:
+        held.take()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,26 @@
+"""train.py, of which rank 1 is killed in its seventh step; torchrun starts it anew, once."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train
+
+FIRST = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
+take, steps = train.Interrupts.take, iter(range(1000))
+
+
+def take_or_die(interrupts: train.Interrupts) -> tuple[bool, bool]:
+    time.sleep(0.05)  # so that the save after the fourth step has been written
+    if next(steps) == 6 and FIRST:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(interrupts)
+
+
+train.Interrupts.take = take_or_die
+sys.exit(train.main())

@@ -1,0 +1,183 @@
+"""Ranks of train.py as processes that start at once: forked from one that has imported it.
+
+A test can kill them at any moment, and let one of the FAULTS happen in them.
+"""
+
+import errno
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# For the process that all others are forked from; it reads neither pytest's sys.path nor its flags.
+os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train"])
+
+
+def launch(
+    arguments: list[str], log: Path, ranks: int = 1, fault: str | None = None
+) -> list[BaseProcess]:
+    """Start train.py; what its ranks print goes to the end of `log`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=_rank, args=(rank, ranks, port, arguments, str(log), fault))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], timeout: float = 60.0) -> int:
+    """The exit code of all ranks, which must be one; negative: the signal that killed them."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    running = [process for process in processes if process.exitcode is None]
+    kill(running)
+    assert not running, "the ranks did not end in time"
+    (code,) = {process.exitcode for process in processes}
+    return code
+
+
+def kill(processes: list[BaseProcess]) -> None:
+    """SIGKILL to every rank."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def run_ranks(
+    arguments: list[str], log: Path, ranks: int = 1, fault: str | None = None
+) -> tuple[int, str]:
+    """Run train.py to its end; its exit code, and what it printed."""
+    before = log.stat().st_size if log.exists() else 0
+    code = finish(launch(arguments, log, ranks, fault))
+    return code, log.read_bytes()[before:].decode()
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    """Return once the condition holds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timeout"
+        time.sleep(0.005)
+
+
+def _rank(
+    rank: int, ranks: int, port: int, arguments: list[str], log: str, fault: str | None
+) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+    import train
+
+    if fault is not None:
+        FAULTS[fault]()
+    sys.exit(train.main(arguments))
+
+
+def _slow_disk() -> None:
+    """Every file of a checkpoint takes a while, so that a save is under way most of the time."""
+    from notus.engine import checkpoint
+
+    to_disk, sync = checkpoint._to_disk, checkpoint._sync
+    checkpoint._to_disk = lambda path: (time.sleep(0.03), to_disk(path))[1]
+    checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]
+
+
+def _disk_full() -> None:
+    """The second checkpoint finds no space for its optimiser state."""
+    from notus.engine import checkpoint
+
+    write = checkpoint._save_file
+
+    def refuse(path: Path, tensors: dict) -> None:
+        if "step-00000004" in str(path) and path.name.startswith("optimizer"):
+            path.write_bytes(b"as much as there was space for")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, tensors)
+
+    checkpoint._save_file = refuse
+
+
+def _slow_steps(seconds: float) -> None:
+    from notus.engine.interrupt import Interrupts
+
+    take = Interrupts.take
+    Interrupts.take = lambda interrupts: (time.sleep(seconds), take(interrupts))[1]
+
+
+def _small_files() -> None:
+    """The kernel refuses files above 250 kB, as a full disk or a quota would."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))
+
+
+def _spoil_pair(factor: float) -> None:
+    """Pair 5's loss, or with a factor that is 0 only its gradient, is infinite."""
+    import torch
+
+    import train
+
+    loss_function = train.step_loss_function
+
+    def spoilt(*arguments):
+        losses_of = loss_function(*arguments)
+
+        def losses(scored, indices):
+            clean = losses_of(scored, indices)
+            hit = indices == 5
+            if factor:
+                return clean + hit * torch.where(hit, torch.inf, 0.0)
+            root = (scored.policy_chosen[hit] * 0).sqrt()  # 0, and its slope is not finite
+            return clean + root.sum()
+
+        return losses
+
+    train.step_loss_function = spoilt
+
+
+def _spoil_steps(first: int) -> None:
+    """Every loss is NaN from step `first` on, counted from where the process began."""
+    import train
+
+    loss_function, steps = train.step_loss_function, iter(range(1, 1000))
+
+    def spoilt(*arguments):
+        losses_of, factor = loss_function(*arguments), float("nan") if next(steps) >= first else 1.0
+        return lambda scored, indices: losses_of(scored, indices) * factor
+
+    train.step_loss_function = spoilt
+
+
+FAULTS = {
+    "small files": _small_files,
+    "infinite loss": partial(_spoil_pair, 1.0),
+    "infinite gradient": partial(_spoil_pair, 0.0),
+    "nothing finite from step 3": partial(_spoil_steps, 3),
+    "nothing finite from step 1": partial(_spoil_steps, 1),
+    "slow disk": _slow_disk,
+    "disk full": _disk_full,
+    "slow steps": partial(_slow_steps, 0.1),
+    "very slow steps": partial(_slow_steps, 30),
+}

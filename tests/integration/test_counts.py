@@ -1,0 +1,93 @@
+"""What train.py really computes, counted in its own process: tokens, passes, compilations."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+import train
+from notus.config import load_config
+from notus.data.packing import PADDING
+from notus.objective import logprobs
+from runs import base_config, pairs_of
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """One entry for every forward pass: (with gradient?, tokens in the row, slots of the row)."""
+    seen, build = [], logprobs.build_mask
+
+    def counted(layout, window, backend):
+        tokens = int((layout.document != PADDING).sum())
+        seen.append((torch.is_grad_enabled(), tokens, len(layout.document)))
+        return build(layout, window, backend)
+
+    monkeypatch.setattr(logprobs, "build_mask", counted)
+    return seen
+
+
+def train_here(config: dict, folder, *overrides: str):
+    """train.py in this process; returns the pairs it trained on."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config | {"output_dir": str(folder / "run")}))
+    assert train.main([str(path), *overrides]) == 0
+    return pairs_of(load_config(path, overrides))[0]
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_tokens_processed_and_one_reference_pass(demo, tmp_path, forwards, sharing):
+    """Two epochs: each token twice with gradient, and once, before them, by the reference."""
+    pairs = train_here(
+        base_config(demo), tmp_path, "train.epochs=2", f"data.prefix_sharing={str(sharing).lower()}"
+    )
+    prompt, chosen, rejected = pairs.lengths.sum(0).tolist()
+    once = (prompt if sharing else 2 * prompt) + chosen + rejected
+    trained = [tokens for gradient, tokens, _ in forwards if gradient]
+    scored = [tokens for gradient, tokens, _ in forwards if not gradient]
+    assert sum(trained) == 2 * once
+    *reference, start = scored  # the last one is the check that policy and reference agree
+    assert sum(reference) == once and start == trained[0]
+    assert forwards[: len(scored)] == [f for f in forwards if not f[0]]
+
+
+def test_a_cached_reference_is_not_run_again(demo, tmp_path, forwards):
+    """A second run in the same folder recomputes its sample, one pair of 64."""
+    config, longest = base_config(demo), 2 * 96
+    train_here(config, tmp_path, "train.max_steps=1")
+    forwards.clear()
+    (tmp_path / "run/final").rename(tmp_path / "final")
+    (tmp_path / "run/checkpoints").rename(tmp_path / "checkpoints")
+    train_here(config, tmp_path, "train.max_steps=1")
+    sample, start = (tokens for gradient, tokens, _ in forwards if not gradient)
+    assert sample <= longest
+    assert start == next(tokens for gradient, tokens, _ in forwards if gradient)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_rows_of_all_lengths_share_a_compilation(demo, tmp_path, forwards, monkeypatch, mode):
+    """Rows differ in length from step to step, and all blocks are alike: nothing is compiled anew.
+
+    Scoring without gradient is another graph; the compiler may make it twice, until it has seen
+    that lengths vary.
+    """
+    compiled, compile_with = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
+    torch._dynamo.reset()
+    train_here(
+        base_config(demo),
+        tmp_path,
+        "train.pairs_per_step=7",
+        "train.max_steps=10",
+        f"parallel.activation_checkpointing={mode}",
+        "parallel.compile=true",
+        "data.tokens_per_microbatch=1024",
+    )
+    assert len({slots for gradient, _, slots in forwards if gradient}) > 1
+    assert compiled.count(True) == 1 and 1 <= compiled.count(False) <= 2
+    torch._dynamo.reset()

@@ -1,0 +1,178 @@
+"""Killed at random moments, out of disk, started twice, not finite: nothing is lost or hidden."""
+
+import json
+import random
+import shutil
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranks import finish, kill, launch, run_ranks, wait_for
+from runs import base_config, checkpoints, metrics, steps_logged, stored
+
+
+@pytest.fixture(scope="module")
+def config(demo, tmp_path_factory) -> str:
+    """The file of a run of eight steps that saves after each."""
+    settings = base_config(demo)
+    settings["train"] = {"pairs_per_step": 8, "epochs": 2, "max_steps": 8}
+    settings["checkpoint"] = {"every": 1, "keep": 2}
+    file = tmp_path_factory.mktemp("crash") / "config.json"
+    file.write_text(json.dumps(settings))
+    return str(file)
+
+
+def whole(config: str, ranks: int) -> Path:
+    """The output of a run that nobody disturbs."""
+    output = Path(config).parent / f"whole-{ranks}"
+    if not output.exists():
+        code, told = run_ranks([config, f"output_dir={output}"], output.with_suffix(".log"), ranks)
+        assert code == 0, told
+    return output
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Whether all losses, weights and moments are equal to the bit, and nothing lies about."""
+    losses = [[line["loss"] for line in metrics(output)] for output in (one, other)]
+    last = checkpoints(one)[-1]
+    tensors = [
+        stored(output / "checkpoints" / last, prefix)
+        for output in (one, other)
+        for prefix in ("model", "optimizer")
+    ]
+    equal = all(
+        len(mine) > 10
+        and mine.keys() == yours.keys()
+        and all(torch.equal(mine[name], yours[name]) for name in mine)
+        for mine, yours in zip(tensors[:2], tensors[2:], strict=True)
+    )
+    return equal and losses[0] == losses[1] and not list(other.rglob(".partial-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 16), (2, 6)])
+def test_killed_again_and_again(config, ranks, kills, tmp_path):
+    """Started until it has been killed that often; runs that came to their end are begun anew."""
+    expected, chance, log = whole(config, ranks), random.Random(ranks), tmp_path / "log"
+    runs, killed, in_saves = 0, 0, 0
+    while killed < kills:
+        output = tmp_path / f"run-{runs}"
+        arguments = [config, f"output_dir={output}"]
+        if killed_at_random(launch(arguments, log, ranks, "slow disk"), output, chance):
+            killed += 1
+            in_saves += bool(list((output / "checkpoints").glob(".partial-*")))
+        if killed == kills or (output / "final").exists():
+            code, told = run_ranks(arguments, log, ranks)
+            assert code == 0, told
+            assert same_end(expected, output)
+            runs += 1
+    assert in_saves >= kills // 4, f"only {in_saves} of {killed} were killed in a save"
+    assert ranks > 1 or "Traceback" not in log.read_text()  # beside others, a rank's death is one
+
+
+def killed_at_random(processes: list[BaseProcess], output: Path, chance: random.Random) -> bool:
+    """Kill them, one first; some while they start, most in a step or save. Or they end."""
+
+    def alive() -> bool:
+        return all(process.exitcode is None for process in processes)
+
+    seen = steps_logged(output)
+    if chance.random() < 0.7:
+        wait_for(lambda: steps_logged(output) > seen or not alive())
+    time.sleep(chance.uniform(0.0, 0.5))
+    if not alive():
+        assert finish(processes) == 0
+        return False
+    chance.choice(processes).kill()
+    time.sleep(chance.choice((0.0, 0.2)))
+    kill(processes)
+    return True
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_one_checkpoint(config, tmp_path):
+    output = tmp_path / "run"
+    code, told = run_ranks([config, f"output_dir={output}"], tmp_path / "log", 2, "disk full")
+    assert code == 0
+    (warning,) = [line for line in told.splitlines() if line.startswith("warning: ")]
+    for part in ("step-00000004 was not saved", "No space left on device", "optimizer-0000"):
+        assert part in warning
+    assert "step-00000003 is kept, and training goes on" in warning
+    assert checkpoints(output) == ["step-00000007", "step-00000008"]
+    expected = whole(config, 2)
+    assert [m["loss"] for m in metrics(output)] == [m["loss"] for m in metrics(expected)]
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_in_an_error(config, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole(config, 1), output, ignore=shutil.ignore_patterns("final", "*08"))
+    code, told = run_ranks([config, f"output_dir={output}"], tmp_path / "log", 1, "small files")
+    assert code == 2
+    assert "step-00000008 was not saved" in told and "File too large" in told
+    assert "error: the last checkpoint was not saved" in told
+    assert checkpoints(output) == ["step-00000007"]  # the one that the run began with
+    assert (output / "final/config.json").is_file()  # small enough in bfloat16
+    assert not list(output.rglob(".partial-*"))
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_output_dir(config, tmp_path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config, f"output_dir={output}"]
+    (rank,) = launch(arguments, log, fault="slow steps")
+    wait_for(lambda: steps_logged(output) > 0)
+    code, told = run_ranks(arguments, tmp_path / "other")
+    assert code == 2
+    assert f"error: output_dir: {output} is in use by process {rank.pid} on host" in told
+    kill([rank])
+    assert str(rank.pid) in (output / "lock").read_text()  # stale, which a new start recognises
+    assert run_ranks(arguments, log)[0] == 0
+    assert (output / "lock").read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["infinite loss", "infinite gradient"])
+def test_a_step_that_is_not_finite_is_skipped(config, fault, tmp_path):
+    output = tmp_path / "run"
+    keys = ["train.pairs_per_step=24", "checkpoint.keep=12", f"output_dir={output}"]
+    code, told = run_ranks([config, *keys], tmp_path / "log", 2, fault)
+    assert code == 0, told
+    # Pair 5 comes once in each of the two epochs.
+    records = [json.loads(line) for line in (output / "nonfinite.jsonl").read_text().splitlines()]
+    lines = metrics(output)
+    assert [record["step"] for record in records] == [m["step"] for m in lines if m["nonfinite"]]
+    assert len(records) == 2 and len(lines) == 6
+    for record in records:
+        pairs = {pair["index"]: pair["where"] for pair in record["pairs"]}
+        assert "preferences.jsonl:" in pairs[5]
+        alone = fault == "infinite loss"  # a gradient alone does not tell whose it is
+        assert (len(pairs) == 1) == alone and (record["loss"] == "inf") == alone
+        assert not alone or record["grad_norm"] != "nan"
+        line = lines[record["step"] - 1]
+        assert "loss" not in line and line["nonfinite"] == 1 and line["learning_rate"] >= 0
+        before, after = (
+            stored(output / f"checkpoints/step-{record['step'] + d:08d}", "model") for d in (-1, 0)
+        )
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    state = json.loads((output / "checkpoints/step-00000006/state.json").read_text())
+    assert (state["step"], state["updates"]) == (6, 4)
+    assert state["skipped"] == (records[-1]["step"] == 6)
+
+
+@pytest.mark.slow
+def test_too_many_in_a_row_end_the_run_and_a_resumed_one_counts_on(config, tmp_path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config, "train.max_nonfinite=4", f"output_dir={output}"]
+    code, told = run_ranks(arguments, log, 1, "nothing finite from step 3")
+    assert code == 2 and "error: step 6: loss nan" in told and "the last of 4 steps" in told
+    assert checkpoints(output)[-1] == "step-00000005"
+    code, told = run_ranks(arguments, log, 1, "nothing finite from step 1")
+    assert code == 2 and "after 5 steps" in told and "error: step 6:" in told
+    assert len((output / "nonfinite.jsonl").read_text().splitlines()) == 4
+    # Once the cause is gone, the run goes on from where its weights are sound.
+    code, told = run_ranks(arguments, log)
+    assert code == 0 and "after 5 steps" in told

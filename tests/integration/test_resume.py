@@ -1,0 +1,234 @@
+"""A run that is killed or stopped ends, to the bit, where one that is left alone does."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ranks import ROOT, finish, kill, launch, run_ranks, wait_for
+from runs import base_config, checkpoints, metrics, steps_logged, stored
+
+STEPS = 12  # of two epochs
+VARIANTS = {
+    "cached": [],
+    "online": ["reference.log_probs=online", "parallel.activation_checkpointing=full"],
+    "seldom logged": ["log.every=5", "parallel.activation_checkpointing=selective"],
+}
+
+
+@pytest.fixture(scope="module")
+def config(demo, tmp_path_factory) -> str:
+    """The file of a run of twelve steps of 12 pairs, with three checkpoints."""
+    settings = base_config(demo)
+    settings["train"] = {"pairs_per_step": 12, "epochs": 2}
+    settings["checkpoint"] = {"every": 4, "keep": 3}
+    file = tmp_path_factory.mktemp("resume") / "config.json"
+    file.write_text(json.dumps(settings))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> Callable[..., Path]:
+    """The output of an uninterrupted run on two ranks, made when it is first asked for."""
+
+    def output(variant: str = "cached") -> Path:
+        folder = Path(config).parent / variant.replace(" ", "-")
+        if not folder.exists():
+            arguments = [config, *VARIANTS[variant], f"output_dir={folder}"]
+            assert run_ranks(arguments, folder.with_suffix(".log"), ranks=2)[0] == 0
+        return folder
+
+    return output
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Every metric but speed, every weight and moment: equal to the bit."""
+    lines = [
+        [{k: v for k, v in line.items() if "perf/" not in k} for line in metrics(path)]
+        for path in (one, other)
+    ]
+    assert lines[0] == lines[1]
+    last = checkpoints(one)[-1]
+    for prefix in ("model", "optimizer"):
+        expected, found = (stored(path / "checkpoints" / last, prefix) for path in (one, other))
+        assert expected.keys() == found.keys() and len(expected) > 10
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    weights = "final/model-00001-of-00002.safetensors"
+    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_then_stopped_then_finished(config, whole, variant, tmp_path):
+    expected, output, log = whole(variant), tmp_path / "run", tmp_path / "log"
+    arguments = [config, *VARIANTS[variant], f"output_dir={output}"]
+
+    ranks = launch(arguments, log, ranks=2, fault="slow steps")
+    wait_for(lambda: (output / "checkpoints/step-00000004").exists())
+    time.sleep(0.25)  # some steps further
+    kill(ranks)
+    assert not (output / "checkpoints/step-00000012").exists()
+
+    ranks = launch(arguments, log, ranks=2, fault="slow steps")
+    wait_for(lambda: log.read_text().count("resumed from") == 1)
+    time.sleep(0.25)
+    ranks[1].terminate()  # one is told, both save and end
+    assert finish(ranks) == 0
+    told = log.read_text()
+    assert "resumed from" in told and "step-00000004 after 4 steps" in told
+    stopped = int(checkpoints(output)[-1].removeprefix("step-"))
+    assert 4 < stopped < STEPS and f"stopped by a signal after {stopped} steps" in told
+    assert not (output / "final").exists()
+
+    code, told = run_ranks(arguments, log, ranks=2)
+    assert code == 0 and f"after {stopped} steps" in told
+    assert_same_end(expected, output)
+    assert len(metrics(output)) == (3 if variant == "seldom logged" else STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "keys"),
+    [(1, []), (4, []), (4, ["parallel.replicate=2", "parallel.shard=2"])],
+    ids=["one rank", "four ranks", "two by two"],
+)
+def test_other_numbers_of_ranks_go_on(config, whole, ranks, keys, tmp_path):
+    expected, output = whole(), tmp_path / "run"
+    later = shutil.ignore_patterns("final", "step-00000012", "step-00000008")
+    shutil.copytree(expected, output, ignore=later)
+    code, told = run_ranks([config, *keys, f"output_dir={output}"], tmp_path / "log", ranks)
+    assert code == 0 and "step-00000004 after 4 steps" in told
+    files = (output / "checkpoints/step-00000012").glob("model-*.safetensors")
+    assert len(list(files)) == ranks
+    for one, other in zip(metrics(expected), metrics(output), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["num_tokens"] == one["num_tokens"]
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_run_goes_on(config, whole, tmp_path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    keys = ["checkpoint.every=null", "checkpoint.keep=9", f"output_dir={output}"]
+    (rank,) = launch([config, *keys], log, fault="slow steps")
+    wait_for(lambda: steps_logged(output) == 2)
+    owner = json.loads((output / "lock").read_text())
+    assert owner["pid"] == rank.pid
+    signal_to(rank.pid, signal.SIGUSR1)
+    assert finish([rank]) == 0
+    first, last = checkpoints(output)
+    assert first in ("step-00000003", "step-00000004") and last == "step-00000012"
+
+
+def signal_to(pid: int, number: int) -> None:
+    subprocess.run(["kill", f"-{int(number)}", str(pid)], check=True)
+
+
+@pytest.mark.slow
+def test_two_interrupts_end_it_at_once(config, tmp_path):
+    output = tmp_path / "run"
+    (rank,) = launch([config, f"output_dir={output}"], tmp_path / "log", fault="very slow steps")
+    wait_for(lambda: "0/12" in (tmp_path / "log").read_text())
+    time.sleep(0.5)
+    began = time.monotonic()
+    signal_to(rank.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert rank.exitcode is None
+    signal_to(rank.pid, signal.SIGINT)
+    assert finish([rank]) == -signal.SIGINT
+    assert time.monotonic() - began < 20  # a step takes 30 s
+
+
+@pytest.mark.slow
+def test_torchrun_resumes_after_a_rank_has_died(config, whole, tmp_path):
+    output = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(ROOT / "tests/integration/dies_once.py")
+    done = subprocess.run(
+        [sys.executable, *launcher, "--max-restarts", "1", script, config, f"output_dir={output}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step-00000004 after 4 steps" in done.stdout
+    assert_same_end(whole(), output)
+
+
+@pytest.mark.slow
+def test_the_reference_must_be_the_one_it_began_with(config, whole, other, tmp_path):
+    reference, output, log = tmp_path / "reference", tmp_path / "run", tmp_path / "log"
+    shutil.copytree(other, reference)
+    arguments = [config, f"model.reference={reference}", f"output_dir={output}"]
+    (rank,) = launch(arguments, log, fault="slow steps")
+    wait_for(lambda: steps_logged(output) == 2)
+    rank.terminate()
+    assert finish([rank]) == 0
+    original = (reference / "model.safetensors").read_bytes()
+    # The policy as it is now: the mistake that would make every reward 0 again.
+    save_file(stored(output / "checkpoints" / checkpoints(output)[-1], "model"), reference / "new")
+    (reference / "new").replace(reference / "model.safetensors")
+    code, told = run_ranks(arguments, log)
+    assert code == 2 and "made by another run (the reference's weights differ" in told
+    (reference / "model.safetensors").write_bytes(original)
+    assert run_ranks(arguments, log)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_new_run_from_the_weights_alone(config, whole, demo, tmp_path):
+    start = whole() / "checkpoints/step-00000008"
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config, "loss.beta=0.5", 'data.eval={"holdout":9}', f"output_dir={output}"]
+    options = ["--resume", str(start), "--model-only"]
+    (rank,) = launch([*arguments, *options], log, fault="slow steps")
+    wait_for(lambda: steps_logged(output) == 4)
+    rank.terminate()
+    assert finish([rank]) == 0
+    # The reference is still the policy's initial model, so the first loss is not ln 2.
+    first = metrics(output)[0]
+    assert first["step"] == 0 and abs(first["eval_rewards/margins"]) > 0.1
+    assert json.loads((output / "start.json").read_text())["path"] == str(start)
+    code, told = run_ranks([*arguments[:-1], *options, f"output_dir={whole()}"], log)
+    assert code == 2 and "holds another run (data.eval" not in told and "loss.beta" in told
+    code, told = run_ranks([config, *options, f"output_dir={whole()}"], log)
+    assert code == 2 and "began from the weights of model.policy" in told
+    # Started again without the options, it knows what it began from and goes on.
+    code, told = run_ranks(arguments, log)
+    assert code == 0 and "resumed from" in told
+    assert [line["step"] for line in metrics(output)] == list(range(len(metrics(output))))
+
+
+@pytest.mark.slow
+def test_what_is_stored_is_open_to_all(whole):
+    """JSON and safetensors alone, and a folder that transformers loads."""
+    output = whole()
+    for file in output.rglob("*"):
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            assert all(json.loads(line) for line in file.read_text().splitlines())
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as handle:
+                assert handle.keys()
+        elif file.is_file():
+            assert file.name == "lock" or "tfevents" in file.name or file.suffix == ".jinja", file
+    trained = stored(output / "checkpoints/step-00000012", "model")
+    for folder, dtype in (("checkpoints/step-00000012", torch.float32), ("final", torch.bfloat16)):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            output / folder, dtype="auto", output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert all(torch.equal(v, trained[n].to(dtype)) for n, v in model.state_dict().items())
+    state = json.loads((output / "checkpoints/step-00000012/state.json").read_text())
+    assert (state["step"], state["updates"], state["steps_per_epoch"]) == (12, 12, 6)
+    moments = stored(output / "checkpoints/step-00000012", "optimizer")
+    assert {name.split("/")[0] for name in moments} == {"exp_avg", "exp_avg_sq"}
