@@ -1,0 +1,198 @@
+"""Token ids of prompts -> token ids of answers, by transformers or by vLLM.
+
+Every prompt has a random stream of its own, so what is sampled for it depends on the model, the
+prompt and the seed alone: not on the batch it is in, nor on where an interrupted run went on.
+"""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from notus.errors import UserError
+
+
+class Request(NamedTuple):
+    """One prompt's token ids, its temperature (0: the likeliest token each time), its draws.
+
+    draws: a generator on the logits' device, advanced by one draw for every token sampled.
+    """
+
+    ids: list[int]
+    temperature: float
+    draws: torch.Generator
+
+
+# From a batch of requests to the answers' token ids, without the stop token.
+Backend = Callable[[Sequence[Request]], list[list[int]]]
+
+
+def next_tokens(
+    logits_BV: Tensor, requests: Sequence[Request], live: Sequence[bool], top_k: int
+) -> Tensor:
+    """The next token of each sequence: int64 [B].
+
+    logits_BV: float32 on the device of the requests' generators. live: sequences that go on; others
+    draw nothing. top_k: the tokens sampled from, 0 for all. A row's draw is the one that
+    transformers' `generate` would make for that sequence alone after `torch.manual_seed`.
+    """
+    tokens_B = logits_BV.argmax(-1)
+    rows = [row for row, request in enumerate(requests) if live[row] and request.temperature > 0]
+    if not rows:
+        return tokens_B
+    temperatures = [[requests[row].temperature] for row in rows]
+    scaled = logits_BV[rows] / torch.tensor(temperatures, device=logits_BV.device)
+    if 0 < top_k < scaled.shape[1]:
+        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[:, -1:], -torch.inf)
+    for row, probabilities in zip(rows, scaled.softmax(-1), strict=True):
+        tokens_B[row] = torch.multinomial(probabilities, 1, generator=requests[row].draws)
+    return tokens_B
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS and those that the model folder names."""
+    stops = {tokenizer.eos_token_id}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text()).get("eos_token_id")
+            stops |= set(found if isinstance(found, list) else [found])
+    return sorted(stops - {None})
+
+
+def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
+    """The tokens before the first stop token."""
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return list(ids[:end])
+
+
+class _OwnDraws(LogitsProcessor):
+    """Leaves one token per row for `generate` to find: the one that its request's draws choose."""
+
+    def __init__(
+        self, requests: Sequence[Request], stops: Collection[int], prompt_length: int, top_k: int
+    ) -> None:
+        self.requests, self.stops, self.top_k = requests, stops, top_k
+        self.prompt_length = prompt_length
+        self.live = [True] * len(requests)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self.prompt_length:
+            last = input_ids[:, -1].tolist()
+            self.live = [
+                live and token not in self.stops
+                for live, token in zip(self.live, last, strict=True)
+            ]
+        tokens_B = next_tokens(scores, self.requests, self.live, self.top_k)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
+
+
+def transformers_backend(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    device: torch.device,
+    dtype: str,
+    max_new_tokens: int,
+    top_k: int,
+) -> Backend:
+    """Answers by transformers' `generate`, a padded batch at a time.
+
+    dtype: "auto" takes the weights as they are stored. What the folder's generation_config.json
+    says of sampling is left aside; its stop tokens count beside the tokenizer's.
+    """
+    logging.disable_progress_bar()  # one bar a rank for a second's loading
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    stops = stop_tokens(folder, tokenizer)
+    pad = tokenizer.eos_token_id  # never attended to
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad
+    )
+
+    @torch.inference_mode()
+    def write(requests: Sequence[Request]) -> list[list[int]]:
+        longest = max(len(request.ids) for request in requests)
+        ids_BT = torch.full((len(requests), longest), pad)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, request in enumerate(requests):  # padded on the left: all answers begin together
+            ids_BT[row, longest - len(request.ids) :] = torch.tensor(request.ids)
+            mask_BT[row, longest - len(request.ids) :] = 1
+        sampled = any(request.temperature > 0 for request in requests)
+        draws = [_OwnDraws(requests, stops, longest, top_k)] if sampled else []
+        try:
+            output = model.generate(
+                ids_BT.to(device), attention_mask=mask_BT.to(device), logits_processor=draws
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{device}: out of memory with {len(requests)} prompts at a time, the longest of "
+                f"{longest} tokens, and {max_new_tokens} new ones; lower --batch-size"
+            ) from None
+        return [until_stop(row, stops) for row in output[:, longest:].tolist()]
+
+    return write
+
+
+def import_vllm() -> ModuleType:
+    """vLLM, or a UserError that says how to get it."""
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--backend vllm: {error.name} is not installed; expected vLLM (pip install "
+            "'notus[vllm]'), or leave --backend out to use transformers"
+        ) from None
+    return vllm
+
+
+def vllm_backend(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    dtype: str,
+    max_new_tokens: int,
+    top_k: int,
+    tensor_parallel: int,
+) -> Backend:
+    """Answers by vLLM, which must be installed; every request's seed is its generator's.
+
+    vLLM's own draws: they are repeatable, but not those of `transformers_backend`.
+    """
+    vllm = import_vllm()
+    model = vllm.LLM(
+        model=str(folder),
+        tokenizer=str(folder),
+        dtype=dtype,
+        seed=0,
+        tensor_parallel_size=tensor_parallel,
+        generation_config="vllm",  # not what the folder's file says of sampling
+    )
+    stops = stop_tokens(folder, tokenizer)
+
+    def write(requests: Sequence[Request]) -> list[list[int]]:
+        settings = [
+            vllm.SamplingParams(
+                temperature=request.temperature,
+                top_k=top_k or -1,
+                max_tokens=max_new_tokens,
+                seed=request.draws.initial_seed(),
+                stop_token_ids=stops,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": request.ids} for request in requests]
+        outputs = model.generate(prompts, settings, use_tqdm=False)
+        return [until_stop(output.outputs[0].token_ids, stops) for output in outputs]
+
+    return write

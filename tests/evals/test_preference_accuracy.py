@@ -1,0 +1,192 @@
+"""eval.py preferences against transformers, one response at a time, and its tables by hand."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import eval as command
+from notus.config import Curation, Source
+from notus.data.preferences import Pair, load_preferences
+from notus.data.tokenization import load_tokenizer, tokenize_pairs
+from notus.evals.preferences import SECTIONS, Row, groups, section_scores, table, wilson
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_wilson_interval_of_a_textbook():
+    """8 of 10: 0.4902 to 0.9433 (e.g. Newcombe 1998's formula worked by hand); bounds stay in."""
+    assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    assert wilson(0, 5) == pytest.approx((0.0, 0.43448), abs=1e-5)
+    assert wilson(5, 5) == pytest.approx((0.56552, 1.0), abs=1e-5)
+
+
+def test_table_by_hand():
+    """Three pairs: right with a longer answer, a tie that is wrong, wrong with a shorter one."""
+    pairs = [
+        Pair("p", "c", "r", "a.jsonl:1", 5.0, 4.0, labels={"subset": "x"}),
+        Pair("p", "c", "r", "a.jsonl:2", 5.0, 4.8, labels={"subset": "y"}),
+        Pair("p", "c", "r", "b.jsonl:1"),
+    ]
+    lengths = np.array([[3, 90, 10], [3, 7, 7], [3, 5, 6]])
+    found = table(list(groups(pairs, lengths)), np.array([0.5, 0.0, -0.25]), lengths)
+    rows = {(row.kind, row.name): row for row in found}
+    everything = rows["all", "all pairs"]
+    assert (everything.n, everything.accuracy) == (3, pytest.approx(1 / 3))
+    assert everything.margin == pytest.approx(0.25 / 3)
+    assert everything.longer_wins == pytest.approx((1 + 0.5 + 0) / 3)
+    assert {key: (row.n, row.accuracy) for key, row in rows.items() if key[0] != "all"} == {
+        ("file", "a.jsonl"): (2, 0.5),
+        ("file", "b.jsonl"): (1, 0.0),
+        ("subset", "x"): (1, 1.0),
+        ("subset", "y"): (1, 0.0),
+        ("chosen longer by (tokens)", "51 to below 201"): (1, 1.0),
+        ("chosen longer by (tokens)", "-10 to below 11"): (2, 0.0),
+        ("rated higher by", "1 to below 2"): (1, 1.0),
+        ("rated higher by", "0 to below 0.5"): (1, 0.0),
+    }
+
+
+def test_sections_weigh_subsets_by_rewardbench_counts():
+    names = [name for subsets in SECTIONS.values() for name in subsets]
+    rows = [Row("subset", name, 5, float(name == "math-prm"), 0, 1, 0, 0.5) for name in names]
+    found = section_scores(rows)
+    assert found["Reasoning"] == pytest.approx(0.5)  # 984 of 984 + 6 x 164
+    assert (found["Chat"], found["total"]) == (0.0, pytest.approx(0.125))
+    assert section_scores(rows[1:]) == {}
+
+
+@pytest.fixture(scope="module")
+def data(demo, tmp_path_factory):
+    """67 rows, a number that neither two nor three ranks divide."""
+    path = tmp_path_factory.mktemp("data") / "heldout.jsonl"
+    lines = (demo / "heldout.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:67]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(demo, other, data):
+    """(chosen, rejected) log-probs of model and reference, transformers, one text at a time."""
+    source = Source(path=str(data), curation=Curation(rule="mean-rating"))
+    pairs = load_preferences([source], seed=0).train
+    tokenizer = load_tokenizer(demo / "sft")
+    tokens = tokenize_pairs(
+        pairs,
+        tokenizer,
+        style="clean",
+        truncation="pair",
+        max_length=96,
+        max_prompt_length=48,
+        system_prompt=None,
+    ).pairs
+    sums = []
+    for folder in (demo / "sft", other):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for i in range(len(tokens)):
+            prompt, *responses = tokens.parts(i)
+            for part in responses:
+                ids = np.concatenate((tokens.tokens[prompt], tokens.tokens[part])).astype(np.int64)
+                with torch.no_grad():
+                    logits = model(torch.from_numpy(ids)[None]).logits[0].double()
+                log_probs = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
+                sums.append(float(log_probs[prompt.stop - prompt.start - 1 :].sum()))
+    return pairs, np.array(sums).reshape(2, -1, 2)
+
+
+def arguments(demo, data, out, *more):
+    return [
+        "preferences",
+        str(demo / "sft"),
+        *("--data", str(data), "--rule", "mean-rating", "--out", str(out)),
+        *("--max-length", "96", "--max-prompt-length", "48", "--tokens-per-microbatch", "200"),
+        *("--compute-dtype", "float32", "--device", "cpu", *more),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_equals_a_slow_loop(ranks, demo, data, other, expected, tmp_path):
+    pairs, sums = expected
+    assert len(pairs) == 67
+    out = tmp_path / "out"
+    words = arguments(demo, data, out, "--reference", str(other), "--beta", "0.2")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / "eval.py"), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    records = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert [record["where"] for record in records] == [pair.where for pair in pairs]
+    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+    found = np.array([[record[name] for name in names] for record in records])
+    np.testing.assert_allclose(found[:, :2], sums[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[:, 2:], sums[1], rtol=1e-4, atol=1e-4)
+    margin = (sums[0] - sums[1]) @ [1, -1]
+    summary = json.loads((out / "summary.json").read_text())
+    metrics = summary["metrics"]
+    assert metrics["rewards/accuracies"] == (margin > 0).mean() == summary["rows"][0]["accuracy"]
+    assert metrics["rewards/margins"] == pytest.approx(0.2 * margin.mean(), rel=1e-3)
+    assert metrics["loss"] == pytest.approx(np.log1p(np.exp(-0.2 * margin)).mean(), rel=1e-4)
+    assert summary["rows"][0]["n"] == len(pairs)
+    assert "| all pairs |" in (out / "report.md").read_text()
+
+
+def test_without_a_reference_log_probs_decide(demo, data, expected, tmp_path, capsys):
+    assert command.main(arguments(demo, data, tmp_path / "out")) == 0
+    metrics = json.loads((tmp_path / "out/summary.json").read_text())["metrics"]
+    margin = expected[1][0] @ [1, -1]
+    assert metrics["accuracy"] == (margin > 0).mean()
+    assert metrics["margin"] == pytest.approx(margin.mean(), rel=1e-4)
+    assert not any(name.startswith(("loss", "rewards")) for name in metrics)
+    assert "without a reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--loss", "ipo"], "--loss ipo: needs --reference"),
+        (["--reference", "nowhere"], "nowhere: no such model folder here"),
+        (["--tokens-per-microbatch", "9"], "--tokens-per-microbatch: found 9, but a pair takes"),
+        (["--format", "hh"], "heldout.jsonl"),
+    ],
+)
+def test_mistakes(more, message, demo, data, tmp_path, capsys):
+    assert command.main(arguments(demo, data, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(demo, data, tmp_path, capsys):
+    assert command.main(arguments(demo, data, tmp_path)) == 2
+    assert f"{tmp_path}: exists already" in capsys.readouterr().err
+
+
+def test_another_vocabulary_is_refused(demo, data, tiny_folder, tmp_path, capsys):
+    words = arguments(demo, data, tmp_path / "out", "--reference", str(tiny_folder))
+    assert command.main(words) == 2
+    assert "its vocabulary has 61 tokens, the model's" in capsys.readouterr().err
+
+
+def test_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from notus.evals.preferences import figures
+
+    lengths = np.array([[3, 90, 10], [3, 7, 7], [3, 5, 60]])
+    margin = np.array([0.5, 0.1, -0.25])
+    pairs = [Pair("p", "c", "r", f"a.jsonl:{i}") for i in range(3)]
+    rows = table(list(groups(pairs, lengths)), margin, lengths)
+    for name in figures(tmp_path, rows, margin, margin, -margin):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not math.isnan(rows[0].margin)
