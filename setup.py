@@ -15,6 +15,7 @@ setup(
         "notus.model",
         "notus.objective",
         "notus.engine",
+        "notus.evals",
         "notus.report",
         "notus.kernels",
     ],
@@ -31,7 +32,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[hf]>=0.4.13"],
+        "vllm": ["vllm"],
         "report": ["matplotlib"],
     },
 )

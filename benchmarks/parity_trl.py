@@ -1,13 +1,14 @@
 """Trajectory parity with TRL's DPOTrainer: same weights, tokens, order, hyper-parameters; float32.
 
     pip install -e . && pip install -r benchmarks/requirements.txt
-    python benchmarks/parity_trl.py --pairs PAIRS --tokenizer TOKENIZER [--loss NAME ...]
+    python benchmarks/parity_trl.py --pairs PAIRS --tokenizer TOKENIZER [--loss NAME ...] [--lora]
 
 PAIRS is a preference file that notus reads (rows of plain text become one user and one assistant
 turn), or `demo` for what `python -m notus.demo` wrote. TOKENIZER is a Hugging Face folder or a
 sentencepiece model. A small random Mistral (grouped-query attention, a window shorter than the
 sequences) is trained by `train.py` and again by TRL, and what both log is compared at every
-optimiser step. Exit code 1: something differed by more than the tolerance.
+optimiser step. With --lora both train adapters of all linear layers, TRL those of PEFT, and the
+reference is the model without them. Exit code 1: something differed by more than the tolerance.
 
 What has to be matched before the two do the same arithmetic:
 
@@ -23,6 +24,8 @@ What has to be matched before the two do the same arithmetic:
 - Embeddings. transformers gives the embedding of config.pad_token_id no gradient, even where that
   token is the end-of-sequence token, as Zephyr's is; notus trains every row. The model here names
   no padding token, as Mistral-7B and Zephyr's SFT model do not.
+- Adapters (--lora). notus' start, which `train.seed` determines, is saved as a PEFT folder and read
+  into TRL's model by PEFT. Without dropout: the two draw different numbers.
 - Averages. TRL averages the means of its micro-batches, which is the mean over pairs when all are
   equally large, as here; notus packs by tokens and divides once. A loss that sorts a batch, or
   averages over its tokens, is that of the whole step in notus: TRL then gets one micro-batch.
@@ -55,6 +58,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file
 from transformers import (
     LlamaTokenizer,
     MistralConfig,
@@ -70,12 +74,18 @@ from notus.config import Curation, Source
 from notus.data.preferences import Message, load_preferences
 from notus.data.tokenization import load_tokenizer, sentencepiece_backend
 from notus.errors import UserError
+from notus.model.lora import WEIGHTS, LoraSettings, add_adapters, initialize_adapters, save_adapter
+from notus.model.mistral import MistralForCausalLM as OurMistral
+from notus.model.mistral import read_shape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
 MAX_LENGTH = 512
 PAIRS_PER_STEP = 8
 LEARNING_RATE = 1e-3  # log-ratios of several nats within ten steps
+LORA = LoraSettings(rank=8, alpha=16)
+LORA_LEARNING_RATE = 1e-2  # the same with adapters
+SEED = 42
 LOG_PROBS = ("logps/chosen", "logps/rejected")
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 METRICS = (
@@ -164,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
     parser.add_argument("--ranks", type=int, default=1, help="processes of train.py")
+    parser.add_argument("--lora", action="store_true", help="train adapters; needs peft")
     parser.add_argument("--json", type=Path, help="write every value here")
     options = parser.parse_args(arguments)
 
@@ -173,10 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_model(work / "policy", Path(options.tokenizer))
+        if options.lora:
+            write_adapter(work)
         write_pairs(work, options.pairs, options.steps * PAIRS_PER_STEP)
         for name in CASES if "all" in options.loss else options.loss:
-            theirs = train_with_trl(CASES[name], work, options.steps)
-            ours = train_with_notus(CASES[name], work, options.steps, options.ranks)
+            theirs = train_with_trl(CASES[name], work, options.steps, options.lora)
+            ours = train_with_notus(CASES[name], work, options.steps, options.ranks, options.lora)
             results[name] = compare(CASES[name], ours, theirs)
             print_table(name, results[name])
 
@@ -218,6 +231,16 @@ def write_model(folder: Path, tokenizer_path: Path) -> None:
         pad_token_id=None,
     )
     MistralForCausalLM(config).to(torch.float32).save_pretrained(folder)
+
+
+def write_adapter(work: Path) -> None:
+    """The adapters that train.py begins with, as PEFT's folder work/adapter."""
+    with torch.device("meta"):
+        model = OurMistral(read_shape(work / "policy"))
+    add_adapters(model, LORA)
+    model.to_empty(device="cpu")
+    initialize_adapters(model, SEED)
+    save_adapter(work / "adapter", model, LORA, str(work / "policy"))
 
 
 def write_pairs(work: Path, path: str, count: int) -> None:
@@ -311,8 +334,14 @@ class TrimmedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def train_with_trl(case: Case, work: Path, steps: int) -> Log:
+def train_with_trl(case: Case, work: Path, steps: int, lora: bool) -> Log:
     """What TRL logs at each step, in full precision."""
+    peft_config = None
+    if lora:
+        from peft import PeftConfig, set_peft_model_state_dict
+
+        peft_config = PeftConfig.from_pretrained(work / "adapter")
+        peft_config.inference_mode = False  # saved adapters are frozen
     settings = DPOConfig(
         output_dir=str(work / "trl"),
         max_length=MAX_LENGTH,
@@ -321,7 +350,7 @@ def train_with_trl(case: Case, work: Path, steps: int) -> Log:
         gradient_accumulation_steps=PAIRS_PER_STEP // case.pairs_per_microbatch,
         train_sampling_strategy="sequential",
         optim="adamw_torch",
-        learning_rate=LEARNING_RATE,
+        learning_rate=LORA_LEARNING_RATE if lora else LEARNING_RATE,
         lr_scheduler_type="linear",
         warmup_steps=0,
         weight_decay=0.0,
@@ -342,7 +371,10 @@ def train_with_trl(case: Case, work: Path, steps: int) -> Log:
         args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(work / "policy"),
+        peft_config=peft_config,
     )
+    if lora:
+        set_peft_model_state_dict(trainer.model, load_file(work / "adapter" / WEIGHTS))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -361,7 +393,7 @@ def smoothed_loss(margin: float, smoothing: float) -> float:
     )
 
 
-def train_with_notus(case: Case, work: Path, steps: int, ranks: int) -> Log:
+def train_with_notus(case: Case, work: Path, steps: int, ranks: int, lora: bool) -> Log:
     """What train.py writes to metrics.jsonl."""
     output = work / "notus"
     shutil.rmtree(output, ignore_errors=True)  # the case before this one
@@ -375,11 +407,21 @@ def train_with_notus(case: Case, work: Path, steps: int, ranks: int) -> Log:
             "tokens_per_microbatch": 4 * MAX_LENGTH,
         },
         "loss": case.notus,
-        "optimizer": {"name": "adamw", "learning_rate": LEARNING_RATE, "max_grad_norm": 1.0},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": LORA_LEARNING_RATE if lora else LEARNING_RATE,
+            "max_grad_norm": 1.0,
+        },
         "schedule": {"name": "linear", "warmup_ratio": 0.0},
-        "train": {"pairs_per_step": PAIRS_PER_STEP, "max_steps": steps},
+        "train": {"pairs_per_step": PAIRS_PER_STEP, "max_steps": steps, "seed": SEED},
         "output_dir": str(output),
     }
+    if lora:
+        config["model"]["lora"] = {
+            "rank": LORA.rank,
+            "alpha": LORA.alpha,
+            "target_modules": LORA.target_modules,
+        }
     (work / "config.json").write_text(json.dumps(config))
     launcher = [sys.executable]
     if ranks > 1:

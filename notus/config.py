@@ -35,18 +35,47 @@ Decay = Annotated[float, Bound("a number from 0 to below 1", lambda x: 0 <= x < 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters: they alone are trained, the base rests in compute_dtype."""
+
+    rank: Count
+    alpha: Positive  # the adapters' product is scaled by alpha / rank
+    dropout: Decay = 0.0  # probability that an entry of an adapter's input is left out in training
+    # linear layers by the end of their name, or "all-linear" for all of the blocks'
+    target_modules: tuple[Text, ...] | Literal["all-linear"] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    rslora: bool = False  # scaled by alpha / sqrt(rank) instead
+    merge: bool = False  # final/ also gets base and adapters as one model
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     policy: Text  # path or hub id of a Mistral-architecture causal LM (safetensors + tokenizer)
     reference: Text | None = None  # path or hub id; null: the policy's initial weights
+    lora: Lora | None = None  # null: every parameter is trained
     # dtype of forward and backward; parameters and optimiser state are float32 either way
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curation:
-    """How a chosen and a rejected response are picked from rated completions."""
+    """How rated completions become pairs, and which prompts stay out (of ready pairs too)."""
 
-    rule: Literal["mean-rating", "overall-score"]  # the rating that ranks a row's completions
+    # what ranks a row's completions: the mean of UltraFeedback's aspects (Notus), its overall
+    # score (Zephyr) as published or corrected, or each response's own rating; null: ready pairs
+    rule: Literal["mean-rating", "overall-score", "overall-score-fixed", "rating"] | None = None
+    # drawn among the lower ones, the lowest, or drawn among all others, ties too, as for Zephyr
+    rejected: Literal["random", "lowest", "zephyr"] = "random"
+    decontaminate: tuple[Text, ...] | None = None  # files of benchmark prompts to leave out
+    # a benchmark prompt is recognised by its text, also by its words, also by runs of 8 words
+    match: Literal["exact", "normalised", "n-grams"] = "n-grams"
+    drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
+    # of pairs with the same prompt, or nearly the same, the first alone stays
+    duplicates: Literal["keep", "exact", "near"] = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +86,7 @@ class Source:
     split: Text | None = None  # null: "train", where the dataset has splits
     weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
     format: Text | None = None  # a name from notus/data/preferences.py; null: seen from the rows
-    curation: Curation | None = None  # for rated completions only; null: the rows are pairs
+    curation: Curation | None = None  # null: the rows are pairs, and all of them enter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +94,15 @@ class Holdout:
     """Evaluation pairs taken out of the training data."""
 
     holdout: Count  # rows
+    seed: Seed | None = None  # of the draw; null: train.seed (the published Notus split: 42)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     train: tuple[Source, ...]
     eval: tuple[Source, ...] | Holdout | None = None  # null: no evaluation
+    # training pairs whose prompt is an evaluation pair's, or nearly: kept, or left out
+    leaks: Literal["keep", "drop"] = "keep"
     max_length: Count = 1024  # tokens of prompt and response together
     max_prompt_length: Count = 512  # tokens left of a prompt whose pair is too long
     # a pair over max_length: "pair" shortens the prompt from its start, then both responses from
@@ -122,6 +154,8 @@ class Optimizer:
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw: decay of the first and second moment
     alpha: Decay = 0.99  # rmsprop: decay of the squared gradient
     eps: NonNegative = 1e-8
+    # dtype of the moments; bfloat16 is rounded stochastically. Weights and gradients stay float32.
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     max_grad_norm: Positive = 1.0  # a longer gradient (2-norm over all parameters) is scaled to it
 
 
@@ -134,9 +168,14 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
+    # "dpo": preference optimisation by `loss`; "sft": negative log-likelihood of the chosen
+    # responses (of every answer, in rows that hold a conversation), averaged over their tokens
+    objective: Literal["dpo", "sft"] = "dpo"
     pairs_per_step: Count = 64  # pairs of one optimiser step, over all ranks
     epochs: Count = 1
     max_steps: Count | None = None  # the run ends here if the epochs hold more; null: no limit
+    # updates skipped in a row, because loss or gradient was not finite, after which the run ends
+    max_nonfinite: Count = 3
     seed: Seed = 42
 
 
@@ -146,13 +185,16 @@ class Parallel:
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
     cpu_offload: bool = False  # parameters and optimiser state rest in the host's memory
+    keep_gathered: bool = False  # the whole model stays gathered between a step's microbatches
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
+    # the head (kernels/): "triton", "plain" for PyTorch's own operations, "auto": Triton on CUDA
+    kernels: Literal["auto", "triton", "plain"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Responses that policy and reference write to the same prompts at the end of the run."""
+    """Responses of policy and reference to the same prompts, at each evaluation and at the end."""
 
     # a JSONL file, each line {"prompt": text or messages} and perhaps "answer", the right response
     prompts: Text
@@ -205,13 +247,37 @@ INERT: tuple[Rule, ...] = (
     ("data.max_prompt_length", lambda c: c.data.truncation != "pair",
      'data.truncation is "{0.data.truncation}", and only "pair" shortens prompts by themselves'),
     ("loss.name", lambda c: c.loss.mix is not None, "loss.mix names the losses"),
+    ("loss.name", lambda c: c.train.objective == "sft" and c.loss.name != "sft",
+     'train.objective is "sft"'),
+    ("data.prefix_sharing", lambda c: c.train.objective == "sft",
+     'train.objective is "sft", and its prompts have one response'),
     ("optimizer.betas", lambda c: c.optimizer.name != "adamw", "only adamw uses it"),
     ("optimizer.alpha", lambda c: c.optimizer.name != "rmsprop", "only rmsprop uses it"),
     ("evaluation.every", lambda c: c.data.eval is None, "data.eval is null"),
+    ("data.leaks", lambda c: c.data.eval is None, "data.eval is null"),
 )
 
 # (key, do the settings contradict each other?, what was found and expected)
 CONFLICTS: tuple[Rule, ...] = (
+    ("model.lora",
+     lambda c: c.model.lora is not None and c.reference.sync_every is not None,
+     "found beside reference.sync_every {0.reference.sync_every}, expected one of them: the "
+     "reference is the base without adapters, which cannot follow the policy"),
+    ("data.train",
+     lambda c: any(source.curation == Curation() for source in c.data.train),
+     "found a curation that does nothing, expected a rule, or prompts to leave out"),
+    ("data.train",
+     lambda c: any(s.curation and not s.curation.rule and s.curation.rejected != "random"
+                   for s in c.data.train),
+     'found a curation with "rejected" and no "rule", expected both, or neither'),
+    ("data.train",
+     lambda c: any(s.curation and not s.curation.decontaminate and s.curation.match != "n-grams"
+                   for s in c.data.train),
+     'found a curation with "match" and no "decontaminate", expected both, or neither'),
+    ("loss",
+     lambda c: c.train.objective == "sft" and (c.loss.mix is not None or bool(c.loss.options)),
+     'found {0.loss.section} with train.objective "sft", which has a loss of its own; leave it '
+     "out"),
     ("reference.sync_every",
      lambda c: c.reference.sync_every is not None and c.reference.log_probs != "online",
      'found {0.reference.sync_every} with reference.log_probs "{0.reference.log_probs}", expected '
@@ -399,7 +465,7 @@ def _parse(value: Any, expected: Any, key: str) -> Any:
                 return tuple(_parse(item, member, _join(key, i)) for i, (item, member) in items)
         else:
             return float(value) if expected is float else value
-    raise _Invalid(key, f"found {_show(value)}, expected {_describe(expected)}")
+    raise _Invalid(key, f"found {_show(value)}, expected {describe(expected)}")
 
 
 def _fits(value: Any, expected: Any) -> bool:
@@ -431,7 +497,7 @@ def _parse_section(value: dict[str, Any], cls: type, key: str) -> Any:
         elif is_dataclass(hints[name]):  # a section left out has its defaults, or misses a key
             arguments[name] = _parse_section({}, hints[name], at)
         elif entry.default is MISSING:
-            raise _Invalid(at, f"missing, expected {_describe(hints[name])}")
+            raise _Invalid(at, f"missing, expected {describe(hints[name])}")
     return cls(**arguments)
 
 
@@ -467,16 +533,17 @@ def _rest_field(cls: type) -> Field | None:
     return next((entry for entry in fields(cls) if "other_keys_such_as" in entry.metadata), None)
 
 
-def _describe(expected: Any) -> str:
+def describe(expected: Any) -> str:
+    """What an annotation accepts, in words."""
     origin, args = get_origin(expected), get_args(expected)
     if origin is Annotated:
         return args[1].expected
     if origin in (Union, UnionType, Literal):
-        words = [_show(arg) if origin is Literal else _describe(arg) for arg in args]
+        words = [_show(arg) if origin is Literal else describe(arg) for arg in args]
         return f"{', '.join(words[:-1])} or {words[-1]}"
     if origin is tuple:
         size = "one or more values" if args[-1] is Ellipsis else f"{len(args)} values"
-        return f"a list of {size}, each {_describe(args[0])}"
+        return f"a list of {size}, each {describe(args[0])}"
     if is_dataclass(expected):
         return f"an object with the keys {', '.join(entry.name for entry in fields(expected))}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

@@ -5,7 +5,9 @@ It writes, without network and the same bytes each time on one machine:
     preferences.jsonl  training rows in the raw UltraFeedback schema
     heldout.jsonl      the same for instructions that preferences.jsonl does not hold
     prompts.jsonl      {"prompt": [{"role", "content"}], "answer"} for held-out instructions
-    sft/               a Hugging Face folder: a Mistral of about one million parameters
+    sft.jsonl          {"messages": [{"role", "content"}]}, what the policy is trained on, in order
+    init/              a Hugging Face folder: a random Mistral of about one million parameters
+    sft/               the same after `train.py configs/demo-sft.json`, in bfloat16
 
 The tasks are checkable: sums, comparing numbers, the alphabet, opposites and spelling. An answer is
 right when it is the expected text and nothing else (`report.samples.is_right`). The policy is
@@ -20,26 +22,29 @@ import argparse
 import io
 import json
 import math
+import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import sentencepiece
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from notus.data.tokenization import sentencepiece_merges
 from notus.errors import UserError
-from notus.report.samples import read_prompts, share_right, write_responses
 
 SEED = 42
-IGNORED = -100  # the label that torch's cross entropy leaves out
+ROOT = Path(__file__).parents[1]  # of the repository, where train.py and configs/ are
 
 
 # Questions
@@ -177,7 +182,7 @@ KINDS = {
     "wrong again": Kind("demo-sloppy", (3, 2, 1, 1), "A wrong answer given with confidence."),
     "off-topic": Kind("demo-dreamer", (1, 2, 2, 1), "It does not answer the question."),
 }
-RIGHT_FIRST = 0.6  # share of the policy's training examples, from the start, that are right
+RIGHT_FIRST = 0.6  # share of the policy's training rows, from the start, that are right
 SFT_SHARES = {"right": 0.6, "rambling": 0.1, "wrong": 0.2, "off-topic": 0.1}
 RAMBLING = (
     "That is a good question. It could be {0}, I think.",
@@ -270,31 +275,31 @@ class DemoData(NamedTuple):
     train: list[dict[str, Any]]  # raw UltraFeedback rows
     heldout: list[dict[str, Any]]  # the same, other instructions
     prompts: list[dict[str, Any]]  # {"prompt", "answer"}, instructions of `heldout`
-    sft: list[tuple[str, str]]  # (instruction, response) of training instructions, in order
+    sft: list[dict[str, Any]]  # {"messages"} of training instructions, in order
 
 
-def sft_examples(
-    questions: Sequence[Question], count: int, rng: random.Random
-) -> list[tuple[str, str]]:
-    """(instruction, response): RIGHT_FIRST of them right answers, the rest of mixed quality.
+def sft_rows(questions: Sequence[Question], count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Conversations of one question: RIGHT_FIRST of them right answers, the rest of mixed quality.
 
     The questions are gone through in passes, each in a new order.
     """
-    examples = []
-    while len(examples) < count:
+    rows = []
+    while len(rows) < count:
         for question in rng.sample(questions, len(questions)):
             kind = "right"
-            if len(examples) >= RIGHT_FIRST * count:
+            if len(rows) >= RIGHT_FIRST * count:
                 kind = rng.choices(list(SFT_SHARES), list(SFT_SHARES.values()))[0]
-            examples.append((question.instruction, response(question, kind, rng)))
-    return examples[:count]
+            asked = {"role": "user", "content": question.instruction}
+            told = {"role": "assistant", "content": response(question, kind, rng)}
+            rows.append({"messages": [asked, told]})
+    return rows[:count]
 
 
 def make_data(rows: int | None = None, sft_count: int = 0, seed: int = SEED) -> DemoData:
     """Draw the demo's data; a pure function of its arguments.
 
     rows: how many training instructions to keep (None: all of them, about two thousand). A tenth of
-    all questions is held out first, also cut to `rows`. sft_count: examples to draw for the policy.
+    all questions is held out first, also cut to `rows`. sft_count: rows to draw for the policy.
     """
     rng = random.Random(seed)
     questions = all_questions(rng)
@@ -307,7 +312,7 @@ def make_data(rows: int | None = None, sft_count: int = 0, seed: int = SEED) -> 
             {"prompt": [{"role": "user", "content": q.instruction}], "answer": q.answer}
             for q in heldout
         ],
-        sft=sft_examples(train, sft_count, rng),
+        sft=sft_rows(train, sft_count, rng),
     )
 
 
@@ -387,52 +392,10 @@ def to_fast_tokenizer(
 # Policy
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], list[int]]]:
-    """(instruction, response) -> (prompt ids, response ids up to and with its end-of-sequence)."""
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": instruction}], add_generation_prompt=True, tokenize=False
-        )
-        for instruction, _ in examples
-    ]
-    answers = [text + tokenizer.eos_token for _, text in examples]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    return list(zip(prompt_ids, answer_ids, strict=True))
-
-
-def pad_batch(
-    encoded: Sequence[tuple[list[int], list[int]]], pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and labels, both int64 of shape [rows, longest]; prompts get no label.
-
-    Attention is causal, so a row's padding on the right reaches nothing before it: no mask needed.
-    """
-    longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
-    ids = torch.full((len(encoded), longest), pad)
-    labels = torch.full((len(encoded), longest), IGNORED)
-    for row, (prompt, answer) in enumerate(encoded):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return ids, labels
-
-
-def train_policy(
-    tokenizer: PreTrainedTokenizerFast,
-    examples: Sequence[tuple[str, str]],
-    hidden_size: int,
-    batch_size: int,
-    learning_rate: float = 1.5e-3,
-    seed: int = SEED,
+def random_policy(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, seed: int
 ) -> MistralForCausalLM:
-    """Train a new Mistral for one pass over the examples, in their order, batch_size at a time.
-
-    The loss is the mean negative log-likelihood of response tokens; the learning rate warms up over
-    a twentieth of the steps and falls linearly to zero.
-    """
+    """A Mistral of four layers that has learned nothing: float32, drawn by `seed`."""
     config = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -449,42 +412,63 @@ def train_policy(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MistralForCausalLM(config)
-    steps = len(examples) // batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.05 * steps + 1), (steps - step) / steps)
-    )
-    encoded = encode(tokenizer, examples)
-    model.train()
-    for step in range(steps):
-        batch = encoded[step * batch_size : (step + 1) * batch_size]
-        ids, labels = pad_batch(batch, tokenizer.pad_token_id)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        logits = model.lm_head(hidden[:, :-1][targets != IGNORED])
-        loss = F.cross_entropy(logits, targets[targets != IGNORED])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if (step + 1) % 100 == 0:
-            print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
-    return model.eval()
+        return MistralForCausalLM(config)
+
+
+def train_policy(folder: Path, batch_size: int, seed: int) -> dict[str, torch.Tensor]:
+    """The weights that train.py makes of `folder`/init, bfloat16, by their names in the model.
+
+    One pass over `folder`/sft.jsonl by configs/demo-sft.json, in a process of its own.
+    Raises UserError when train.py is not there, or has failed; it has then said why.
+    """
+    script = ROOT / "train.py"
+    if not script.is_file():
+        raise UserError(
+            f"{script}: not found, and it trains the demo's policy; run the demo from a clone of "
+            "the repository, installed with: pip install -e ."
+        )
+    place = folder.resolve()
+    with TemporaryDirectory() as temporary:
+        output = Path(temporary) / "run"
+        command = [
+            sys.executable,
+            str(script),
+            str(ROOT / "configs/demo-sft.json"),
+            f"model.policy={place / 'init'}",
+            f"data.train.0.path={place / 'sft.jsonl'}",
+            f"data.eval.0.path={place / 'heldout.jsonl'}",
+            f"evaluation.samples.prompts={place / 'prompts.jsonl'}",
+            f"train.pairs_per_step={batch_size}",
+            f"train.seed={seed}",
+            f"output_dir={output}",
+        ]
+        # The number of threads decides the order of float additions, so it is part of the result.
+        # And where other work keeps a core busy, two threads that wait for each other are slow.
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise UserError(f"the policy was not trained: {script} ended with {done.returncode}")
+        weights = {}
+        for file in (output / "final").glob("*.safetensors"):
+            weights |= load_file(file)
+        return weights
 
 
 # Folder
 
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 FILES = {
     "preferences.jsonl",
     "heldout.jsonl",
     "prompts.jsonl",
-    "sft/config.json",
-    "sft/generation_config.json",
-    "sft/model.safetensors",
-    "sft/tokenizer.json",
-    "sft/tokenizer_config.json",
+    "sft.jsonl",
+    *(f"init/{name}" for name in MODEL_FILES),
+    *(f"sft/{name}" for name in MODEL_FILES),
 }
 
 
@@ -494,7 +478,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is a file; the demo is written into a folder")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name != "sft" and name not in FILES:
+        if name not in {"init", "sft", *FILES}:
             raise UserError(
                 f"{folder} holds {name}, which is not the demo's; give another folder with --out"
             )
@@ -505,6 +489,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def save_model(folder: Path, model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.save_pretrained(folder)
+    # The template goes into tokenizer_config.json, where older readers look for it too.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+
+
 def write_demo(
     folder: Path | str,
     rows: int | None = None,
@@ -513,61 +503,49 @@ def write_demo(
     vocabulary: int = 900,
     batch_size: int = 32,
     seed: int = SEED,
-) -> float:
-    """Write the whole demo into `folder` and return the share of answers the policy gets right.
+) -> None:
+    """Write the whole demo into `folder`.
 
-    Small arguments (rows=64, sft_steps=2, hidden_size=16) give a folder of the same layout in a
-    second or two, with a policy that answers nothing. A demo already there is written over.
-    Raises UserError when the folder holds anything else.
+    Small arguments (rows=64, sft_steps=2, hidden_size=16) give a folder of the same layout in a few
+    seconds, with a policy that answers nothing; with sft_steps=0 it is the initial model, in a
+    second. A demo already there is written over. Raises UserError when the folder holds anything
+    else, or the policy cannot be trained.
     """
     folder = Path(folder)
     check_folder(folder)
+    shutil.rmtree(folder / "sft", ignore_errors=True)  # nobody takes an old policy for a new one
     folder.mkdir(parents=True, exist_ok=True)
     data = make_data(rows, sft_steps * batch_size, seed)
     write_jsonl(folder / "preferences.jsonl", data.train)
     write_jsonl(folder / "heldout.jsonl", data.heldout)
     write_jsonl(folder / "prompts.jsonl", data.prompts)
+    write_jsonl(folder / "sft.jsonl", data.sft)
     texts = [
         text
         for row in data.train
         for text in (row["instruction"], *(c["response"] for c in row["completions"]))
     ]
     tokenizer = to_fast_tokenizer(train_sentencepiece(texts, vocabulary))
-    model = train_policy(tokenizer, data.sft, hidden_size, batch_size, seed=seed)
-    model.save_pretrained(folder / "sft")
-    # The template goes into tokenizer_config.json, where older readers look for it too.
-    tokenizer.save_pretrained(folder / "sft", save_jinja_files=False)
-    prompts = read_prompts(str(folder / "prompts.jsonl"))
-    responses = write_responses(
-        folder / "sft",
-        prompts,
-        max_new_tokens=24,
-        temperature=1.0,
-        seed=seed,
-        system_prompt=None,
-        device=torch.device("cpu"),
-    )
-    return share_right(prompts, responses)
+    model = random_policy(tokenizer, hidden_size, seed)
+    save_model(folder / "init", model, tokenizer)
+    if sft_steps:
+        model.to(torch.bfloat16).load_state_dict(train_policy(folder, batch_size, seed))
+    save_model(folder / "sft", model, tokenizer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m notus.demo", description="Write the demo.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
     folder = parser.parse_args(arguments).out
-    # The number of threads decides the order of float additions, so it is part of the result. And
-    # where other work keeps a core busy, two threads that wait for each other are far slower.
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     logging.disable_progress_bar()
     print(
         f"Writing {folder}: data, a tokenizer and a small SFT policy (about a minute)", flush=True
     )
     try:
-        right = write_demo(folder)
+        write_demo(folder)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"The SFT policy gets {right:.0%} of held-out questions right, sampled at temperature 1.")
     print(f"Wrote {', '.join(sorted(FILES))} into {folder}.")
     print("Next: torchrun --nproc_per_node 2 train.py configs/demo.json")
     return 0

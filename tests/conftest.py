@@ -1,9 +1,13 @@
 """Helpers that several tests share: tiny models, random pairs, a slow way to score them."""
 
 import os
+from importlib.metadata import version
+from importlib.util import find_spec
 
-# The suite is for the CPU, also where there is a GPU; before torch looks for one.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The suite is for the CPU, also where there is a GPU; before torch looks for one. The tests that
+# need a GPU: NOTUS_TEST_GPU=1 pytest -m gpu
+if os.environ.get("NOTUS_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
@@ -16,6 +20,22 @@ from notus.demo import write_demo
 from notus.model.mistral import MistralForCausalLM, read_shape
 
 VOCABULARY = 61
+
+
+def interpreter_works() -> bool:
+    """Whether Triton is here and can interpret: triton 3.6 breaks with numpy 2.4 (loop bounds)."""
+
+    def release(package: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version(package).split(".")[:2])
+
+    if find_spec("triton") is None:
+        return False
+    return release("triton") >= (3, 7) or release("numpy") < (2, 4)
+
+
+needs_interpreter = pytest.mark.skipif(
+    not interpreter_works(), reason="Triton's interpreter needs triton 3.7, or numpy below 2.4"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,12 @@ def test_defaults(tmp_path: Path) -> None:
     resolved = to_dict(load_config(write(tmp_path, MINIMAL)))
     source = {"path": "a.jsonl", "split": None, "weight": 1.0, "format": None, "curation": None}
     assert resolved == {
-        "model": {"policy": "sft", "reference": None, "compute_dtype": "bfloat16"},
+        "model": {
+            "policy": "sft",
+            "reference": None,
+            "lora": None,
+            "compute_dtype": "bfloat16",
+        },
         "data": {
             "train": [source],
             "eval": None,
@@ -53,17 +58,27 @@ def test_defaults(tmp_path: Path) -> None:
             "weight_decay": 0.0,
             "betas": [0.9, 0.999],
             "eps": 1e-8,
+            "state_dtype": "float32",
             "max_grad_norm": 1.0,
         },
         "schedule": {"name": "linear", "warmup_ratio": 0.1},
-        "train": {"pairs_per_step": 64, "epochs": 1, "max_steps": None, "seed": 42},
+        "train": {
+            "objective": "dpo",
+            "pairs_per_step": 64,
+            "epochs": 1,
+            "max_steps": None,
+            "max_nonfinite": 3,
+            "seed": 42,
+        },
         "parallel": {
             "device": "auto",
             "shard": None,
             "replicate": 1,
             "cpu_offload": False,
+            "keep_gathered": False,
             "activation_checkpointing": "full",
             "compile": "auto",
+            "kernels": "auto",
         },
         "evaluation": {"samples": None},
         "log": {"every": 1},
@@ -88,6 +103,21 @@ def test_sections_become_dataclasses(tmp_path: Path) -> None:
     first = Source(path="u", weight=2.0, curation=Curation(rule="mean-rating"))
     assert data.train == (first, Source(path="b")) and type(data.train[0].weight) is float
     assert data.eval == Holdout(holdout=2000)
+
+
+def test_adapters_have_notus_s_targets_unless_told(tmp_path: Path) -> None:
+    tree = {**MINIMAL, "model": {"policy": "sft", "lora": {"rank": 8, "alpha": 4}}}
+    config = load_config(write(tmp_path, tree))
+    assert to_dict(config)["model"]["lora"] == {
+        "rank": 8,
+        "alpha": 4.0,
+        "dropout": 0.0,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "rslora": False,
+        "merge": False,
+    }
+    everywhere = load_config(write(tmp_path, tree), ["model.lora.target_modules=all-linear"])
+    assert everywhere.model.lora.target_modules == "all-linear"
 
 
 def test_loss_takes_other_keys_unchecked(tmp_path: Path) -> None:
@@ -130,6 +160,30 @@ WRONG_FILES = [
     ({"model": {}}, "model.policy: missing, expected a non-empty string"),
     ({"model": {"policy": ""}}, 'model.policy: found "", expected a non-empty string'),
     ({"model": "sft"}, 'model: found "sft", expected an object with the keys policy, reference, '),
+    ({"model": {"policy": "a", "lora": {"alpha": 1}}}, "model.lora.rank: missing, expected an int"),
+    (
+        {"model": {"policy": "a", "lora": {"rank": 0, "alpha": 1}}},
+        "model.lora.rank: found 0, expected an integer of at least 1",
+    ),
+    (
+        {"model": {"policy": "a", "lora": {"rank": 1, "alpha": 0}}},
+        "model.lora.alpha: found 0.0, expected a number above 0",
+    ),
+    (
+        {"model": {"policy": "a", "lora": {"rank": 1, "alpha": 1, "dropout": 1}}},
+        "model.lora.dropout: found 1.0, expected a number from 0 to below 1",
+    ),
+    (
+        {"model": {"policy": "a", "lora": {"rank": 1, "alpha": 1, "target_modules": "q_proj"}}},
+        'model.lora.target_modules: found "q_proj", expected a list of one or more values, each a ',
+    ),
+    (
+        {
+            "model": {"policy": "a", "lora": {"rank": 1, "alpha": 1}},
+            "reference": {"log_probs": "online", "sync_every": 2},
+        },
+        "model.lora: found beside reference.sync_every 2, expected one of them",
+    ),
     ({"data": {"train": []}}, "data.train: found [], expected a list of one or more values, each "),
     ({"data": {"train": [{}]}}, "data.train.0.path: missing, expected a non-empty string"),
     ({"data": {**EVAL, "eval": 5}}, "data.eval: found 5, expected a list of one or more values, "),
@@ -166,8 +220,40 @@ WRONG_FILES = [
     ({"optimizer": {"alpha": 0.9}}, "optimizer.alpha: has no effect, as only rmsprop uses it"),
     ({"evaluation": {"every": 5}}, "evaluation.every: has no effect, as data.eval is null"),
     (
+        {"data": {"train": [{"path": "a"}], "leaks": "drop"}},
+        "data.leaks: has no effect, as data.eval is null",
+    ),
+    (
+        {"data": {"train": [{"path": "a", "curation": {}}]}},
+        "data.train: found a curation that does nothing, expected a rule, or prompts to leave out",
+    ),
+    (
+        {"data": {"train": [{"path": "a", "curation": {"rejected": "lowest"}}]}},
+        'data.train: found a curation with "rejected" and no "rule", expected both, or neither',
+    ),
+    (
+        {"data": {"train": [{"path": "a", "curation": {"rule": "rating", "match": "exact"}}]}},
+        'data.train: found a curation with "match" and no "decontaminate", expected both, or',
+    ),
+    (
+        {"data": {"train": [{"path": "a", "curation": {"rule": "best"}}]}},
+        'data.train.0.curation.rule: found "best", expected "mean-rating", "overall-score", "over',
+    ),
+    (
         {"model": {"policy": "a", "reference": "b"}, "reference": {"log_probs": "none"}},
         'model.reference: has no effect, as reference.log_probs is "none"; leave it out',
+    ),
+    (
+        {"train": {"objective": "sft"}, "loss": {"beta": 0.1}},
+        "loss: found {'name': 'sigmoid', 'beta': 0.1} with train.objective \"sft\", which has",
+    ),
+    (
+        {"train": {"objective": "sft"}, "loss": {"name": "ipo"}},
+        'loss.name: has no effect, as train.objective is "sft"; leave it out',
+    ),
+    (
+        {"train": {"objective": "sft"}, "data": {**EVAL, "prefix_sharing": False}},
+        'data.prefix_sharing: has no effect, as train.objective is "sft"',
     ),
 ]
 
@@ -187,6 +273,7 @@ def test_wrong_files(tmp_path: Path, change: dict[str, Any], message: str) -> No
         ("label_smoothing", "loss.label_smoothing"),
         ("model.learning_rate", "optimizer.learning_rate"),
         ("model.polcy", "model.policy"),
+        ("model.lora.rnk", "model.lora.rank"),
         ("modle", "model"),
         ("data.train.0.pth", "data.train.0.path"),
         ("data.eval.houldout", "data.eval.holdout"),
@@ -211,8 +298,8 @@ def test_unknown_keys_suggest_the_nearest(tmp_path: Path, unknown: str, nearest:
 
 
 def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model.lora: unknown key; valid keys here: model.policy, "):
-        load_config(write(tmp_path, MINIMAL), ["model.lora.rank=8"])
+    with pytest.raises(UserError, match="model.zzz: unknown key; valid keys here: model.policy, "):
+        load_config(write(tmp_path, MINIMAL), ["model.zzz.rank=8"])
     with pytest.raises(UserError, match="log.zzz: unknown key; valid keys here: log.every$"):
         load_config(write(tmp_path, {**MINIMAL, "log": {"zzz": 1}}))
 
@@ -281,7 +368,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
 COUNT = st.integers(1, 2**40)
 RATE = st.floats(0, 1) | st.integers(0, 1)
 TEXT = st.text(min_size=1)
-CURATION = st.fixed_dictionaries({"rule": st.sampled_from(["mean-rating", "overall-score"])})
+CURATION = st.fixed_dictionaries(
+    {"rule": st.sampled_from(["mean-rating", "overall-score-fixed", "rating"])},
+    optional={
+        "rejected": st.sampled_from(["random", "lowest", "zephyr"]),
+        "decontaminate": st.none() | st.lists(TEXT, min_size=1, max_size=2),
+        "drop_sources": st.none() | st.lists(TEXT, min_size=1, max_size=2),
+        "duplicates": st.sampled_from(["keep", "exact", "near"]),
+    },
+)
 SOURCES = st.lists(
     st.fixed_dictionaries(
         {"path": TEXT},
@@ -300,12 +395,26 @@ PARAMETERS = st.dictionaries(
     st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
 )
 DATA = st.fixed_dictionaries(
-    {"train": SOURCES, "eval": SOURCES | st.fixed_dictionaries({"holdout": COUNT})},
+    {
+        "train": SOURCES,
+        "eval": SOURCES
+        | st.fixed_dictionaries({"holdout": COUNT}, optional={"seed": st.integers(0, 9)}),
+    },
     optional={
+        "leaks": st.sampled_from(["keep", "drop"]),
         "tokens_per_microbatch": COUNT,
         "system_prompt": st.none() | st.text(),
         "shuffle": st.booleans(),
         "prefix_sharing": st.booleans(),
+    },
+)
+LORA = st.fixed_dictionaries(
+    {"rank": COUNT, "alpha": st.floats(1e-3, 1e3)},
+    optional={
+        "dropout": st.floats(0, 0.99),
+        "target_modules": st.just("all-linear") | st.lists(TEXT, min_size=1, max_size=3),
+        "rslora": st.booleans(),
+        "merge": st.booleans(),
     },
 )
 OPTIMIZERS = {
@@ -316,7 +425,10 @@ OPTIMIZERS = {
 }
 TREES = st.fixed_dictionaries(
     {
-        "model": st.fixed_dictionaries({"policy": TEXT}, optional={"reference": st.none() | TEXT}),
+        "model": st.fixed_dictionaries(
+            {"policy": TEXT},
+            optional={"reference": st.none() | TEXT, "lora": st.none() | LORA},
+        ),
         "data": st.builds(
             lambda data, more: data | more,
             DATA,
@@ -451,7 +563,8 @@ def test_reads_are_found() -> None:
 
 def test_every_field_is_read() -> None:
     paths = [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "notus" / "report").glob("*.py")]
-    paths.append(ROOT / "notus" / "data" / "preferences.py")  # is handed the sources as they are
+    for name in ("preferences.py", "curation.py"):  # are handed the sources as they are
+        paths.append(ROOT / "notus" / "data" / name)
     assert unread([path.read_text() for path in paths if path.exists()]) == set()
 
 

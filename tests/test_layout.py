@@ -16,11 +16,16 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     errors
     config
-    data.curation data.preferences data.tokenization data.planning data.packing
+    data.rows data.ratings data.decontamination data.curation_report data.curation
+    data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing
     kernels
-    model.attention model.mistral model.lora model.weights
+    model.attention model.mistral model.weights model.lora
     objective.losses objective.logprobs objective.reference
-    engine.distributed engine.optim engine.metrics engine.evaluation engine.checkpoint
+    engine.hardware
+    engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
+    engine.interrupt engine.lock engine.continuation engine.host_memory engine.checkpoint
+    engine.profiling
+    evals
     report
     demo
     train eval
@@ -30,7 +35,7 @@ RANKS = {
     for line, names in enumerate(ORDER.split("\n"))
     for place, name in enumerate(names.split())
 }
-READ_CONFIG = ("config", "report", "train", "eval")  # all others take plain arguments
+READ_CONFIG = ("config", "evals", "report", "train", "eval")  # all others take plain arguments
 
 SOURCES = sorted([*ROOT.glob("notus/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("*.py")])
 SOURCES = [path for path in SOURCES if path.name != "setup.py"]

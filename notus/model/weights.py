@@ -7,7 +7,7 @@ that every rank writes one file and none ever holds the model.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +59,10 @@ HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def model_folder(path: str) -> Path:
+def model_folder(path: str, weights: bool = True) -> Path:
     """The local folder of a model: `path` itself, or a hub id's snapshot (downloaded if need be).
 
+    weights: whether they are needed, or config.json and the tokenizer alone.
     Raises UserError when `path` is neither a folder nor a repository that can be had.
     """
     if Path(path).is_dir():
@@ -73,9 +74,9 @@ def model_folder(path: str) -> Path:
             snapshot_download(
                 path,
                 allow_patterns=[
-                    "*.safetensors",
-                    "*.safetensors.index.json",
+                    *(("*.safetensors", "*.safetensors.index.json") if weights else ()),
                     "config.json",
+                    "adapter_config.json",
                     *TOKENIZER_FILES,
                 ],
             )
@@ -160,13 +161,17 @@ def check_weights(
     return stored
 
 
-def open_model(path: str) -> tuple[Path, ModelShape]:
+def open_model(path: str, weights: bool = True) -> tuple[Path, ModelShape]:
     """The folder and shape of a model, local or on the hub, whose weights are all there.
 
-    Raises UserError when anything needed is missing or does not fit together.
+    Without `weights` they need not be, and are never downloaded; those of a local folder that holds
+    some are checked all the same. Raises UserError when anything needed is missing or does not fit
+    together.
     """
-    folder = model_folder(path)
+    folder = model_folder(path, weights)
     shape = read_shape(folder)
+    if not weights and (folder != Path(path) or not any(folder.glob("*.safetensors"))):
+        return folder, shape
     with torch.device("meta"):
         parameters = MistralForCausalLM(shape).named_parameters()
     check_weights(folder, {n: p.shape for n, p in parameters}, shape.tie_word_embeddings)
@@ -174,13 +179,15 @@ def open_model(path: str) -> tuple[Path, ModelShape]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -> None:
     """Fill the model's parameters from a Hugging Face folder, each rank its own slices.
 
     Parameters may be plain or sharded along their first dimension; values are cast to their dtype.
-    Raises UserError, on the ranks that meet it alone, for values that are not finite.
+    others: parameters that are not the folder's, and stay as they are. Raises UserError, on the
+    ranks that meet it alone, for values that are not finite.
     """
     parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    parameters = {name: p for name, p in parameters.items() if name not in others}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     stored = check_weights(folder, shapes, tied=model.shape.tie_word_embeddings)
     by_file: dict[Path, list[str]] = {}
@@ -234,26 +241,41 @@ def save_sharded(
 ) -> dict[str, Any]:
     """Write tensors as `<prefix>-0000r-of-0000W.safetensors`, every rank its own whole tensors.
 
+    Collective; returns the Hugging Face index, equal on all ranks, for the caller to write.
+    """
+    index, file, own = gather_own(tensors, prefix)
+    if own:
+        save_file(own, folder / file, metadata={"format": "pt"})
+    return index
+
+
+def gather_own(
+    tensors: Iterable[tuple[str, Tensor]], prefix: str
+) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
+    """Divide whole tensors over the ranks by bytes, and copy this rank's to the host.
+
     tensors: (name, plain or sharded tensor) in the same order on all ranks. A tensor belongs to
-    the rank with the fewest bytes so far. Collective; returns the Hugging Face index, equal on all
-    ranks, for the caller to write. Memory: this rank's files and one gathered tensor.
+    the rank with the fewest bytes so far. Returns the Hugging Face index, equal on all ranks, the
+    name of this rank's file, and the copies that belong in it. Collective. Memory: the copies on
+    the host, and one whole tensor at a time on the device.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    written = [0] * ranks
+    given = [0] * ranks
     weight_map = {}
-    mine = {}
+    own = {}
     for name, tensor in tensors:
-        owner = written.index(min(written))
-        written[owner] += tensor.numel() * tensor.element_size()
+        owner = given.index(min(given))
+        given[owner] += tensor.numel() * tensor.element_size()
         weight_map[name] = f"{prefix}-{owner + 1:05d}-of-{ranks:05d}.safetensors"
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if owner == rank:
-            mine[name] = whole.detach().cpu().clone()
+            own[name] = torch.empty_like(
+                whole, device="cpu", memory_format=torch.contiguous_format
+            ).copy_(whole)
         del whole
-    if mine:
-        own_file = f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
-        save_file(mine, folder / own_file, metadata={"format": "pt"})
-    return {"metadata": {"total_size": sum(written)}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(given)}, "weight_map": weight_map}
+    return index, f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors", own
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

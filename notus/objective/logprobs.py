@@ -117,11 +117,12 @@ def score(
     """Log-probs of the response tokens of all ranks' microbatches: float32, flat, on every rank.
 
     Has one entry for every response token of `pairs`; those of pairs in no microbatch are 0. No
-    pair may be in two. With `sum_squares`, [2, tokens], see `token_log_probs`. Collective, with
-    equally many microbatches on all ranks.
+    pair may be in two. With `sum_squares`, [2, tokens], see `token_log_probs`. Leaves the model in
+    evaluation mode. Collective, with equally many microbatches on all ranks.
     """
     starts = torch.from_numpy(pairs.response_starts).to(device)
     size = int(pairs.response_starts[-1])
+    model.eval()  # no dropout in what is measured
     flat = torch.zeros((2, size) if sum_squares else (size,), dtype=torch.float32, device=device)
     for batch in batches:
         flat[..., flat_positions(batch, starts)] = token_log_probs(model, batch, sum_squares)

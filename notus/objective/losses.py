@@ -74,6 +74,7 @@ class LossEntry(NamedTuple):
 
     function: Callable[..., Tensor]
     uses_reference: bool
+    uses_rejected: bool
     uses_weights: bool
     couples_pairs: bool
     option_needs: Mapping[str, tuple[str, str]]
@@ -85,6 +86,7 @@ LOSSES: dict[str, LossEntry] = {}
 def register(
     *,
     uses_reference: bool = True,
+    uses_rejected: bool = True,
     uses_weights: bool = False,
     couples_pairs: bool = False,
     option_needs: Mapping[str, tuple[str, str]] | None = None,
@@ -92,6 +94,7 @@ def register(
     """Enter the decorated loss into LOSSES under its own name.
 
     uses_reference: it reads the reference's log-probabilities.
+    uses_rejected: it reads the rejected response's.
     uses_weights: it needs `chosen_weight` and `rejected_weight`.
     couples_pairs: a pair's value depends on the other pairs of the step; see `couple`.
     option_needs: {option: (other, value)} for an option that acts only while `other` is `value`.
@@ -99,7 +102,12 @@ def register(
 
     def enter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         LOSSES[function.__name__] = LossEntry(
-            function, uses_reference, uses_weights, couples_pairs, option_needs or {}
+            function,
+            uses_reference,
+            uses_rejected,
+            uses_weights,
+            couples_pairs,
+            option_needs or {},
         )
         return function
 
@@ -260,7 +268,7 @@ def orpo(pairs: PairLogProbs, *, odds_weight: NonNegative = 0.1) -> Tensor:
     return -chosen - odds_weight * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
-@register(uses_reference=False)
+@register(uses_reference=False, uses_rejected=False)
 def sft(pairs: PairLogProbs) -> Tensor:
     """Negative log-likelihood of the chosen response: -l_w / mean_chosen_length, [B]; no reference.
 
@@ -482,6 +490,10 @@ class Loss:
     @property
     def uses_reference(self) -> bool:
         return any(LOSSES[term.name].uses_reference for term in self.terms)
+
+    @property
+    def uses_rejected(self) -> bool:
+        return any(LOSSES[term.name].uses_rejected for term in self.terms)
 
     @property
     def uses_weights(self) -> bool:

@@ -8,7 +8,7 @@ of those three, and a sample is recomputed whenever they are read back.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from notus.data.packing import Microbatch
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
+from notus.model.lora import adapters_off
 from notus.model.mistral import MistralForCausalLM, ModelShape
 from notus.objective.logprobs import (
     Scorer,
@@ -60,8 +61,24 @@ def cached_reference(flat: Tensor, pairs: TokenizedPairs) -> Reference:
 
 
 def online_reference(model: MistralForCausalLM, score_pairs: Scorer) -> Reference:
-    """Runs the frozen model each time; score_pairs is its scorer."""
-    return Reference(torch.no_grad()(lambda batch: token_log_probs(model, batch)), score_pairs)
+    """Runs the frozen model each time, without adapters; score_pairs is its scorer."""
+
+    @torch.no_grad()
+    def of_batch(batch: Microbatch) -> Tensor:
+        with adapters_off(model):
+            return token_log_probs(model, batch)
+
+    return Reference(of_batch, score_pairs)
+
+
+def without_adapters(model: nn.Module, score_pairs: Scorer) -> Scorer:
+    """The same scorer of `model` as if it had no adapters: a policy with LoRA is its reference."""
+
+    def score_base(indices: Sequence[int] | np.ndarray) -> Tensor:
+        with adapters_off(model):
+            return score_pairs(indices)
+
+    return score_base
 
 
 @torch.no_grad()

@@ -1,0 +1,212 @@
+"""The memory that `--dry-run` predicts beside the memory that the allocator really gave.
+
+    python benchmarks/memory.py                 # on one GPU, a quarter of Mistral-7B, ranks 1 and 8
+    python benchmarks/memory.py --layers 32     # all of it; --ranks 8 alone fits on a small GPU
+    python benchmarks/memory.py --toy           # on the CPU, seconds
+
+One process takes two optimiser steps of two microbatches of random tokens, through the sharding and
+the loss head of train.py, and the peak of the bytes allocated is compared with
+notus.report.memory. More ranks than one are played by PyTorch's "fake" process group: every
+buffer is allocated as on the first of that many ranks, and nothing is sent. What is gathered is
+then garbage, which takes as much memory. On a GPU the peak is torch.cuda.max_memory_allocated, on
+the CPU the profiler's record of every allocation. Exit code 1: a prediction is off by more than
+20 %.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from notus.data.packing import Microbatch, pack
+from notus.data.tokenization import TokenizedPairs
+from notus.engine.distributed import accumulate, shard_model
+from notus.engine.optim import make_optimizer
+from notus.model.mistral import MistralForCausalLM, ModelShape
+from notus.objective.logprobs import token_log_probs
+from notus.report.memory import MODES, Load, memory_budget, parameter_counts
+
+TOLERANCE = 0.2
+PAIRS = 4
+
+
+def model_shape(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> ModelShape:
+    """A Mistral with a key/value head for every four query heads."""
+    return ModelShape(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        head_dim=hidden // heads,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+
+
+def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) -> Load:
+    """What is predicted for and measured: full training; `settings` replace the defaults."""
+    defaults = {
+        "compute_width": 2,
+        "optimizer": "adamw",
+        "state_width": 4,
+        "activation_checkpointing": "full",
+        "keep_gathered": False,
+        "compiled": device == "cuda",
+    }
+    part = slots // PAIRS
+    return Load(
+        shape=shape,
+        shard=ranks,
+        counts=parameter_counts(shape, None),
+        frozen_width=2,
+        slots=slots,
+        scored=PAIRS * 2 * (part // 3),
+        scoring_slots=slots,
+        reference_width=0,
+        kept_log_probs=0,
+        cpu_offload=False,
+        on_cpu=device == "cpu",
+        **(defaults | settings),
+    )
+
+
+def microbatch(load: Load) -> Microbatch:
+    """Random pairs that fill the row: as many tokens in each response as in the prompt, or more."""
+    part = load.slots // PAIRS
+    response = part // 3
+    lengths = np.array([[part - 2 * response, response, response]] * PAIRS)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, load.shape.vocab_size, int(lengths.sum())).astype(np.int32)
+    pairs = TokenizedPairs(tokens, np.zeros(len(tokens), bool), lengths)
+    return pack(pairs, range(PAIRS), load.slots, prefix_sharing=True)
+
+
+def train_two_steps(load: Load, device: torch.device) -> None:
+    """Build, shard and train the model that `load` describes, as train.py does."""
+    mesh = init_device_mesh(device.type, (load.shard,), mesh_dim_names=("shard",))
+    with torch.device("meta"):
+        model = MistralForCausalLM(load.shape)
+    shard_model(
+        model,
+        mesh,
+        device,
+        compute_dtype=torch.bfloat16 if load.compute_width == 2 else torch.float32,
+        activation_checkpointing=load.activation_checkpointing,
+        compile_blocks=load.compiled,
+        cpu_offload=False,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().fill_(0.01)
+    optimizer = make_optimizer(
+        model.parameters(),
+        name=load.optimizer,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        alpha=0.99,
+        eps=1e-8,
+        state_dtype=torch.float32 if load.state_width == 4 else torch.bfloat16,
+    )
+    batch = microbatch(load).to(device)
+    for _ in range(2):
+        for same in accumulate(model, [batch] * 2, 2, load.keep_gathered):
+            token_log_probs(model, same).sum().backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@contextmanager
+def pretended_ranks(count: int) -> Iterator[None]:
+    """A process group in which this process is the first of `count` and nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def peak_on_cpu(work: Callable[[], None]) -> int:
+    """Most bytes that the CPU allocator had given out at once during `work`."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
+        key=lambda change: change[0],
+    )
+    return int(np.cumsum([size for _, size in changes]).max())
+
+
+def peak_on_gpu(work: Callable[[], None]) -> int:
+    """torch.cuda.max_memory_allocated during `work`, above what was there."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measured_peak(load: Load) -> int:
+    """The peak of a rank in bytes."""
+    device = torch.device("cpu" if load.on_cpu else "cuda")
+    measure = peak_on_cpu if load.on_cpu else peak_on_gpu
+    with pretended_ranks(load.shard):
+        return measure(lambda: train_two_steps(load, device))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--toy", action="store_true", help="a small model on the CPU")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=8192)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8])
+    options = parser.parse_args()
+    device = "cpu" if options.toy else "cuda"
+    if options.toy:
+        torch.set_num_threads(1)
+        shape, slots = model_shape(4, 256, 896, 8, 512), 512
+    else:
+        shape, slots = model_shape(options.layers, 4096, 14_336, 32, 32_000), options.slots
+    print(f"{shape.num_parameters:,} parameters, rows of {slots:,} slots, {device}; MiB")
+    print(f"{'checkpointing':<15}{'ranks':>6}{'optimizer':>11}{'predicted':>11}{'measured':>11}")
+    worst = 0.0
+    for optimizer in ("adamw", "rmsprop"):
+        for mode in MODES:
+            for ranks in options.ranks:
+                load = load_of(
+                    shape, ranks, slots, device, activation_checkpointing=mode, optimizer=optimizer
+                )
+                predicted, measured = memory_budget(load).peak, measured_peak(load)
+                worst = max(worst, abs(predicted / measured - 1))
+                print(
+                    f"{mode:<15}{ranks:>6}{optimizer:>11}{predicted / 2**20:>11,.1f}"
+                    f"{measured / 2**20:>11,.1f}{predicted / measured - 1:>+8.1%}",
+                    flush=True,
+                )
+    print(f"worst {worst:.1%}, tolerated {TOLERANCE:.0%}")
+    return 0 if worst <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
