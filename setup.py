@@ -28,7 +28,8 @@ setup(
         "sentencepiece",
         "tensorboard",
         "numpy",
-        "tqdm",  # transformers installs it too
+        "huggingface_hub",  # transformers installs these two as well
+        "tqdm",
     ],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],

@@ -4,8 +4,8 @@
     python train.py configs/demo.json                        # one process, the same path
 
 `train` is the loop, the line that a pair of responses travels: pairs -> plan -> packed microbatch
--> response log-probs -> loss -> step. `open_run`, below it, opens what the configuration names.
-README.md says where to change what.
+-> response log-probs -> loss -> step. notus/opening.py opens what the configuration names; README.md
+says where to change what.
 """
 
 import argparse
@@ -14,27 +14,19 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerFast
 
-from notus.config import Config, Holdout, Source, load_config, to_dict
+from notus.config import Config, load_config, to_dict
 from notus.data.packing import slots_of
-from notus.data.planning import RunPlan, random_seed
-from notus.data.preferences import Pair, load_preferences
-from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
-from notus.data.tokenized import WORTH_KEEPING, tokenize_once, tokens_file
+from notus.data.planning import random_seed
 from notus.engine import checkpoint, continuation, distributed, history
 from notus.engine.checkpoint import Progress, Saver
-from notus.engine.distributed import Ranks, accumulate, agree, divide
+from notus.engine.distributed import Ranks, accumulate, agree
 from notus.engine.evaluation import evaluate
 from notus.engine.hardware import gpu_named
 from notus.engine.interrupt import Interrupts
@@ -50,87 +42,30 @@ from notus.engine.metrics import (
     nonfinite_pairs,
     pair_metrics,
 )
-from notus.engine.optim import make_optimizer, schedule_factor
+from notus.engine.optim import schedule_factor
 from notus.engine.profiling import profiled
 from notus.errors import UserError
-from notus.evals.prompts import Prompt, check_prompts, read_prompts
-from notus.kernels.dispatch import check_backend
-from notus.model.lora import (
-    LoraSettings,
-    adapter_parameters,
-    adapters_off,
-    add_adapters,
-    export_adapter,
-    initialize_adapters,
-    is_adapter,
-    merge,
-    read_adapter,
-    tokenizer_folder,
-)
-from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
-from notus.model.weights import load_weights, model_folder, open_model, weights_identity
-from notus.objective.logprobs import (
-    Scorer,
-    couple_step,
-    pack_plan,
-    pair_log_probs,
-    scorer,
-    token_log_probs,
-)
-from notus.objective.losses import Loss, PairLogProbs, build_loss
-from notus.objective.reference import (
-    Reference,
-    cache_identity,
-    cached_log_probs,
-    cached_reference,
-    check_start,
-    follow,
-    no_reference,
-    online_reference,
-    without_adapters,
+from notus.model.lora import export_adapter
+from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
+from notus.objective.losses import PairLogProbs
+from notus.objective.reference import follow
+from notus.opening import (
+    Run,
+    answer_samples,
+    check_loss,
+    lora_settings,
+    make_scorer,
+    open_inputs,
+    open_run,
+    plan_run,
+    sample_prompts,
 )
 from notus.report.card import write_card
 from notus.report.memory import parameter_counts
 from notus.report.preflight import Question, preflight, shard_size
-from notus.report.samples import record_samples, show_result, write_samples
-from notus.report.tokens import DataSet, token_report
+from notus.report.samples import record_samples, show_result
 
 NONFINITE = "nonfinite.jsonl"  # of output_dir: steps that were skipped, and their pairs
-
-
-class Run(NamedTuple):
-    """All that a run consists of, opened and ready to go on from `progress`."""
-
-    output: Path
-    source: Path  # the folder of the initial policy
-    loss: Loss
-    plan: RunPlan
-    pairs: TokenizedPairs
-    origins: list[str]  # where each of the pairs comes from, for messages
-    held_out: TokenizedPairs | None
-    policy: MistralForCausalLM
-    reference: Reference
-    held_out_reference: Reference | None
-    following: MistralForCausalLM | None  # the reference model, if it follows the policy
-    reference_answers: list[str]  # to the first prompts of evaluation.samples
-    optimizer: Optimizer
-    progress: Progress
-    facts: dict[str, Any]  # for checkpoints: what a continuation must have in common, and more
-
-
-class Inputs(NamedTuple):
-    """What a run starts from: data and models, without the weights."""
-
-    loss: Loss
-    source: Path  # the folder of the initial policy, or of its base
-    adapter: Path | None  # what is to be merged into the base before anything else
-    shape: ModelShape
-    reference_path: str  # as configured
-    reference_folder: Path
-    pairs: TokenizedPairs
-    origins: list[str]  # where each of the pairs comes from, for messages
-    held_out: TokenizedPairs | None
-    counts: dict[str, Any]  # what became of each data set, for the model card
 
 
 def train(
@@ -309,209 +244,6 @@ def show_samples(config: Config, ranks: Ranks, run: Run, log: MetricsLog, done: 
         record_samples(run.output, log.board, done, prompts, run.reference_answers, answers)
 
 
-def answer_samples(
-    config: Config, ranks: Ranks, model: MistralForCausalLM, source: Path
-) -> list[str]:
-    """The model's answers to the first prompts of evaluation.samples; collective."""
-    samples = config.evaluation.samples
-    return write_samples(
-        model.eval(),
-        load_tokenizer(source),
-        sample_prompts(config),
-        max_new_tokens=samples.max_new_tokens,
-        temperature=samples.temperature,
-        seed=config.train.seed,
-        system_prompt=config.data.system_prompt,
-        device=ranks.device,
-    )
-
-
-def sample_prompts(config: Config) -> list[Prompt]:
-    """The prompts of evaluation.samples that are shown."""
-    return read_prompts(config.evaluation.samples.prompts)[: config.evaluation.samples.count]
-
-
-def open_run(
-    config: Config,
-    ranks: Ranks,
-    lock: OutputLock,
-    *,
-    resume: str,
-    model_only: bool,
-) -> Run | None:
-    """Check and open everything; None if there is nothing to train.
-
-    model_only: the policy begins with the weights of the checkpoint `resume`, in a run of its own.
-    Raises UserError, alike on all ranks, for what the user can get wrong. Nothing is written before
-    data, models and output_dir have been found usable.
-    """
-    agree(lambda: check_backend(config.parallel.kernels, ranks.device))
-    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
-    inputs = open_inputs(config, ranks, weights=True)
-    loss, source, shape = inputs.loss, inputs.source, inputs.shape
-    reference_path, reference_folder = inputs.reference_path, inputs.reference_folder
-    pairs, origins, held_out = inputs.pairs, inputs.origins, inputs.held_out
-    plan = plan_run(config, pairs, ranks.count)
-    output = Path(config.output_dir)
-    settings = to_dict(config) | {"loss": loss.settings}
-    agree(lambda: continuation.check_output_dir(output, settings, resume))
-    given = Path(resume) if model_only else None
-    start = agree(lambda: continuation.recorded_start(output, given))
-    if continuation.holds_run(output):
-        agree(lock.take)
-    found = checkpoint.find_checkpoint(
-        output / "checkpoints", "auto" if model_only else resume, ranks.say
-    )
-    if given and not found:
-        checkpoint.check_sound(given)
-    if given and not start:
-        start = weights_identity(str(given.resolve()), given)
-    ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch; "
-        f"{shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
-    )
-    if (output / "final").exists():
-        ranks.say(f"{output / 'final'} holds the model of this run: nothing left to do")
-        return None
-    distributed.check_host_memory(shape.num_parameters, ranks)
-    if inputs.adapter:
-        agree(lambda: continuation.make_output_dir(output))
-        agree(lock.take)
-        source = agree(lambda: merged_policy(inputs, output, ranks))
-        if config.model.reference is None:
-            reference_folder = source
-
-    identity = weights_identity(reference_path, reference_folder) if loss.uses_reference else None
-    common = continuation.common_ground(settings, shape, pairs, identity, start, plan.steps)
-    if found:
-        agree(lambda: checkpoint.check_checkpoint(found, common))
-    policy = build_model(config, shape, mesh, ranks, frozen=False)
-    agree(lambda: load_weights(policy, source, others=adapter_parameters(policy)))
-    initialize_adapters(policy, config.train.seed)
-    agree(lambda: continuation.make_output_dir(output))
-    agree(lock.take)
-    agree(lambda: continuation.write_settings(output, settings, start))
-    agree(lambda: continuation.check_shared(output))
-    agree(
-        lambda: history.record_start(
-            output,
-            continues=found.name if found else None,
-            device=ranks.device,
-            data=inputs.counts,
-            paths=[
-                *(config.model.policy, reference_path),
-                *(source.path for source in data_sources(config)),
-            ],
-        )
-    )
-    sets = [pairs] if held_out is None else [pairs, held_out]
-    references, following = [no_reference(data, ranks.device) for data in sets], None
-    if loss.uses_reference:
-        ranks.say(f"reference log-probs: {config.reference.log_probs}")
-        references, model = open_reference(
-            config, policy, source, reference_folder, identity, mesh, ranks, sets
-        )
-        following = model if config.reference.sync_every else None
-    reference_answers = []
-    if config.evaluation.samples is not None:
-        with adapters_off(policy):
-            speaker = model if loss.uses_reference else policy
-            reference_answers = answer_samples(config, ranks, speaker, source)
-    optimizer = build_optimizer(config, policy)
-    progress = Progress(step=0, totals={}, skipped=0)
-    if found:
-        progress = checkpoint.load_checkpoint(found, policy, optimizer, following)
-        ranks.say(f"resumed from {found} after {progress.step:,} steps")
-    elif start:
-        agree(lambda: checkpoint.load_trained(Path(start["path"]), policy))
-        ranks.say(f"the policy begins with the weights of {start['path']}")
-    elif loss.uses_reference and reference_folder.resolve() == source.resolve():
-        check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
-    return Run(
-        output=output,
-        source=source,
-        loss=loss,
-        plan=plan,
-        pairs=pairs,
-        origins=origins,
-        held_out=held_out,
-        policy=policy,
-        reference=references[0],
-        held_out_reference=references[1] if held_out is not None else None,
-        following=following,
-        reference_answers=reference_answers,
-        optimizer=optimizer,
-        progress=progress,
-        facts={
-            "common": common,
-            "settings": settings,
-            "reference": identity,
-            "start": start,
-            "pairs": len(pairs),
-            "steps_per_epoch": plan.steps_per_epoch,
-            "ranks": ranks.count,
-        },
-    )
-
-
-def open_inputs(config: Config, ranks: Ranks, *, weights: bool, describe: bool = False) -> Inputs:
-    """Check and read what a run starts from, on any device, for any number of ranks.
-
-    weights: whether those of the models must be there. describe: whether to print what the data
-    are. Writes nothing but cached tokens. Raises UserError, alike on all ranks.
-    """
-    loss = make_loss(config)
-    check_settings(config, loss)
-    source, shape, adapter = agree(lambda: open_policy(config.model.policy, weights))
-    reference_path, reference_folder = config.model.policy, source
-    if config.model.reference:
-        reference_path = config.model.reference
-        reference_folder, other = agree(lambda: open_model(reference_path, weights))
-        if other.vocab_size != shape.vocab_size:
-            raise UserError(
-                f"model.reference: {reference_path} has a vocabulary of {other.vocab_size} tokens, "
-                f"the policy one of {shape.vocab_size}; expected the same"
-            )
-    if config.evaluation.samples is not None:
-        agree(lambda: check_prompts(config.evaluation.samples.prompts, source))
-    spoken = source if adapter is None else tokenizer_folder(source, adapter)
-    pairs, origins, held_out, counts = read_data(config, spoken, shape, ranks, describe)
-    return Inputs(
-        loss=loss,
-        source=source,
-        adapter=adapter,
-        shape=shape,
-        reference_path=reference_path,
-        reference_folder=reference_folder,
-        pairs=pairs,
-        origins=origins,
-        held_out=held_out,
-        counts=counts,
-    )
-
-
-def open_policy(path: str, weights: bool) -> tuple[Path, ModelShape, Path | None]:
-    """The policy's folder and shape; of an adapter its base's, and the adapter's folder."""
-    folder = model_folder(path, weights)
-    if not is_adapter(folder):
-        return *open_model(path, weights), None
-    base = read_adapter(folder).base_name
-    if base is None:
-        raise UserError(f"{path}: its adapter_config.json names no base; expected a path or hub id")
-    return *open_model(base, weights), folder
-
-
-def merged_policy(inputs: Inputs, output: Path, ranks: Ranks) -> Path:
-    """The folder of the initial policy, in `output` when an adapter has to be merged first."""
-    if inputs.adapter is None:
-        return inputs.source
-    folder = output / "policy"
-    if ranks.first and not folder.exists():
-        ranks.say(f"merging {inputs.adapter} into {inputs.source}: {folder}")
-        merge(inputs.source, inputs.adapter, folder)
-    return folder
-
-
 def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     """Check everything, report what the run would be; the exit code, 1 if it does not fit."""
     gpu = None if options.gpu is None else gpu_named(options.gpu)
@@ -548,276 +280,6 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     )
     ranks.say(report)
     return 0 if fits else 1
-
-
-def make_loss(config: Config) -> Loss:
-    """The configured loss; supervised fine-tuning is one by itself."""
-    return build_loss({"name": "sft"} if config.train.objective == "sft" else config.loss.section)
-
-
-def check_loss(config: Config, options: argparse.Namespace) -> None:
-    """Check the section that only the losses know, naming where it was written."""
-    try:
-        make_loss(config)
-    except UserError as error:
-        overrides = [word for word in options.overrides if word.startswith("loss")]
-        origin = f"command line, {' '.join(overrides)}" if overrides else options.config
-        raise UserError(f"{origin}: {error}") from None
-
-
-def check_settings(config: Config, loss: Loss) -> None:
-    """What can only be said once the loss is known."""
-    if loss.uses_reference and config.reference.log_probs == "none":
-        raise UserError(
-            f'reference.log_probs: found "none", but the loss {loss.name} compares the policy with '
-            'a reference; expected "cached" or "online"'
-        )
-    if not loss.uses_reference and config.model.reference is not None:
-        raise UserError(f"model.reference: does nothing, because {loss.name} uses no reference")
-    if not loss.uses_reference and config.reference.log_probs == "online":
-        raise UserError(
-            f'reference.log_probs: "online" does nothing, because {loss.name} uses no reference; '
-            "leave it out"
-        )
-
-
-def read_data(
-    config: Config, source: Path, shape: ModelShape, ranks: Ranks, describe: bool
-) -> tuple[TokenizedPairs, list[str], TokenizedPairs | None, dict[str, Any]]:
-    """The training pairs as tokens, where each comes from, the held-out ones, if any, and counts.
-
-    describe: whether to print what they are.
-    """
-    tokenizer = agree(lambda: load_tokenizer(source))
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
-            f"{shape.vocab_size}; expected at least as many"
-        )
-    seed, wanted = config.train.seed, config.data.eval
-    holdout = wanted if isinstance(wanted, Holdout) else None
-    alone = config.train.objective == "sft"
-    other = None
-    if wanted and not holdout:
-        other = agree(lambda: load_preferences(wanted, seed=seed, responses_only=alone))
-    found = agree(
-        lambda: load_preferences(
-            config.data.train,
-            seed=seed,
-            holdout=holdout.holdout if holdout else 0,
-            holdout_seed=holdout.seed if holdout else None,
-            evaluation=other.train if other else (),
-            drop_leaks=config.data.leaks == "drop",
-            responses_only=alone,
-        )
-    )
-    sets, dropped = {"train": found.train}, {"train": found.dropped}
-    if holdout:
-        sets["eval"] = found.holdout
-    elif other:
-        sets["eval"], dropped["eval"] = other.train, other.dropped
-
-    settings = {
-        "style": config.data.tokenization,
-        "truncation": config.data.truncation,
-        "max_length": config.data.max_length,
-        "max_prompt_length": config.data.max_prompt_length,
-        "system_prompt": config.data.system_prompt,
-    }
-    tokenized, described, recorded = {}, {}, {}
-    for name, pairs in sets.items():
-        result = tokenize_shared(pairs, tokenizer, settings, ranks)
-        earlier = dropped.get(name, {})  # a holdout's are counted with the training data's
-        counts = {f"dropped: {reason}": n for reason, n in earlier.items()} | result.counts
-        notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
-        ranks.say(f"{name} data: {len(result.pairs):,} pairs{notes}")
-        if not len(result.pairs):
-            raise UserError(f"data.{name}: no pair is left after tokenization{notes}")
-        slots = slots_of(result.pairs.lengths, config.data.prefix_sharing)
-        if slots.max() > config.data.tokens_per_microbatch:
-            longest = pairs[result.kept[slots.argmax()]]
-            raise UserError(
-                f"{longest.where}: the pair takes {slots.max()} tokens, but "
-                f"data.tokens_per_microbatch is {config.data.tokens_per_microbatch}; raise it, or "
-                "lower data.max_length"
-            )
-        origins = [pairs[index].where for index in result.kept]
-        tokenized[name] = result.pairs, origins
-        described[name] = DataSet(pairs, result, earlier)
-        recorded[name] = {"pairs": len(result.pairs), "counts": counts}
-    if describe and ranks.first:
-        style, colours = config.data.tokenization, sys.stdout.isatty()
-        report = token_report(described, tokenizer, style=style, colours=colours)
-        print(f"\n{report}\n", flush=True)
-    held_out, _ = tokenized.get("eval", (None, None))
-    return *tokenized["train"], held_out, recorded
-
-
-def data_sources(config: Config) -> list[Source]:
-    """Every configured dataset, to train on and to evaluate on."""
-    held_out = config.data.eval
-    return [*config.data.train, *(held_out if isinstance(held_out, tuple) else ())]
-
-
-def tokenize_shared(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], ranks: Ranks
-) -> Tokenized:
-    """The pairs' tokens, on every rank.
-
-    Few pairs are divided over the ranks. Of many, one process of each machine makes a file, unless
-    an earlier start has left it, and all ranks map it.
-    """
-    if len(pairs) < WORTH_KEEPING:
-        parts = divide(pairs, lambda share: tokenize_pairs(share, tokenizer, **settings))
-        return Tokenized.join(parts)
-    file = tokens_file(pairs, tokenizer, settings)
-    ranks.say(f"tokens: {'read from' if file.is_file() else 'to be kept in'} {file}")
-    make = partial(tokenize_once, file, pairs, tokenizer, settings, progress=ranks.first)
-    agree(make if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
-    return agree(make)
-
-
-def build_model(
-    config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
-) -> MistralForCausalLM:
-    """A sharded model without weights: float32 if they will change, else compute_dtype."""
-    compute_dtype = getattr(torch, config.model.compute_dtype)
-    lora = None if frozen else lora_settings(config)
-    constant = frozen and config.reference.sync_every is None
-    with torch.device("meta"):
-        model = MistralForCausalLM(shape, config.parallel.kernels)
-        model.to(compute_dtype if constant or lora else torch.float32)
-        model.requires_grad_(not frozen)
-        if lora:
-            add_adapters(model, lora)
-    distributed.shard_model(
-        model,
-        mesh,
-        ranks.device,
-        compute_dtype=compute_dtype,
-        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
-        compile_blocks=compiles(config, ranks),
-        cpu_offload=config.parallel.cpu_offload,
-        dropout=lora is not None and lora.dropout > 0,
-    )
-    return model.eval()
-
-
-def lora_settings(config: Config) -> LoraSettings | None:
-    """The adapters' settings; None where every parameter is trained."""
-    lora = config.model.lora
-    if lora is None:
-        return None
-    return LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.rslora)
-
-
-def open_reference(
-    config: Config,
-    policy: MistralForCausalLM,
-    source: Path,
-    folder: Path,
-    identity: dict[str, str],
-    mesh: DeviceMesh,
-    ranks: Ranks,
-    sets: list[TokenizedPairs],
-) -> tuple[list[Reference], MistralForCausalLM]:
-    """The reference, whose weights lie in `folder`, over each of `sets`, and the model itself.
-
-    `policy` must hold its initial weights, those of `source`: they are the reference when that is
-    the same folder, and stay it under adapters. What a checkpoint restored never is.
-    """
-    model = policy
-    online = config.reference.log_probs == "online"
-    same = folder.resolve() == source.resolve()
-    if not same or (online and config.model.lora is None):
-        model = build_model(config, agree(lambda: read_shape(folder)), mesh, ranks, frozen=True)
-        agree(lambda: load_weights(model, folder))
-    references = []
-    compute_dtype = getattr(torch, config.model.compute_dtype)
-    for pairs in sets:
-        score_pairs = without_adapters(model, make_scorer(config, model, pairs, ranks))
-        if online:
-            references.append(online_reference(model, score_pairs))
-        else:
-            flat = cached_log_probs(
-                Path(config.output_dir) / "reference",
-                pairs,
-                cache_identity(pairs, identity, model.shape, compute_dtype),
-                score_pairs,
-                ranks.device,
-            )
-            references.append(cached_reference(flat, pairs))
-    return references, model
-
-
-def check_first_batch(
-    config: Config,
-    ranks: Ranks,
-    loss: Loss,
-    plan: RunPlan,
-    pairs: TokenizedPairs,
-    policy: MistralForCausalLM,
-    reference: Reference,
-) -> None:
-    """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
-    division = plan.division(plan.pairs_of(0))
-    batch = next(iter(pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)))
-    with torch.no_grad():
-        log_probs = token_log_probs(policy, batch, loss.uses_weights)
-    scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
-    agree(lambda: check_start(loss, scored, getattr(torch, config.model.compute_dtype)))
-
-
-def make_scorer(
-    config: Config,
-    model: MistralForCausalLM,
-    pairs: TokenizedPairs,
-    ranks: Ranks,
-    sum_squares: bool = False,
-) -> Scorer:
-    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
-    return scorer(
-        model,
-        pairs,
-        budget=config.data.tokens_per_microbatch,
-        prefix_sharing=config.data.prefix_sharing,
-        device=ranks.device,
-        sum_squares=sum_squares,
-    )
-
-
-def plan_run(config: Config, pairs: TokenizedPairs, ranks: int) -> RunPlan:
-    """Which pairs every step trains on, and how they are divided."""
-    return RunPlan(
-        slots_of(pairs.lengths, config.data.prefix_sharing),
-        pairs_per_step=config.train.pairs_per_step,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        ranks=ranks,
-        budget=config.data.tokens_per_microbatch,
-    )
-
-
-def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
-    """The configured optimiser over the policy's trained parameters, sharded and float32."""
-    return make_optimizer(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
-        name=config.optimizer.name,
-        learning_rate=config.optimizer.learning_rate,
-        weight_decay=config.optimizer.weight_decay,
-        betas=config.optimizer.betas,
-        alpha=config.optimizer.alpha,
-        eps=config.optimizer.eps,
-        state_dtype=getattr(torch, config.optimizer.state_dtype),
-    )
-
-
-def compiles(config: Config, ranks: Ranks) -> bool:
-    """Whether transformer blocks are compiled."""
-    wanted = config.parallel.compile
-    return ranks.device.type == "cuda" if wanted == "auto" else wanted
 
 
 def run_to_end(config: Config, ranks: Ranks, run: Run, profile: int | None) -> bool:

@@ -295,10 +295,11 @@ def notus_overrides(case: Case, settings: Settings, work: Path) -> list[str]:
 def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
     """Train with train.py's own `main`; what it took, and what it logged."""
     import train
+    from notus import opening
 
     pairs = read_pairs(work / "pairs.safetensors")
     clock, found = Clock(), {}
-    opened, reference = train.open_run, train.open_reference
+    opened, reference = train.open_run, opening.open_reference
 
     class TimedLog(train.MetricsLog):
         def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -329,8 +330,8 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
     ]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ready = Tokenized(pairs, np.arange(len(pairs)), len(pairs), pairs.lengths, {}, {})
-    train.tokenize_shared = lambda *arguments: ready
-    train.open_run, train.open_reference = open_and_score, timed_reference
+    opening.tokenize_shared = lambda *arguments: ready
+    train.open_run, opening.open_reference = open_and_score, timed_reference
     train.MetricsLog, train.Saver = TimedLog, NotSaved
     train.checkpoint.export = lambda *arguments: None
     train.show_result = lambda *arguments: None

@@ -23,11 +23,12 @@ ORDER = """
     objective.losses objective.logprobs objective.reference
     engine.hardware
     engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
-    engine.interrupt engine.lock engine.continuation engine.host_memory engine.checkpoint
-    engine.profiling
+    engine.interrupt engine.lock engine.continuation engine.history engine.host_memory
+    engine.checkpoint engine.profiling
     evals
     report
     demo
+    opening
     train eval
 """
 RANKS = {
@@ -35,7 +36,8 @@ RANKS = {
     for line, names in enumerate(ORDER.split("\n"))
     for place, name in enumerate(names.split())
 }
-READ_CONFIG = ("config", "evals", "report", "train", "eval")  # all others take plain arguments
+# All others take plain arguments.
+READ_CONFIG = ("config", "evals", "report", "opening", "train", "eval")
 
 SOURCES = sorted([*ROOT.glob("notus/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("*.py")])
 SOURCES = [path for path in SOURCES if path.name != "setup.py"]

@@ -59,7 +59,12 @@ def run(config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1) 
 def pairs_of(config: Config) -> tuple[TokenizedPairs, TokenizedPairs]:
     """The pairs that a run of this configuration trains on, and those it holds out."""
     holdout = config.data.eval.holdout if config.data.eval else 0
-    found = load_preferences(config.data.train, seed=config.train.seed, holdout=holdout)
+    found = load_preferences(
+        config.data.train,
+        seed=config.train.seed,
+        holdout=holdout,
+        responses_only=config.train.objective == "sft",
+    )
     tokenizer = load_tokenizer(Path(config.model.policy))
     train, held_out = (
         tokenize_pairs(

@@ -54,8 +54,9 @@ def finished(demo, tmp_path_factory):
 
 
 @pytest.fixture
-def run(finished, tmp_path):
-    """A copy of that run to spoil."""
+def run(finished, tmp_path, monkeypatch):
+    """A copy of that run to spoil; its cards are written without figures, which take a while."""
+    monkeypatch.setattr(card, "find_spec", lambda name: None)
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
@@ -136,8 +137,7 @@ def test_figures_hold_the_curves(finished):
         assert has_orange == (name in ("rewards", "displacement"))
 
 
-def test_without_matplotlib_there_is_a_table(run, monkeypatch):
-    monkeypatch.setattr(card, "find_spec", lambda name: None)
+def test_without_matplotlib_there_is_a_table(run):
     text = text_of(run)
     assert "figures/" not in text and not (run / "final/figures").exists()
     rows = table_rows(text)
