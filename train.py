@@ -4,8 +4,8 @@
     python train.py configs/demo.json                        # one process, the same path
 
 `train` is the loop, the line that a pair of responses travels: pairs -> plan -> packed microbatch
--> response log-probs -> loss -> step. notus/opening.py opens what the configuration names; README.md
-says where to change what.
+-> response log-probs -> loss -> step. What the configuration names is opened by notus/opening.py.
+README.md says where to change what.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from notus.engine.metrics import (
     Speed,
     Totals,
     Verdict,
+    Work,
     append_line,
     drop_later_lines,
     judge_step,
@@ -86,8 +87,12 @@ def train(
     tokens_seen = sum(int(tokens[plan.pairs_of(done)].sum()) for done in range(run.progress.step))
     log = MetricsLog(run.output, step=run.progress.step, total=plan.steps, active=ranks.first)
     totals = Totals()
-    frozen = config.model.lora is not None
-    speed = Speed(policy.shape, ranks.count, ranks.device, frozen)
+    work = Work(
+        frozen=config.model.lora is not None,
+        recomputed=config.parallel.activation_checkpointing == "full",
+        online=loss.uses_reference and config.reference.log_probs == "online",
+    )
+    speed = Speed(policy.shape, ranks.count, ranks.device, work)
     totals.restore(run.progress.totals, ranks.device)
     skipped, stopped = run.progress.skipped, False
     if ranks.first:

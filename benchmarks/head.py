@@ -16,7 +16,8 @@ Methods:
     eager-float32  the same on logits in float32: the error to stay below (not timed)
     compile        eager under torch.compile
     trl            TRL's chunked log-prob function
-    liger          Liger's fused linear cross entropy, a loss for each row
+    liger          Liger's fused linear cross entropy, with one upstream gradient for all rows: it
+                   multiplies its gradients by that of the first row, where DPO has one for each
     cce            cut-cross-entropy without gradient filter, which is not exact
     plain, triton  notus
 """
@@ -142,6 +143,7 @@ METHODS: dict[str, Callable[[torch.device], Head]] = {
     "triton": partial(make_notus, "triton"),
 }
 NOT_TIMED = ("eager-float32",)
+ONE_UPSTREAM = ("liger",)  # methods whose gradients know one upstream value, not one for each row
 
 
 # ------------------------------------------------------------------------- inputs and what is true
@@ -277,18 +279,23 @@ def run_case(
     case: Case, heads: dict[str, Head], device: torch.device, dtype: torch.dtype, at_least: float
 ) -> list[dict[str, Any]]:
     """One row of results for each method, the bare product first."""
+    torch.compiler.reset()  # it compiles a function for eight shapes and runs it eagerly afterwards
     inputs = make_inputs(case, device, dtype, seed=time.time_ns() % 2**31)
     truth = compute_truth(inputs)
+    if not heads.keys().isdisjoint(ONE_UPSTREAM):
+        uniform = inputs._replace(upstream=torch.ones_like(inputs.upstream))
+        uniform_truth = compute_truth(uniform)
     common = case._asdict() | {"dtype": str(dtype).removeprefix("torch.")}
     rows = [common | {"method": "matmul"} | measure("matmul", None, case, inputs, at_least)]
     for name, head in heads.items():
         row = common | {"method": name}
+        given, true = (uniform, uniform_truth) if name in ONE_UPSTREAM else (inputs, truth)
         try:
-            row |= errors(head, inputs, truth)
-            if not is_right(row, truth.log_probs.abs().max().item()):
+            row |= errors(head, given, true)
+            if not is_right(row, true.log_probs.abs().max().item()):
                 row["wrong"] = True
             elif name not in NOT_TIMED:
-                row |= measure(name, head, case, inputs, at_least)
+                row |= measure(name, head, case, given, at_least)
         except torch.cuda.OutOfMemoryError:
             row["out_of_memory"] = True
         rows.append(row)

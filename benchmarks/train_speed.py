@@ -44,11 +44,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -299,23 +301,23 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
 
     pairs = read_pairs(work / "pairs.safetensors")
     clock, found = Clock(), {}
-    opened, reference = train.open_run, opening.open_reference
+    loop, reference = train.train, opening.open_reference
 
     class TimedLog(train.MetricsLog):
         def write(self, step: int, metrics: Mapping[str, float]) -> None:
             super().write(step, metrics)
             clock.mark()  # step 0 too, before the first one begins
 
-    def open_and_score(config: Any, ranks: Any, *others: Any, **options: Any) -> Any:
-        run = opened(config, ranks, *others, **options)
+    def train_and_stop(config: Any, ranks: Any, run: Any, *others: Any) -> bool:
         if case.steps == PARITY_STEPS:
-            scored = train.make_scorer(config, run.policy, run.pairs, ranks)
+            scored = opening.make_scorer(config, run.policy, run.pairs, ranks)
             flat = scored(range(case.pairs_per_step)).double().cpu()
             counts = torch.from_numpy(pairs.lengths[: case.pairs_per_step, 1:].reshape(-1))
             found["log_probs"] = torch.segment_reduce(flat, "sum", lengths=counts).tolist()
         divisions = [run.plan.division(run.plan.pairs_of(step)) for step in range(case.steps)]
         found["rows"] = [[len(d.bins), d.slots] for d in divisions]
-        return run
+        loop(config, ranks, run, *others)
+        return False  # as a signal would end it: nothing is exported
 
     def timed_reference(*arguments: Any) -> Any:
         began = time.perf_counter(), time.process_time()
@@ -330,13 +332,18 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
     ]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ready = Tokenized(pairs, np.arange(len(pairs)), len(pairs), pairs.lengths, {}, {})
-    opening.tokenize_shared = lambda *arguments: ready
-    train.open_run, opening.open_reference = open_and_score, timed_reference
-    train.MetricsLog, train.Saver = TimedLog, NotSaved
-    train.checkpoint.export = lambda *arguments: None
-    train.show_result = lambda *arguments: None
-    (work / "config.json").write_text("{}")
-    code = train.main([str(work / "config.json"), *notus_overrides(case, settings, work)])
+    replaced = (
+        (opening, "tokenize_shared", lambda *arguments: ready),
+        (opening, "open_reference", timed_reference),
+        (train, "train", train_and_stop),
+        (train, "MetricsLog", TimedLog),
+        (train, "Saver", NotSaved),
+    )
+    with ExitStack() as stack:
+        for module, name, value in replaced:
+            stack.enter_context(patch.object(module, name, value))
+        (work / "config.json").write_text("{}")
+        code = train.main([str(work / "config.json"), *notus_overrides(case, settings, work)])
     if code != 0:
         raise UserError(f"train.py ended with code {code}")
     lines = (work / "notus" / "metrics.jsonl").read_text().splitlines()

@@ -1,9 +1,27 @@
-"""The documents say what the code says."""
+"""The documents say what the code says: diffs apply, commands run, messages exist."""
 
+import ast
+import importlib
 import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from torch.distributed.run import get_args_parser
+
+import eval as evaluation_commands
+import train
+from notus.data import curation
+
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_configuration_page_is_generated():
@@ -12,3 +30,205 @@ def test_the_configuration_page_is_generated():
     specification.loader.exec_module(generate)
     written = (ROOT / "docs/configuration.md").read_text()
     assert written == generate.configuration(), "run python docs/generate.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text())
+    local = [target for target in targets if not target.startswith("http")]
+    assert not [target for target in local if not (page.parent / target).exists()]
+
+
+def test_messages_that_troubleshooting_quotes_exist():
+    """Each `quoted` symptom that is a message; "..." stands for what varies."""
+    constants = {
+        node.value
+        for path in (*ROOT.glob("notus/**/*.py"), ROOT / "train.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    rows = re.findall(r"^\| (`.+?`)", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    quoted = [row.strip("`") for row in rows if " " in row]
+    assert len(quoted) > 8
+    for part in (part.strip() for message in quoted for part in message.split("...")):
+        assert any(part in constant for constant in constants), part
+
+
+# ------------------------------------------------------------------------------------- the recipes
+
+
+@pytest.mark.slow
+def test_recipes_apply_and_do_what_they_say(small, tmp_path):
+    """All diffs of docs/recipes.md on a copy of the sources; recipes_check.py looks at it."""
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(ROOT / "notus", copy / "notus", ignore=ignored)
+    shutil.copytree(ROOT / "kernels", copy / "notus/kernels")
+    for file in (ROOT / "train.py", ROOT / "tests/recipes_check.py"):
+        shutil.copy(file, copy)
+    diffs = re.findall(r"```diff\n(.+?)```", (ROOT / "docs/recipes.md").read_text(), re.S)
+    assert len(diffs) == 4
+    for diff in diffs:
+        # No repository around the copy: the diffs must fit the files, whatever is committed.
+        done = subprocess.run(
+            ["git", "apply", "--verbose", "-"], cwd=copy, input=diff, text=True, capture_output=True
+        )
+        assert done.returncode == 0 and "Applied patch" in done.stderr, done.stderr
+    done = subprocess.run(
+        [
+            sys.executable,
+            "recipes_check.py",
+            str(small / "configs/notus.json"),
+            str(tmp_path / "out"),
+        ],
+        cwd=copy,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+PROGRAMS = ("python", "torchrun", "srun", "pip", "pytest", "mkdir")
+# Every command of the documents that is not run here, and why.
+NOT_RUN = {
+    "pip install -e .": ".ci/run does",
+    "pip install -e '.[test]'": ".ci/run does",
+    "pytest": ".ci/run does",
+    "python -m notus.demo": ".ci/run does",
+    "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
+    "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
+    "python -m notus.report.card runs/notus-7b-v1 --license mit --push-to-hub NAME/notus-7b "
+    "--private": "uploads; tests/report/test_card.py does so to a stand-in of the hub",
+    "python -m notus.report.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
+}
+# Arguments that differ here: the benchmarks' own prompts have to be downloaded.
+SUBSTITUTED = {"alpaca_eval": "alpaca_eval.jsonl", "mt_bench": "mt_bench.jsonl"}
+SHORT_ANSWERS = ["--max-new-tokens", "4"]  # where something is generated
+
+
+def documented() -> Iterator[str]:
+    """Every command in a code block of README.md, CONTRIBUTING.md and docs/, once."""
+    found = {}
+    for page in PAGES:
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M):
+            for line in block.replace("\\\n", " ").splitlines():
+                if kind in ("", "bash", "sh") and line.split(" ")[0] in PROGRAMS:
+                    for command in line.split("&&"):
+                        words = shlex.split(command, comments=True)
+                        found[shlex.join(words)] = None
+    return iter(found)
+
+
+COMMANDS = list(documented())
+
+
+def shrink(configuration: dict) -> dict:
+    """The same configuration at the size of the tests' demo, on the CPU."""
+    data = configuration["data"]
+    sizes = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
+    held_out = {"holdout": 9, "seed": 42} if isinstance(data.get("eval"), dict) else data["eval"]
+    return configuration | {
+        "model": configuration["model"] | {"compute_dtype": "float32"},
+        "data": data | sizes | {"eval": held_out},
+        "train": configuration["train"] | {"pairs_per_step": 24, "max_steps": 2},
+        "parallel": {"device": "cpu", "activation_checkpointing": "none"},
+        "evaluation": {"every": 1},
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def small(demo, tmp_path_factory):
+    """A folder where the documents' paths and hub ids are small files, models and data."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*.json"):
+        (folder / "configs" / path.name).write_text(
+            json.dumps(shrink(json.loads(path.read_text())))
+        )
+    shutil.copytree(demo, folder / "demo")
+    shutil.copytree(demo / "sft", folder / "alignment-handbook/zephyr-7b-sft-full")
+    (folder / "openbmb/UltraFeedback").mkdir(parents=True)
+    shutil.copy(demo / "preferences.jsonl", folder / "openbmb/UltraFeedback/train.jsonl")
+    # Absolute paths, for the recipes' check runs elsewhere.
+    pairs = folder / "argilla/ultrafeedback-binarized-preferences"
+    assert curation.main([str(demo / "preferences.jsonl"), "--out", str(pairs)]) == 0
+    notus = json.loads((folder / "configs/notus.json").read_text())
+    notus["model"]["policy"] = str(folder / notus["model"]["policy"])
+    notus["data"]["train"][0]["path"] = str(pairs)
+    (folder / "configs/notus.json").write_text(json.dumps(notus))
+
+    write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
+    write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
+    write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])
+    turns = {"category": "writing", "turns": ["Say a.", "Again."]}
+    write_rows(folder / "mt_bench.jsonl", [{"question_id": 81} | turns])
+    answers = {
+        "generator_1": "text_davinci_003",
+        "output_1": "a",
+        "generator_2": "m",
+        "output_2": "b",
+    }
+    compared = [{"instruction": str(i), "preference": 1 + i % 2} | answers for i in range(4)]
+    (folder / "annotations.json").write_text(json.dumps(compared))
+    judged = {"question_id": 81, "model": "m", "judge": ["gpt-4", "single-v1"]}
+    write_rows(folder / "gpt-4_single.jsonl", [judged | {"turn": t, "score": 7} for t in (1, 2)])
+    results = {
+        "results": {"arc_challenge": {"acc_norm,none": 0.5}},
+        "n-shot": {"arc_challenge": 25},
+    }
+    harness = folder / "runs/lm_eval/runs__notus-7b-v1__final"
+    harness.mkdir(parents=True)
+    (harness / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def call(words: list[str]) -> int:
+    """Run a documented command in this process, torchrun's as a single one; its exit code."""
+    words = words[1:] if words[0] == "srun" else words
+    program, *arguments = words
+    if program == "mkdir":
+        Path(arguments[-1]).mkdir(parents=True, exist_ok=True)
+        return 0
+    if program == "torchrun":
+        options = get_args_parser().parse_args(arguments)  # exits for what torchrun does not know
+        arguments = [options.training_script, *options.training_script_args]
+    if arguments[0] == "-m":
+        return importlib.import_module(arguments[1]).main(arguments[2:])
+    script, *arguments = arguments
+    if script == "eval.py":
+        if arguments[0] in ("generate", "samples"):
+            arguments = [*(SUBSTITUTED.get(word, word) for word in arguments), *SHORT_ANSWERS]
+    return {"train.py": train.main, "eval.py": evaluation_commands.main}[script](arguments)
+
+
+def test_exceptions_are_documented_commands():
+    assert not NOT_RUN.keys() - set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def trained(small):
+    """The folder with the runs that the documents' other commands need."""
+    before = Path.cwd()
+    os.chdir(small)
+    for name in ("notus", "lora"):
+        assert train.main([f"configs/{name}.json"]) == 0
+    os.chdir(before)
+    return small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NOT_RUN])
+def test_documented_commands_run(command, trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    words = shlex.split(command)
+    output = Path("runs/notus-7b-v1")
+    if "train.py" in words and "--dry-run" not in words and output.exists():
+        words.append(f"output_dir=runs/again-{COMMANDS.index(command)}")
+    assert call(words) == 0, command

@@ -10,11 +10,11 @@ settings and seed both give the same pairs.
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -179,7 +179,8 @@ def curate(path: str, split: str | None, out: Path, settings: Settings) -> Summa
                     batch = []
             parquet.write_table(pyarrow.Table.from_pylist(batch, SCHEMA))
         if not summary.pairs:
-            raise UserError(f"{path}: no pair is left; {_counts(summary)}")
+            rule = f'under the rule "{settings.rule}"'
+            raise UserError(f"{path}: no pair is left {rule}; {_counts(summary)}")
         described = {"input": path, "split": split or "train", **asdict(settings)}
         write_report(folder, summary, {key: _show(value) for key, value in described.items()})
         _write_manifest(folder, described, digest.hexdigest(), summary)
@@ -195,16 +196,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() or path.is_symlink():
         raise UserError(f"{path}: exists already; expected the name of a new folder")
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    # A random name: a run that is killed leaves its folder, and process numbers come again.
+    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
-    try:
         yield partial
         partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # there is no such folder, or it has got its content
+                folder.rmdir()
 
 
 def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:

@@ -80,6 +80,8 @@ class Summary:
             self.unusable["empty rejected response"] += 1
         elif chosen == rejected:
             self.unusable["identical responses"] += 1
+        elif not row.prompt.strip():
+            self.unusable["empty prompt"] += 1
 
     def _add_ratings(self, completions: list[Completion]) -> None:
         """Counts ratings; those that the rule does not use may be out of range, and are not."""

@@ -184,10 +184,10 @@ def _number(found: Any, name: str, lowest: float, highest: float) -> float:
     expected = f"expected a number{f' from {lowest} to {highest}' if is_bounded else ''}"
     try:
         number = float(found)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is {found!r}; {expected}") from None
-    if not lowest <= number <= highest or math.isinf(number):
-        raise UserError(f"{name} is {found!r}; {expected}")
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(found, bool) or not lowest <= number <= highest or math.isinf(number):
+        raise UserError(f"{name} is {found!r:.60}; {expected}")
     return number
 
 

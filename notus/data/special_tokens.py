@@ -17,6 +17,7 @@ from notus.data.preferences import Message, Pair
 # Noncharacters, which no text is to hold: BREAK goes into the text of special tokens that were said
 # while a template renders it; those that the template wrote become OPEN, their id, CLOSE.
 BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+UNSAID = dict.fromkeys(map(ord, (BREAK, OPEN, CLOSE)))  # a message that holds them forges no marks
 
 
 def spells_special(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -82,9 +83,10 @@ class Guard:
         """The conversation with a BREAK in every special token's text, to be rendered."""
 
         def broken(messages: Sequence[Message]) -> list[Message]:
+            contents = (message["content"].translate(UNSAID) for message in messages)
             return [
-                {**message, "content": self.pattern.sub(_broken, message["content"])}
-                for message in messages
+                {**message, "content": self.pattern.sub(_broken, content)}
+                for message, content in zip(messages, contents, strict=True)
             ]
 
         return replace(

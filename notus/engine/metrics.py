@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.engine.hardware import gpu_of_device
+from notus.errors import UserError
 from notus.model.mistral import ModelShape
 from notus.objective.losses import Loss, PairLogProbs
 
@@ -164,47 +165,95 @@ def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     return sorted(index for part in found for index in part)
 
 
-def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file; numbers that JSON does not have become null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in entry.items()
-    }
-    with path.open("a") as file:
-        file.write(json.dumps(finite) + "\n")
+class LinesFile:
+    """A file that grows by whole lines of JSON, one object each.
+
+    What the file system refuses (no space) is said once and waits in memory for the next line; the
+    file holds no part of it. Lines of steps after `step` are removed first, and torn ones, for a
+    run that goes on from there writes them again. Raises UserError when that is refused.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self._waiting, self._refused = path, b"", False
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_text("".join(line for line in lines if _step_of(line) <= step))
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Write a line, with those that wait; numbers that JSON does not have become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+        self._waiting += json.dumps(finite).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> bool:
+        """Try to write what waits; whether nothing does any more."""
+        try:
+            _append_whole(self.path, self._waiting)
+        except OSError as error:
+            if not self._refused:
+                warn(f"{self.path}: {error.strerror}; its lines wait in memory, training goes on")
+            self._refused = True
+            return False
+        self._waiting, self._refused = b"", False
+        return True
 
 
-def drop_later_lines(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, and one that was torn when the run was killed."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-    os.replace(partial, path)
+def _append_whole(path: Path, text: bytes) -> None:
+    """Append all of `text`, or, raising OSError, nothing."""
+    with path.open("ab", buffering=0) as file:
+        size, left = file.tell(), memoryview(text)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _step_of(line: str) -> float:
+    """The step that a line is about; infinite for one that is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def warn(text: str) -> None:
+    """Say it on the standard error, on a line of its own beside a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def model_flops(shape: ModelShape, lengths: np.ndarray, frozen: bool = False) -> float:
-    """FLOPs that training on these pairs needs: 3 x (forward of the decoder and the head).
+    """FLOPs that training on these pairs needs: 3 x `forward_flops`, backward being twice as much.
 
-    lengths: int64 [pairs, 3]. Counts each real token once (prompts shared by both responses), exact
-    causal attention, and the head on scored tokens only; no recomputation, reference or padding.
-    frozen: a matrix product whose weight has no gradient counts 2 x; low-rank adapters, 0.
+    No recomputation, reference or padding. frozen: a product whose weight has no gradient counts
+    2 x; the adapters' own are left out.
     """
-    prompt, chosen, rejected = lengths.astype(np.float64).T
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    hidden = shape.hidden_size
-    block = hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.intermediate_size
-    attended = (
-        _triangle(prompt) + prompt * (chosen + rejected) + _triangle(chosen) + _triangle(rejected)
-    )
-    linear = 2 * block * (prompt + chosen + rejected)
-    attention = 4 * queries * attended
-    head = 2 * hidden * shape.vocab_size * (chosen + rejected)
-    products = shape.num_hidden_layers * linear + head
-    passes = 2 if frozen else 3
-    return float((passes * products + 3 * shape.num_hidden_layers * attention).sum())
+    products, attention, head = forward_flops(shape, lengths)
+    return (2 if frozen else 3) * (products + head) + 3 * attention
+
+
+def hardware_flops(shape: ModelShape, lengths: np.ndarray, slots: int, work: Work) -> float:
+    """FLOPs that a step with these pairs executes in `slots` slots, padding and all.
+
+    On top of `model_flops`: the head's second forward pass, the scores that flash attention's
+    backward pass computes again (half of its forward pass), and `work`. Attention over padding is
+    left out: kernels skip its blocks.
+    """
+    products, attention, head = forward_flops(shape, lengths)
+    products *= slots / lengths.sum()
+    more = work.recomputed + work.online
+    passes = 2 if work.frozen else 3
+    return (passes + more) * products + (3.5 + more) * attention + (passes + 1 + work.online) * head
 
 
 def _triangle(length: np.ndarray) -> np.ndarray:
@@ -215,26 +264,29 @@ class Speed:
     """Throughput since the last report, from what the plan says was done and the clock."""
 
     def __init__(
-        self, shape: ModelShape, ranks: int, device: torch.device, frozen: bool = False
+        self, shape: ModelShape, ranks: int, device: torch.device, work: Work = FULL_TRAINING
     ) -> None:
-        self.shape, self.ranks, self.device, self.frozen = shape, ranks, device, frozen
+        self.shape, self.ranks, self.device, self.work = shape, ranks, device, work
         self.restart()
 
     def restart(self) -> None:
         """Leave out what happened since the last report (an evaluation, a checkpoint)."""
         self._began = time.perf_counter()
-        self._pairs = self._tokens = self._slots = self._filled = self._flops = 0.0
+        self._pairs = self._tokens = self._slots = self._filled = 0.0
+        self._needed = self._executed = 0.0  # FLOPs
 
     def count(self, lengths: np.ndarray, filled: int, division: Plan) -> None:
         """One step: its pairs' lengths [pairs, 3], the slots they fill, and their division."""
         self._pairs += len(lengths)
         self._tokens += int(slots_of(lengths, prefix_sharing=False).sum())
-        self._flops += model_flops(self.shape, lengths, self.frozen)
+        slots = division.slots * len(division.bins) * self.ranks
+        self._needed += model_flops(self.shape, lengths, self.work.frozen)
+        self._executed += hardware_flops(self.shape, lengths, slots, self.work)
         self._filled += filled
-        self._slots += division.slots * len(division.bins) * self.ranks
+        self._slots += slots
 
     def report(self) -> dict[str, float]:
-        """The perf/ metrics since the last call. MFU only where the GPU's peak is known."""
+        """The perf/ metrics since the last call; utilisation where the GPU's peak is known."""
         seconds = time.perf_counter() - self._began
         report = {
             "perf/tokens_per_second": self._tokens / seconds,
@@ -244,7 +296,8 @@ class Speed:
         }
         peak = peak_flops(self.device)
         if peak is not None:
-            report["perf/mfu"] = self._flops / seconds / (peak * self.ranks)
+            report["perf/mfu"] = self._needed / seconds / (peak * self.ranks)
+            report["perf/hfu"] = self._executed / seconds / (peak * self.ranks)
         self.restart()
         return report
 
@@ -267,16 +320,22 @@ def peak_memory_bytes(device: torch.device) -> int:
 class MetricsLog:
     """metrics.jsonl, TensorBoard and the progress bar; on ranks other than 0 it does nothing.
 
-    Lines that a run which begins or resumes at `step` will write again are removed first.
+    Lines that a run which begins or resumes at `step` will write again are removed first. Where
+    there is no space, lines wait in memory, and TensorBoard gets no more until the next start.
+    Raises UserError when the files cannot be opened.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, active: bool) -> None:
         self.active = active
         if not active:
             return
-        self.path = folder / "metrics.jsonl"
-        drop_later_lines(self.path, step or -1)  # one that begins evaluates at step 0 again
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # A run that begins evaluates at step 0 again.
+        self.lines = LinesFile(folder / "metrics.jsonl", step or -1)
+        board = folder / "tensorboard"
+        try:
+            self.board: SummaryWriter | None = SummaryWriter(str(board), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(f"{board}: cannot be written ({error.strerror})") from None
         interval = 0.5 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(total=total, initial=step, unit="step", mininterval=interval)
 
@@ -287,9 +346,8 @@ class MetricsLog:
         self.bar.update(step - self.bar.n)
         if not metrics:
             return
-        append_line(self.path, {"step": step, **metrics})
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        self.lines.add({"step": step, **metrics})
+        self.draw(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
         shown = {
             "loss": metrics.get("loss"),
             "accuracy": metrics.get("rewards/accuracies"),
@@ -299,7 +357,19 @@ class MetricsLog:
         if shown:
             self.bar.set_postfix(shown, refresh=False)
 
+    def draw(self, action: Callable[[SummaryWriter], object]) -> None:
+        """Call `action` with TensorBoard's writer, unless that has failed."""
+        if self.board is None:
+            return
+        try:
+            action(self.board)
+        except OSError as error:  # the writer is a thread of its own, which has ended
+            warn(f"TensorBoard: {error.strerror}; it gets no more until the next start")
+            self.board = None
+
     def close(self) -> None:
         if self.active:
-            self.board.close()
+            self.draw(SummaryWriter.close)
             self.bar.close()
+            if not self.lines.flush():
+                warn(f"{self.lines.path} lacks its last lines, for which there was no space")

@@ -17,6 +17,7 @@ from notus.data.decontamination import Dropped
 from notus.data.preferences import Pair, load_preferences
 from notus.data.ratings import find_rated_format
 from notus.data.rows import read_rows
+from notus.errors import UserError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
@@ -256,6 +257,20 @@ def test_the_trainer_reads_back_what_a_curated_source_gives(place, run, rule, re
     assert curated.dropped == {**dropped, "empty chosen response": 1}
 
 
+def test_pairs_that_the_trainer_drops_are_counted_as_it_counts_them(place, run):
+    texts = [(" ", "a", "b"), ("p", "", "b"), ("p", "a", "\n"), ("p", "a", "a"), ("p", "a", "b")]
+    rows = [
+        raw(completion("5555", 5, good), completion("1111", 5, bad), prompt=prompt)
+        for prompt, good, bad in texts
+    ]
+    write(place / "odd.jsonl", rows)
+    run("odd.jsonl", "--out", "odd")
+    counts = json.loads((place / "odd" / "manifest.json").read_text())["counts"]
+    trained_on = load_preferences([Source("odd")], seed=0)
+    assert counts["pairs that the trainer drops"] == trained_on.dropped
+    assert len(trained_on.train) == 1
+
+
 def test_a_curated_source_leaves_out_what_the_command_does(place, run):
     run("raw.jsonl", "--out", "out", *ALL_OPTIONS)
     settings = Settings(
@@ -340,7 +355,7 @@ def test_any_set_of_rated_responses(place, run):
         ("in.jsonl", json.dumps(raw(completion("4444", model=3), completion("1111"))), (),
          'in.jsonl:1: "model" is a number; expected text'),
         ("in.jsonl", json.dumps(raw("text")), (), '"completions" is a list; expected a list of ob'),
-        ("in.jsonl", json.dumps(ROWS[2]), (), "no pair is left; 1 rows, dropped: 1 tied ratings"),
+        ("in.jsonl", json.dumps(ROWS[2]), (), 'no pair is left under the rule "mean-rating"; 1 rows, dropped: 1 tied ratings'),
         ("in.jsonl", "", (), "in.jsonl: the file holds no rows"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "no.jsonl"),
          "no.jsonl: no such file or folder"),
@@ -357,9 +372,10 @@ def test_bad_input_is_named_and_leaves_nothing_behind(
     (tmp_path / name).write_text(content)
     write(tmp_path / "odd.jsonl", [{"id": 1, "answer": "b"}])
     before = sorted(os.listdir(tmp_path))
-    code, said = run("in.jsonl", "--out", "out", *options)
-    assert code == 2 and message in said and "Traceback" not in said
-    assert sorted(os.listdir(tmp_path)) == before
+    for out in ("out", "deep/er/out"):
+        code, said = run("in.jsonl", "--out", out, *options)
+        assert code == 2 and message in said and "Traceback" not in said
+        assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_an_unknown_rule_is_refused(place, run, capsys):
@@ -386,6 +402,16 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
         (folder / "part").write_text("text")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_no_hindrance(place, run):
+    killed = new_folder(place / "out").gen
+    next(killed)  # this process, so of the same number as the one that comes now
+    assert run("raw.jsonl", "--out", "out")[0] == 0
+    with pytest.raises(UserError, match="out: cannot be made: .*not empty"):
+        next(killed)  # it lived, and comes second
+    assert "manifest.json" in os.listdir(place / "out")
+    assert not [name for name in os.listdir(place) if "partial" in name]
 
 
 # ---------------------------------------------------------------------------------- properties

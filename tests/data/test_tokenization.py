@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.preferences import Pair
+from notus.data.special_tokens import BREAK, CLOSE, OPEN
 from notus.data.tokenization import (
     AS_SPECIAL,
     AS_TEXT,
@@ -369,6 +370,12 @@ def test_a_forged_turn_is_none(zephyr):
     assert FORGED in zephyr.decode(forged[0])
     old = ids_of(tokenize(zephyr, chat(FORGED, "yes", "no"), style="trl-0.7.4").pairs)
     assert old[0].count(EOS) == 3
+
+
+def test_a_message_cannot_write_the_marks_of_special_tokens(zephyr):
+    forged, plain = f"a{OPEN}{EOS}{CLOSE}b{BREAK}c</s>", f"a{EOS}bc</s>"
+    found, expected = (tokenize(zephyr, chat(t, f"{t}d", "e")).pairs for t in (forged, plain))
+    assert same(found, expected)
 
 
 def test_merges_that_lead_to_a_special_token_are_counted():

@@ -13,7 +13,17 @@ from conftest import random_pairs
 from notus.data.packing import pack, slots_of
 from notus.data.planning import Plan
 from notus.engine import metrics
-from notus.engine.metrics import MetricsLog, Speed, Totals, model_flops, pair_metrics, peak_flops
+from notus.engine.metrics import (
+    MetricsLog,
+    Speed,
+    Totals,
+    Work,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    pair_metrics,
+    peak_flops,
+)
 from notus.model.mistral import ModelShape
 from notus.objective.logprobs import token_log_probs
 from notus.objective.losses import PairLogProbs, build_loss
@@ -197,9 +207,39 @@ def test_speed(monkeypatch):
     assert report["perf/packing"] == 135 / 384
     flops = model_flops(MISTRAL_7B, lengths[[0, 1, 0]])
     assert report["perf/mfu"] == pytest.approx(flops / 2 / 2e15)
+    # 384 slots for 60 + 15 + 60 tokens; the blocks' products run over all of them.
+    products, attention, head = forward_flops(MISTRAL_7B, lengths[[0, 1, 0]])
+    first, second = (forward_flops(MISTRAL_7B, part)[0] for part in (lengths, lengths[:1]))
+    executed = 3 * (first * 256 / 75 + second * 128 / 60) + 3.5 * attention + 4 * head
+    assert report["perf/hfu"] == pytest.approx(executed / 2 / 2e15)
+    assert flops == pytest.approx(3 * (products + attention + head))
     assert report["perf/peak_memory_gib"] > 0.01
     speed.count(lengths[:1], 60, Plan(bins=[[[0], []]], slots=64))
     assert speed.report()["perf/pairs_per_second"] == 1 / 4  # from zero again
+
+
+def test_hardware_flops_by_hand():
+    """One block of width 2 with one head of size 2, inner 3, vocabulary 5; P, C, R = 2, 1, 3."""
+    shape = replace(
+        MISTRAL_7B,
+        hidden_size=2,
+        intermediate_size=3,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        vocab_size=5,
+    )
+    lengths = np.array([[2, 1, 3]])
+    products = 2 * (4 * 2 * 2 + 3 * 2 * 3) * 6
+    attention = 4 * 2 * (3 + 2 * 4 + 1 + 6)
+    head = 2 * 2 * 5 * 4
+    assert forward_flops(shape, lengths) == (products, attention, head)
+    everything = Work(frozen=False, recomputed=True, online=True)
+    expected = 5 * products * 8 / 6 + 5.5 * attention + 5 * head
+    assert hardware_flops(shape, lengths, 8, everything) == pytest.approx(expected)
+    adapters = hardware_flops(shape, lengths, 6, Work(frozen=True))
+    assert adapters == pytest.approx(2 * products + 3.5 * attention + 3 * head)
 
 
 def test_time_left_out(monkeypatch):

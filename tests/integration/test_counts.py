@@ -82,8 +82,8 @@ def test_rows_of_all_lengths_share_a_compilation(demo, tmp_path, forwards, monke
     train_here(
         base_config(demo),
         tmp_path,
-        "train.pairs_per_step=7",
-        "train.max_steps=10",
+        "train.pairs_per_step=15",
+        "train.max_steps=5",
         f"parallel.activation_checkpointing={mode}",
         "parallel.compile=true",
         "data.tokens_per_microbatch=1024",

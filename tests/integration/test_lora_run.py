@@ -28,13 +28,19 @@ SMOOTH = {"learning_rate": 10.0, "betas": [0.0, 0.999], "eps": 1.0, "max_grad_no
 VARIANTS = {
     1: {
         "plain": [],
-        "budget 128": ["data.tokens_per_microbatch=128"],
-        "no sharing": ["data.prefix_sharing=false"],
-        "selective checkpointing": ["parallel.activation_checkpointing=selective"],
-        "full checkpointing": ["parallel.activation_checkpointing=full"],
-        "online reference": ["reference.log_probs=online"],
+        "no sharing, selective checkpointing": [
+            "data.prefix_sharing=false",
+            "parallel.activation_checkpointing=selective",
+        ],
+        "online reference, full checkpointing": [
+            "reference.log_probs=online",
+            "parallel.activation_checkpointing=full",
+        ],
         "cpu offload": ["parallel.cpu_offload=true"],
-        "kept gathered": ["parallel.keep_gathered=true", "data.tokens_per_microbatch=128"],
+        "kept gathered, small budget": [
+            "parallel.keep_gathered=true",
+            "data.tokens_per_microbatch=128",
+        ],
     },
     2: {
         "two ranks": [],
@@ -174,7 +180,7 @@ def test_rewards_begin_at_exactly_0(folder, dropped):
     """Cached log-probs at an evaluation, and online ones in a step: the same rows either way."""
     first = metrics(dropped)[0]
     assert first["step"] == 0
-    (online, _) = metrics(output_of(folder, "online reference"))
+    (online, _) = metrics(output_of(folder, "online reference, full checkpointing"))
     for line, prefix in ((first, "eval_"), (online, "")):
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
             assert line[f"{prefix}{key}"] == 0.0, key
