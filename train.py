@@ -32,13 +32,12 @@ from notus.engine.hardware import gpu_named
 from notus.engine.interrupt import Interrupts
 from notus.engine.lock import OutputLock
 from notus.engine.metrics import (
+    NONFINITE_FILE,
     MetricsLog,
     Speed,
     Totals,
     Verdict,
     Work,
-    append_line,
-    drop_later_lines,
     judge_step,
     nonfinite_pairs,
     pair_metrics,
@@ -66,8 +65,6 @@ from notus.report.memory import parameter_counts
 from notus.report.preflight import Question, preflight, shard_size
 from notus.report.samples import record_samples, show_result
 
-NONFINITE = "nonfinite.jsonl"  # of output_dir: steps that were skipped, and their pairs
-
 
 def train(
     config: Config,
@@ -85,7 +82,9 @@ def train(
     policy, reference, loss, plan, pairs = run.policy, run.reference, run.loss, run.plan, run.pairs
     tokens = slots_of(pairs.lengths, prefix_sharing=False)  # as two sequences: 2P + C + R
     tokens_seen = sum(int(tokens[plan.pairs_of(done)].sum()) for done in range(run.progress.step))
-    log = MetricsLog(run.output, step=run.progress.step, total=plan.steps, active=ranks.first)
+    log = agree(
+        lambda: MetricsLog(run.output, step=run.progress.step, total=plan.steps, active=ranks.first)
+    )
     totals = Totals()
     work = Work(
         frozen=config.model.lora is not None,
@@ -95,8 +94,6 @@ def train(
     speed = Speed(policy.shape, ranks.count, ranks.device, work)
     totals.restore(run.progress.totals, ranks.device)
     skipped, stopped = run.progress.skipped, False
-    if ranks.first:
-        drop_later_lines(run.output / NONFINITE, run.progress.step)
     if run.progress.step == 0:
         log.write(0, evaluate_held_out(config, ranks, run))
 
@@ -141,7 +138,7 @@ def train(
             skipped = 0
         else:
             skipped += 1
-            report_skipped(config, ranks, run, done, verdict, chosen, seen, skipped)
+            report_skipped(config, ranks, run, log, done, verdict, chosen, seen, skipped)
         run.optimizer.zero_grad()
 
         # once in a while: let the reference follow (TR-DPO)
@@ -185,6 +182,7 @@ def report_skipped(
     config: Config,
     ranks: Ranks,
     run: Run,
+    log: MetricsLog,
     done: int,
     verdict: Verdict,
     chosen: np.ndarray,
@@ -196,12 +194,12 @@ def report_skipped(
     Raises UserError after train.max_nonfinite such steps in a row, `skipped` counting this one.
     """
     pairs = nonfinite_pairs(seen) or sorted(chosen.tolist())
-    path = run.output / NONFINITE
+    path = run.output / NONFINITE_FILE
     values = {"loss": f"{verdict.loss:g}", "grad_norm": f"{verdict.grad_norm:g}"}
     what = " and ".join(f"{name} {value}" for name, value in values.items())
     if ranks.first:
         named = [{"index": index, "where": run.origins[index]} for index in pairs]
-        append_line(path, {"step": done, **values, "pairs": named})
+        log.nonfinite.add({"step": done, **values, "pairs": named})
     ranks.say(f"step {done:,}: {what}: no update; {len(pairs):,} pairs are named in {path}")
     if skipped >= config.train.max_nonfinite:
         raise UserError(
@@ -246,7 +244,8 @@ def show_samples(config: Config, ranks: Ranks, run: Run, log: MetricsLog, done: 
     answers = answer_samples(config, ranks, run.policy, run.source)
     if ranks.first:
         prompts = sample_prompts(config)
-        record_samples(run.output, log.board, done, prompts, run.reference_answers, answers)
+        texts = run.reference_answers, answers
+        log.show(lambda board: record_samples(run.output, board, done, prompts, *texts))
 
 
 def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
@@ -297,6 +296,7 @@ def run_to_end(config: Config, ranks: Ranks, run: Run, profile: int | None) -> b
         keep=config.checkpoint.keep,
         source=run.source,
         facts=run.facts,
+        previous=run.progress.step,
     )
     trace = profiled(run.output / "profile", profile, ranks.rank)
     with Interrupts() as interrupts, saver, trace as step_done:

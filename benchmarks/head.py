@@ -16,8 +16,7 @@ Methods:
     eager-float32  the same on logits in float32: the error to stay below (not timed)
     compile        eager under torch.compile
     trl            TRL's chunked log-prob function
-    liger          Liger's fused linear cross entropy, with one upstream gradient for all rows: it
-                   multiplies its gradients by that of the first row, where DPO has one for each
+    liger          Liger's fused linear cross entropy, a loss for each row
     cce            cut-cross-entropy without gradient filter, which is not exact
     plain, triton  notus
 """
@@ -79,6 +78,7 @@ GPU_CASES = [
     for N in (2048, 9400, 32768)
     for logits in (("random", "peaked") if N == 9400 else ("random",))
 ]
+USUAL_CASE = Case(9400, 32000, 4096, "random")  # one microbatch of Mistral-7B
 TOY_CASES = [Case(70, 300, 64, "random"), Case(130, 700, 48, "peaked")]
 
 
@@ -143,7 +143,6 @@ METHODS: dict[str, Callable[[torch.device], Head]] = {
     "triton": partial(make_notus, "triton"),
 }
 NOT_TIMED = ("eager-float32",)
-ONE_UPSTREAM = ("liger",)  # methods whose gradients know one upstream value, not one for each row
 
 
 # ------------------------------------------------------------------------- inputs and what is true
@@ -279,23 +278,21 @@ def run_case(
     case: Case, heads: dict[str, Head], device: torch.device, dtype: torch.dtype, at_least: float
 ) -> list[dict[str, Any]]:
     """One row of results for each method, the bare product first."""
-    torch.compiler.reset()  # it compiles a function for eight shapes and runs it eagerly afterwards
+    # Dynamo compiles a function eight times, here with and without gradient for each shape, and
+    # then runs it eagerly: "compile" would no longer be what it says.
+    torch.compiler.reset()
     inputs = make_inputs(case, device, dtype, seed=time.time_ns() % 2**31)
     truth = compute_truth(inputs)
-    if not heads.keys().isdisjoint(ONE_UPSTREAM):
-        uniform = inputs._replace(upstream=torch.ones_like(inputs.upstream))
-        uniform_truth = compute_truth(uniform)
     common = case._asdict() | {"dtype": str(dtype).removeprefix("torch.")}
     rows = [common | {"method": "matmul"} | measure("matmul", None, case, inputs, at_least)]
     for name, head in heads.items():
         row = common | {"method": name}
-        given, true = (uniform, uniform_truth) if name in ONE_UPSTREAM else (inputs, truth)
         try:
-            row |= errors(head, given, true)
-            if not is_right(row, true.log_probs.abs().max().item()):
+            row |= errors(head, inputs, truth)
+            if not is_right(row, truth.log_probs.abs().max().item()):
                 row["wrong"] = True
             elif name not in NOT_TIMED:
-                row |= measure(name, head, case, given, at_least)
+                row |= measure(name, head, case, inputs, at_least)
         except torch.cuda.OutOfMemoryError:
             row["out_of_memory"] = True
         rows.append(row)
@@ -371,14 +368,18 @@ def open_methods(wanted: Sequence[str], device: torch.device) -> dict[str, Head]
     return heads
 
 
-def sweep(device: torch.device) -> list[dict[str, Any]]:
-    """Forward time by tile, backward time by rows per chunk, at the size of a usual microbatch."""
+def sweep(head: Head, case: Case, device: torch.device, at_least: float) -> list[dict[str, Any]]:
+    """Forward time by tile, time of both passes by rows per chunk. What does not fit is left out.
+
+    head: "triton", whose tiles and chunks are set from outside.
+    """
+    from triton.runtime.errors import OutOfResources
+
     from notus.kernels import linear_log_probs as kernels
 
-    case = Case(9400, 32000, 4096, "random")
     inputs = make_inputs(case, device, torch.bfloat16, seed=0)
-    head, found = make_notus("triton", device), []
-    usual = kernels.LARGE
+    found: list[dict[str, Any]] = []
+    usual, choose, usual_rows = kernels.LARGE, kernels._tiles, kernels.CHUNK_ROWS
     for tiles in (
         usual,
         usual._replace(stages=4),
@@ -388,18 +389,23 @@ def sweep(device: torch.device) -> list[dict[str, Any]]:
         usual._replace(vocabulary=128, stages=4),
         kernels.SMALL,
     ):
-        kernels.LARGE = tiles
-        elapsed = seconds(passes("triton", head, inputs)["forward"], device, 0.3)
+        kernels._tiles = lambda hidden, tiles=tiles: tiles
+        try:
+            elapsed = seconds(passes("triton", head, inputs)["forward"], device, at_least)
+        except OutOfResources as error:
+            print(f"does not fit  {tiles}: {error}")
+            continue
         found.append({"tiles": tiles._asdict(), "forward_seconds": elapsed})
         print(f"{elapsed * 1e3:8.3f} ms  {tiles}")
-    kernels.LARGE = usual
+    kernels._tiles = choose
     for kernels.CHUNK_ROWS in (1024, 2048, 4096, 8192):
         compute = passes("triton", head, inputs)["forward+backward"]
-        elapsed = seconds(compute, device, 0.3)
-        memory = peak_bytes(compute, device)
+        elapsed, memory = seconds(compute, device, at_least), peak_bytes(compute, device)
         rows = kernels.CHUNK_ROWS
         found.append({"chunk_rows": rows, "seconds": elapsed, "extra_bytes": memory})
-        print(f"{elapsed * 1e3:8.3f} ms  {memory / 1e9:.2f} GB  at most {rows} rows a chunk")
+        size = "" if memory is None else f"{memory / 1e9:.2f} GB  "
+        print(f"{elapsed * 1e3:8.3f} ms  {size}at most {rows} rows a chunk")
+    kernels.CHUNK_ROWS = usual_rows
     return found
 
 
@@ -414,19 +420,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and (options.sweep or not options.toy):
+    if device.type == "cpu" and not options.toy:
         print("error: no CUDA device was found; on a CPU only --toy works", file=sys.stderr)
         return 2
 
     report: dict[str, Any] = {"environment": environment(device)}
     print(", ".join(f"{name} {value}" for name, value in report["environment"].items()))
+    at_least = 0.0 if options.toy else 0.3
+    heads = open_methods(["triton"] if options.sweep else options.methods, device)
     if options.sweep:
-        report["sweep"] = sweep(device)
+        if not heads:
+            return 2
+        case = TOY_CASES[0] if options.toy else USUAL_CASE
+        report["sweep"] = sweep(heads["triton"], case, device, at_least)
     else:
-        heads = open_methods(options.methods, device)
         report["results"] = []
         for case in TOY_CASES if options.toy else GPU_CASES:
-            rows = run_case(case, heads, device, torch.bfloat16, 0.0 if options.toy else 0.3)
+            rows = run_case(case, heads, device, torch.bfloat16, at_least)
             print(table(rows), flush=True)
             report["results"] += rows
     if options.json is not None:

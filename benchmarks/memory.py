@@ -68,6 +68,7 @@ def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) 
         "activation_checkpointing": "full",
         "keep_gathered": False,
         "compiled": device == "cuda",
+        "triton": device == "cuda",
     }
     part = slots // PAIRS
     return Load(
@@ -101,7 +102,7 @@ def train_two_steps(load: Load, device: torch.device) -> None:
     """Build, shard and train the model that `load` describes, as train.py does."""
     mesh = init_device_mesh(device.type, (load.shard,), mesh_dim_names=("shard",))
     with torch.device("meta"):
-        model = MistralForCausalLM(load.shape)
+        model = MistralForCausalLM(load.shape, "triton" if load.triton else "plain")
     shard_model(
         model,
         mesh,

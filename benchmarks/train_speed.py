@@ -7,15 +7,16 @@
     python -m benchmarks.train_speed --model toy --pairs FILE --tokenizer MODEL     # on a CPU
 
 Both train the same random Mistral from the same weights on the same pairs with the same optimiser:
-`A` has 8 layers of Mistral-7B's width, `B` all 32, `toy` 4 layers of width 256. Tokens are uniform
-random, lengths those of a profile (benchmarks/roofline.py, seed 0), or both come from real text.
-Every run is a process of its own. First comes parity: two optimiser steps on the same pairs in the
-same order, in which every sequence's log-prob, the loss and the gradient norm must agree; where
-they do not, no ratio is printed. Then the runs alternate, TRL first, `--repeats` times.
+`A` has 8 layers of Mistral-7B's width, `B` all 32, `toy` 4 layers of width 256 (and `tiny`, of the
+tests, 2 of 64). Tokens are uniform random, lengths those of a profile (benchmarks/roofline.py, seed
+0), or both come from real text. Every run is a process of its own. First comes parity: two
+optimiser steps on the same pairs in the same order, in which every sequence's log-prob, the loss
+and the gradient norm must agree; where they do not, no ratio is printed. Then the runs alternate,
+TRL first, `--repeats` times.
 
 What is timed is whole optimiser steps, from the end of one to the end of the next: data, sums over
 ranks, clipping, update and logging. The first `--warm` steps are not counted. Each side sees the
-same pairs in the steps that are timed. ours runs train.py's `main`; tokens are handed to it ready,
+same pairs in the steps that are timed. notus is train.py's `main`: tokens are handed to it ready,
 as to TRL, and nothing is saved. The pass that computes the reference's log-probs is timed apart.
 
 TRL gets what it is fastest with: reference log-probs computed beforehand, no gradient
@@ -89,7 +90,7 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kerne
 PARITY_STEPS = 2
 # Relative differences between the two at parity: of one sequence's log-prob, of loss and norm.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 1e-2)}
-TINY = model_shape(layers=4, hidden=256, inner=896, heads=8, vocabulary=512)
+TINY = model_shape(layers=2, hidden=64, inner=192, heads=4, vocabulary=512)
 SHAPES = MODELS | {"tiny": TINY}
 FIRST_TOKEN = 3  # random tokens begin here: after padding and the ends of sequences
 
@@ -589,7 +590,7 @@ def sweep_points(model: str) -> list[tuple[str, Settings]]:
         "precompute_ref_log_probs": False,
     }
     if model in ("toy", "tiny"):
-        points = [*(("trl", {size: count}) for count in (1, 2, 8)), ("trl", defaults)]
+        points = [*(("trl", {size: count}) for count in (1, 2, 4)), ("trl", defaults)]
         return points + [
             ("notus", {"data.tokens_per_microbatch": tokens}) for tokens in (2048, 4096, 8192)
         ]
@@ -756,8 +757,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         def measure(what: Case, side: str, settings: Settings) -> dict[str, Any]:
             run = start(what, side, settings, work, pairs, options.threads)
-            print(f"{side} {settings}: ", end="")
-            print(run.get("failed") or f"{run['pairs_per_second']:.3g} pairs/s", flush=True)
+            print(run.get("failed") or table([run]), flush=True)  # the machine may be taken away
             return run
 
         if options.sweep:

@@ -155,7 +155,7 @@ def open_run(
     if given and not found:
         checkpoint.check_sound(given)
     if given and not start:
-        start = weights_identity(str(given.resolve()), given)
+        start = checkpoint.weights_identity(given)
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch; "
         f"{shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
@@ -173,6 +173,9 @@ def open_run(
 
     identity = weights_identity(reference_path, reference_folder) if loss.uses_reference else None
     common = continuation.common_ground(settings, shape, pairs, identity, start, plan.steps)
+    hashed = loss.uses_reference and reference_folder.resolve() == source.resolve()
+    if config.model.lora is not None and not hashed:  # no checkpoint holds the adapters' base
+        common["base_sha256"] = weights_identity(config.model.policy, source)["sha256"]
     if found:
         agree(lambda: checkpoint.check_checkpoint(found, common))
     policy = build_model(config, shape, mesh, ranks, frozen=False)

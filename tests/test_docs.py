@@ -128,11 +128,12 @@ COMMANDS = list(documented())
 def shrink(configuration: dict) -> dict:
     """The same configuration at the size of the tests' demo, on the CPU."""
     data = configuration["data"]
-    sizes = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
-    held_out = {"holdout": 9, "seed": 42} if isinstance(data.get("eval"), dict) else data["eval"]
+    sizes: dict = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
+    if isinstance(data.get("eval"), dict):
+        sizes["eval"] = {"holdout": 9, "seed": 42}
     return configuration | {
         "model": configuration["model"] | {"compute_dtype": "float32"},
-        "data": data | sizes | {"eval": held_out},
+        "data": data | sizes,
         "train": configuration["train"] | {"pairs_per_step": 24, "max_steps": 2},
         "parallel": {"device": "cpu", "activation_checkpointing": "none"},
         "evaluation": {"every": 1},
@@ -177,8 +178,13 @@ def small(demo, tmp_path_factory):
     }
     compared = [{"instruction": str(i), "preference": 1 + i % 2} | answers for i in range(4)]
     (folder / "annotations.json").write_text(json.dumps(compared))
-    judged = {"question_id": 81, "model": "m", "judge": ["gpt-4", "single-v1"]}
-    write_rows(folder / "gpt-4_single.jsonl", [judged | {"turn": t, "score": 7} for t in (1, 2)])
+    judged = [
+        {"question_id": q, "turn": turn, "score": 7, "model": "m", "judge": ["gpt-4", "single-v1"]}
+        for q in range(81, 161)
+        for turn in (1, 2)
+    ]
+    write_rows(folder / "gpt-4_single.jsonl", judged)
+    (folder / "data/mt_bench/model_answer").mkdir(parents=True)  # FastChat's
     results = {
         "results": {"arc_challenge": {"acc_norm,none": 0.5}},
         "n-shot": {"arc_challenge": 25},

@@ -81,6 +81,7 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+LABELS = ("source", "subset")  # columns of text that evaluation reports by
 
 
 def _message(row: Row, column: str, where: str, keys: tuple[str, str]) -> Message:
@@ -131,6 +132,10 @@ def _score(row: Row, column: str, where: str) -> float | None:
     return None if score is None else float(score)
 
 
+def _labels(row: Row) -> dict[str, str]:
+    return {name: row[name] for name in LABELS if isinstance(row.get(name), str)}
+
+
 # ---------------------------------------------------------- conversion: a row -> Pair, or a reason
 
 EMPTY_CHOSEN = "empty chosen response"
@@ -142,8 +147,6 @@ HELD_OUT_COPY = "copy of a held-out row"
 NO_COUNTERPART = "no response with the other label"
 LABELLED_BAD = "labelled false"
 NO_ANSWER = "no message of the assistant"
-
-LABELS = ("source", "subset")  # columns of text that evaluation reports by
 
 
 def convert_preference(row: Row, where: str) -> Pair | str:
@@ -314,7 +317,7 @@ def convert_completion(row: Row, where: str) -> Pair:
 
 
 def _prompt_and_completion(row: Row, where: str) -> tuple[str | list[Message], str | list[Message]]:
-    if isinstance(row["prompt"], str):
+    if not isinstance(row.get("prompt"), list):
         return read_text(row, "prompt", where), read_text(row, "completion", where)
     prompt, response = (read_messages(row, name, where) for name in ("prompt", "completion"))
     _check_ends_with_answer(response, "completion", where)
@@ -322,19 +325,20 @@ def _prompt_and_completion(row: Row, where: str) -> tuple[str | list[Message], s
 
 
 class Judged(NamedTuple):
-    """One response to a prompt, and whether it is a good one."""
+    """One response to a prompt, and whether it is a good one; labels: as a `Pair`'s."""
 
     prompt: str | list[Message]
     response: str | list[Message]
     is_good: bool
     where: str
+    labels: dict[str, str]
 
 
 def convert_unpaired(row: Row, where: str) -> Judged:
     """TRL's unpaired preferences: a prompt, one completion, and a label, true or false."""
     if not isinstance(row.get("label"), bool):
         reject_column(row, "label", where, "true or false")
-    return Judged(*_prompt_and_completion(row, where), row["label"], where)
+    return Judged(*_prompt_and_completion(row, where), row["label"], where, _labels(row))
 
 
 def pair_up(responses: Sequence[Judged]) -> list[Pair | str]:
@@ -352,7 +356,8 @@ def pair_up(responses: Sequence[Judged]) -> list[Pair | str]:
     for one in responses:
         other = next(waiting.get(json.dumps(one.prompt), iter(())), None) if one.is_good else None
         if other is not None:
-            rows.append(Pair(one.prompt, one.response, other.response, one.where))
+            prompt, good, _, where, labels = one
+            rows.append(Pair(prompt, good, other.response, where, labels=labels))
     return rows + [NO_COUNTERPART] * (len(responses) - 2 * len(rows))
 
 
@@ -487,7 +492,6 @@ def read_pairs(
     convert = None
     for where, row in read_rows(source.path, source.split):
         convert = convert or _converter(source, row, where, seed, responses_only)
-        labels = {name: row[name] for name in LABELS if isinstance(row.get(name), str)}
         found = convert(row, where)
         for pair in found if isinstance(found, list) else [found]:
             if isinstance(pair, Dropped):
@@ -495,11 +499,12 @@ def read_pairs(
             elif isinstance(pair, str):
                 rows.append(pair)
             elif isinstance(pair, Pair):
-                rows.append(replace(pair, labels=labels))
+                rows.append(replace(pair, labels=_labels(row)))
             elif not responses_only:
                 judged.append(pair)
             elif pair.is_good:
-                rows.append(Pair(pair.prompt, pair.response, pair.response, pair.where))
+                prompt, response, _, where, labels = pair
+                rows.append(Pair(prompt, response, response, where, labels=labels))
             else:
                 left_out[LABELLED_BAD] += 1
     rows += pair_up(judged)
@@ -602,12 +607,15 @@ def _usable(rows: Iterable[Pair | str], dropped: Counter[str], responses_only: b
     return pairs
 
 
-def without_leaks(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose prompt is not that of a held-out one, nor nearly (see `SeenPrompts`)."""
+def find_leaks(pairs: Iterable[Pair], held_out: Iterable[Pair]) -> list[str | None]:
+    """Of each pair, where a held-out one with (nearly) its prompt is from, if there is one.
+
+    Nearly is what it is for `SeenPrompts`.
+    """
     seen = SeenPrompts(near=True)
     for pair in held_out:
         seen.add(whole_text(pair.prompt), pair.where)
-    return [pair for pair in pairs if seen.find(whole_text(pair.prompt)) is None]
+    return [seen.find(whole_text(pair.prompt)) for pair in pairs]
 
 
 def load_preferences(
@@ -661,9 +669,9 @@ def load_preferences(
         dropped += Counter({HELD_OUT_COPY: len(train_pairs) - len(apart)})
         train_pairs = apart
     if drop_leaks:
-        count = len(train_pairs)
-        train_pairs = without_leaks(train_pairs, [*holdout_pairs, *evaluation])
-        dropped += Counter({HELD_OUT_PROMPT: count - len(train_pairs)})
+        leaks = find_leaks(train_pairs, [*holdout_pairs, *evaluation])
+        train_pairs = [pair for pair, leak in zip(train_pairs, leaks, strict=True) if leak is None]
+        dropped += Counter({HELD_OUT_PROMPT: len(leaks) - len(train_pairs)})
     if not train_pairs or (holdout and not holdout_pairs):
         name = "held out" if train_pairs else "left to train on"
         paths = ", ".join(source.path for source in sources)

@@ -9,8 +9,10 @@
         state.json                            where the run stood, and what a resumed one must share
         manifest.json                         size and SHA-256 of every file, written last
 
-Only parameters that are trained are stored: with a frozen base, the rest. No random state is: what
-is random is drawn anew from the seed and the step.
+Only parameters that are trained are stored. Beside a frozen base they are no model, and nothing may
+take the folder for one: it then has adapter-*.safetensors with their own index, and neither
+config.json nor tokenizer. No random state is stored: what is random is drawn anew from the seed and
+the step.
 
 A save. Every rank copies the whole tensors that it will write to the host; the next step then
 begins, while one thread per rank writes, syncs and hashes. Rank 0 writes the manifest, renames the
@@ -35,7 +37,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -48,16 +49,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from notus.engine.continuation import differences, write_json
 from notus.engine.distributed import TIMEOUT, agree
 from notus.engine.host_memory import free_host_bytes
+from notus.engine.metrics import warn
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, gather_own, local_rows
 
 MANIFEST = "manifest.json"
+# How the files begin that hold what is trained: all of a model, or what is beside a frozen base.
+MODEL, ADAPTER = "model", "adapter"
 
 Plain = dict[str, Any]
 Item = TypeVar("Item")
@@ -87,6 +90,7 @@ class Saver:
 
     keep: complete ones that stay. source: the folder whose config.json and tokenizer describe the
     model. facts: further entries of state.json; "common" is what a run that resumes must share.
+    previous: the step from which the run goes on.
     host_bytes: copies of tensors that may wait on the host to be written; where this rank's next
     file would exceed it, the step waits (one file may always wait). None: half of the host memory
     that is free, divided over the ranks of this machine. All ranks must make the same calls.
@@ -99,10 +103,11 @@ class Saver:
         keep: int,
         source: Path,
         facts: Mapping[str, Any],
+        previous: int = 0,
         host_bytes: int | None = None,
     ) -> None:
         self.root, self.keep, self.source, self.facts = root, keep, source, facts
-        self.host_bytes = host_bytes
+        self.previous, self.host_bytes = previous, host_bytes
         # The threads' collectives must not mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -135,10 +140,11 @@ class Saver:
         reference: one that changes during training.
         """
         self.wait()
-        folder = self.root / f"step-{progress.step:08d}"
+        folder = self.root / _name(progress.step)
         partial = self.root / f".partial-{folder.name}"
         state = {**progress._asdict(), "updates": _updates(optimizer), **self.facts}
-        groups = {"model": _trained(model), "optimizer": _optimizer_tensors(model, optimizer)}
+        weights = _weights_prefix(model)
+        groups = {weights: _trained(model), "optimizer": _optimizer_tensors(model, optimizer)}
         if reference is not None:
             groups["reference"] = list(reference.named_parameters())
         host_bytes = _spare_host_bytes() if self.host_bytes is None else self.host_bytes
@@ -169,6 +175,7 @@ class Saver:
             for left in self.root.glob(".partial-*"):
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
+            _sync(self.root.parent)
 
         return self._any(_problem(clear) if dist.get_rank() == 0 else None)
 
@@ -189,8 +196,9 @@ class Saver:
 
         def describe() -> None:
             for prefix, index in indexes.items():
-                write_json(partial / f"{prefix}.safetensors.index.json", index)
-            _describe_model(partial, torch.float32, self.source)
+                write_json(_index_file(partial, prefix), index)
+            if MODEL in indexes:
+                _describe_model(partial, torch.float32, self.source)
             write_json(partial / "state.json", state)
 
         def finish() -> None:
@@ -213,11 +221,14 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
             kept = checkpoints(self.root)
             older = f"{kept[-1]} is kept" if kept else "there is no older one"
-            _warn(f"{folder} was not saved: {problem}; {older}, and training goes on")
+            warn(f"{folder} was not saved: {problem}; {older}, and training goes on")
         elif first:
-            problem_with_old = _problem(lambda: retain(self.root, folder, self.keep))
+            previous, self.previous = self.previous, state["step"]
+            problem_with_old = _problem(
+                lambda: retain(self.root, folder, previous=previous, keep=self.keep)
+            )
             if problem_with_old is not None:
-                _warn(f"an old checkpoint was not removed: {problem_with_old}")
+                warn(f"an old checkpoint was not removed: {problem_with_old}")
         return problem
 
     def _any(self, problem: str | None) -> str | None:
@@ -229,16 +240,21 @@ class Saver:
         return values
 
 
-def retain(root: Path, newest: Path, keep: int) -> None:
+def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
     """Remove all but `newest`, which was just written, and the keep - 1 before it.
 
-    Later ones go as well: the run passed them over, as damaged or by an explicit --resume.
+    previous: the step at which the run saved before, or from which it went on. Checkpoints of later
+    steps go as well: the run passed them over, as damaged or by an explicit --resume.
     """
-    before = [path for path in checkpoints(root) if path.name < newest.name]
+    before = [path for path in checkpoints(root) if path.name <= _name(previous) and path != newest]
     kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}
     for path in checkpoints(root):
         if path not in kept:
             shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def export(folder: Path, model: MistralForCausalLM, source: Path) -> None:
@@ -256,9 +272,9 @@ def export(folder: Path, model: MistralForCausalLM, source: Path) -> None:
 
     def describe() -> None:
         if first:
-            write_json(partial / "model.safetensors.index.json", index)
+            write_json(_index_file(partial, MODEL), index)
             _describe_model(partial, torch.bfloat16, source)
-            for path in partial.iterdir():
+            for path in (*partial.iterdir(), partial):
                 _sync(path)
             os.rename(partial, folder)
             _sync(folder.parent)
@@ -271,7 +287,7 @@ def export(folder: Path, model: MistralForCausalLM, source: Path) -> None:
     try:
         agree(lambda: attempt(clear))
         tensors = ((name, p.detach().to(torch.bfloat16)) for name, p in model.named_parameters())
-        index, file, own = gather_own(tensors, "model")
+        index, file, own = gather_own(tensors, MODEL)
         agree(lambda: attempt(lambda: _save_file(partial / file, own) if own else None))
         agree(lambda: attempt(describe))
     except UserError:
@@ -282,7 +298,7 @@ def export(folder: Path, model: MistralForCausalLM, source: Path) -> None:
 
 def checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first."""
-    return sorted(root.glob("step-*"))
+    return sorted(root.glob("step-" + "[0-9]" * 8))
 
 
 def find_checkpoint(root: Path, resume: str, say: Callable[[str], None]) -> Path | None:
@@ -350,7 +366,7 @@ def load_checkpoint(
     The folder must be sound, and `check_checkpoint` have passed it.
     """
     state = json.loads((folder / "state.json").read_text())
-    _load_tensors(folder, "model", dict(_trained(model)))
+    _load_tensors(folder, _weights_prefix(model), dict(_trained(model)))
     if reference is not None:
         _load_tensors(folder, "reference", dict(reference.named_parameters()))
     _load_optimizer(folder, model, optimizer, state["updates"])
@@ -362,12 +378,10 @@ def load_trained(folder: Path, model: MistralForCausalLM) -> None:
 
     Raises UserError when these are not the tensors that it holds.
     """
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no longer there; the run was to begin with its weights"
-        ) from None
+    prefix = next((p for p in (MODEL, ADAPTER) if _index_file(folder, p).is_file()), None)
+    if prefix is None:
+        raise UserError(f"{folder}: no longer there; the run was to begin with its weights")
+    index = _read_index(folder, prefix)
     tensors = dict(_trained(model))
     odd = sorted(index["weight_map"].keys() ^ tensors.keys())
     if odd:
@@ -380,7 +394,31 @@ def load_trained(folder: Path, model: MistralForCausalLM) -> None:
             raise UserError(
                 f"{folder}: tensor {name} has shape {shape}, expected {tuple(tensor.shape)}"
             )
-    _load_tensors(folder, "model", tensors)
+    _load_tensors(folder, prefix, tensors)
+
+
+def weights_identity(folder: Path) -> dict[str, str]:
+    """What the weights of a sound checkpoint are: {"path", "sha256"}, by its manifest."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    hashes = {
+        name: about["sha256"]
+        for name, about in files.items()
+        if name.startswith((f"{MODEL}-", f"{ADAPTER}-"))
+    }
+    digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return {"path": str(folder.resolve()), "sha256": digest}
+
+
+def _weights_prefix(model: MistralForCausalLM) -> str:
+    return MODEL if all(p.requires_grad for p in model.parameters()) else ADAPTER
+
+
+def _index_file(folder: Path, prefix: str) -> Path:
+    return folder / f"{prefix}.safetensors.index.json"
+
+
+def _read_index(folder: Path, prefix: str) -> Plain:
+    return json.loads(_index_file(folder, prefix).read_text())
 
 
 def _trained(model: MistralForCausalLM) -> list[tuple[str, Tensor]]:
@@ -406,7 +444,7 @@ def _updates(optimizer: Optimizer) -> int:
 @torch.no_grad()
 def _load_tensors(folder: Path, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill plain or sharded tensors, each rank its own rows."""
-    index = json.loads((folder / f"{prefix}.safetensors.index.json").read_text())
+    index = _read_index(folder, prefix)
     for name, tensor in tensors.items():
         local, rows = local_rows(tensor)
         with safe_open(folder / index["weight_map"][name], framework="pt") as handle:
@@ -418,7 +456,7 @@ def _load_optimizer(
 ) -> None:
     if updates == 0:
         return
-    index = json.loads((folder / "optimizer.safetensors.index.json").read_text())
+    index = _read_index(folder, "optimizer")
     # Fused optimisers keep the step on the device, the others on the host.
     fused = any(group.get("fused") for group in optimizer.param_groups)
     for _, parameter in _trained(model):
@@ -496,7 +534,11 @@ def _own_damage(folder: Path) -> str | None:
         if size != expected["bytes"]:
             seen = "nothing" if size is None else f"{size} bytes"
             return f"{path}: found {seen}, expected {expected['bytes']} bytes"
-        if _sha256(path) != expected["sha256"]:
+        try:
+            digest = _sha256(path)
+        except OSError as error:  # of a bad disk
+            return f"{path}: {error.strerror}"
+        if digest != expected["sha256"]:
             return f"{path}: its contents are not those that were written"
     return None
 
@@ -509,10 +551,6 @@ def _problem(action: Callable[[], Any]) -> str | None:
         place = error.filename2 or error.filename  # of a copy, where it goes
         return f"{place}: {error.strerror}" if place else str(error.strerror)
     return None
-
-
-def _warn(text: str) -> None:
-    tqdm.write(f"warning: {text}", file=sys.stderr)  # on a line of its own, beside a progress bar
 
 
 def _largest_share(tensors: Sequence[Tensor]) -> int:

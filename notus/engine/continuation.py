@@ -158,6 +158,7 @@ def common_ground(
 HASHED = {
     "tokens_sha256": "the training pairs' tokens differ (the data, its order or the tokenizer)",
     "reference_sha256": "the reference's weights differ",
+    "base_sha256": "the weights under the adapters differ",
     "start_sha256": "the checkpoint whose weights the run began from differs",
 }
 

@@ -165,6 +165,9 @@ def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     return sorted(index for part in found for index in part)
 
 
+NONFINITE_FILE = "nonfinite.jsonl"  # of output_dir: steps without an update, and their pairs
+
+
 class LinesFile:
     """A file that grows by whole lines of JSON, one object each.
 
@@ -195,7 +198,9 @@ class LinesFile:
         self.flush()
 
     def flush(self) -> bool:
-        """Try to write what waits; whether nothing does any more."""
+        """Try to write what waits, if anything does; whether nothing does any more."""
+        if not self._waiting:
+            return True
         try:
             _append_whole(self.path, self._waiting)
         except OSError as error:
@@ -230,6 +235,42 @@ def _step_of(line: str) -> float:
 def warn(text: str) -> None:
     """Say it on the standard error, on a line of its own beside a progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+class Work(NamedTuple):
+    """What a step computes, beyond a forward and a full backward pass of the policy.
+
+    frozen: the base's weights take no gradient (low-rank adapters). recomputed: blocks compute
+    their forward pass again in the backward pass. online: the reference runs beside the policy.
+    """
+
+    frozen: bool = False
+    recomputed: bool = False
+    online: bool = False
+
+
+FULL_TRAINING = Work()
+
+
+def forward_flops(shape: ModelShape, lengths: np.ndarray) -> tuple[float, float, float]:
+    """FLOPs of one forward pass over these pairs: the blocks' products, attention, the head.
+
+    lengths: int64 [pairs, 3]. Counts each real token once (prompts shared by both responses), exact
+    causal attention, and the head on scored tokens only; no padding.
+    """
+    prompt, chosen, rejected = lengths.astype(np.float64).T
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    block = hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.intermediate_size
+    attended = (
+        _triangle(prompt) + prompt * (chosen + rejected) + _triangle(chosen) + _triangle(rejected)
+    )
+    return (
+        float(2 * layers * block * (prompt + chosen + rejected).sum()),
+        float(4 * layers * queries * attended.sum()),
+        float(2 * hidden * shape.vocab_size * (chosen + rejected).sum()),
+    )
 
 
 def model_flops(shape: ModelShape, lengths: np.ndarray, frozen: bool = False) -> float:
@@ -318,10 +359,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class MetricsLog:
-    """metrics.jsonl, TensorBoard and the progress bar; on ranks other than 0 it does nothing.
+    """metrics.jsonl, nonfinite.jsonl, TensorBoard and the progress bar, on rank 0 alone.
 
     Lines that a run which begins or resumes at `step` will write again are removed first. Where
-    there is no space, lines wait in memory, and TensorBoard gets no more until the next start.
+    there is no space, lines wait in memory; TensorBoard gets nothing more until the next start.
     Raises UserError when the files cannot be opened.
     """
 
@@ -331,11 +372,13 @@ class MetricsLog:
             return
         # A run that begins evaluates at step 0 again.
         self.lines = LinesFile(folder / "metrics.jsonl", step or -1)
+        self.nonfinite = LinesFile(folder / NONFINITE_FILE, step)
         board = folder / "tensorboard"
         try:
-            self.board: SummaryWriter | None = SummaryWriter(str(board), purge_step=step + 1)
+            self.board = SummaryWriter(str(board), purge_step=step + 1)
         except OSError as error:
             raise UserError(f"{board}: cannot be written ({error.strerror})") from None
+        self._problem = ""  # the last that was said of TensorBoard
         interval = 0.5 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(total=total, initial=step, unit="step", mininterval=interval)
 
@@ -347,7 +390,7 @@ class MetricsLog:
         if not metrics:
             return
         self.lines.add({"step": step, **metrics})
-        self.draw(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
+        self.show(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
         shown = {
             "loss": metrics.get("loss"),
             "accuracy": metrics.get("rewards/accuracies"),
@@ -357,19 +400,20 @@ class MetricsLog:
         if shown:
             self.bar.set_postfix(shown, refresh=False)
 
-    def draw(self, action: Callable[[SummaryWriter], object]) -> None:
-        """Call `action` with TensorBoard's writer, unless that has failed."""
-        if self.board is None:
-            return
+    def show(self, action: Callable[[SummaryWriter], object]) -> None:
+        """Call `action` with TensorBoard's writer; what the file system refuses is left out."""
         try:
             action(self.board)
-        except OSError as error:  # the writer is a thread of its own, which has ended
-            warn(f"TensorBoard: {error.strerror}; it gets no more until the next start")
-            self.board = None
+        except OSError as error:  # and of the writer's thread again every time: it has ended
+            problem = f"{error.filename or self.board.log_dir}: {error.strerror}"
+            if problem != self._problem:
+                warn(f"{problem}; it is left out, training goes on")
+            self._problem = problem
 
     def close(self) -> None:
         if self.active:
-            self.draw(SummaryWriter.close)
+            self.show(SummaryWriter.close)
             self.bar.close()
-            if not self.lines.flush():
-                warn(f"{self.lines.path} lacks its last lines, for which there was no space")
+            for lines in (self.lines, self.nonfinite):
+                if not lines.flush():
+                    warn(f"{lines.path} lacks its last lines: there was no space for them")

@@ -81,14 +81,14 @@ def draw_curves(
     folder.mkdir()
     drawn = panels(training[-1], is_sft)
     last = training[-1]["step"]
-    epochs = range(steps_per_epoch, last, steps_per_epoch) if steps_per_epoch else ()
+    epochs = list(range(steps_per_epoch, last, steps_per_epoch)) if steps_per_epoch else []
     for panel in drawn:
         figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
         axes = figure.subplots()
         for key, colour in panel.lines:
             part = key.rpartition("/")[2].removesuffix("_per_token")
             label = f"{part}, " if len(panel.lines) > 1 else ""
-            draw_line(axes, training, evaluations, key, colour, label)
+            draw_line(axes, training, evaluations, epochs, key, colour, label)
         if panel.level is not None:
             value, words = panel.level
             axes.axhline(value, color="0.5", linewidth=1, linestyle="--", label=words, zorder=0)
@@ -108,15 +108,18 @@ def draw_line(
     axes: Any,
     training: Sequence[Line],
     evaluations: Sequence[Line],
+    epochs: Sequence[int],
     key: str,
     colour: str,
     label: str,
 ) -> None:
-    """A metric's logged steps, their running mean, and its evaluations."""
+    """A metric's logged steps, their running mean within each epoch, and its evaluations."""
     points = [(line["step"], line[key]) for line in training if key in line]
     steps, values = np.array(points, float).T
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-    axes.plot(steps, running_mean(values), color=colour, linewidth=2, label=f"{label}training")
+    parts = np.split(values, np.searchsorted(steps, epochs, side="right"))
+    smooth = np.concatenate([running_mean(part, len(values) // 80) for part in parts])
+    axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label}training")
     held_out = [(e["step"], e[f"eval_{key}"]) for e in evaluations if f"eval_{key}" in e]
     # An untrained policy ties with its reference, which counts as wrong: that 0 says nothing.
     held_out = [point for point in held_out if point[0] or key != "rewards/accuracies"]
@@ -133,9 +136,8 @@ def draw_line(
         )
 
 
-def running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred means over about a fortieth of all values, fewer at the ends: float [n] -> [n]."""
-    half = len(values) // 80
+def running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """Centred means over 2 half + 1 values, fewer at the ends: float [n] -> [n]."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))

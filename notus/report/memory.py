@@ -84,7 +84,8 @@ class Load:
     longest row without gradient (evaluation, reference). state_width: bytes of each of the
     optimiser's numbers per parameter, see OPTIMIZER_STATES. reference_width: bytes per parameter of
     a resident reference, 0 without one. kept_log_probs: float32 reference log-probs on the device.
-    compiled: blocks are; on_cpu: attention takes a [T, T] mask, and the head multiplies in float32.
+    compiled: blocks are; triton: the head runs its Triton kernels, not their plain definition;
+    on_cpu: attention takes a [T, T] mask, and the head multiplies in float32.
     """
 
     shape: ModelShape
@@ -103,6 +104,7 @@ class Load:
     cpu_offload: bool
     keep_gathered: bool
     compiled: bool
+    triton: bool
     on_cpu: bool
 
 
@@ -264,12 +266,15 @@ def memory_budget(load: Load) -> Budget:
         size = 12 * parameters if alone else (4 + width) * parameters + 4 * parameters // shards
         return Line("float32 gradients being reduced", size)
 
-    # The head goes through its rows in chunks, and adds up its gradient in float32.
-    rows = max(1, CHUNK_LOGITS // shape.vocab_size) if load.on_cpu else TRITON_CHUNK_ROWS
-    chunk = 4 * shape.vocab_size * min(load.scored, rows)
-    rounded = 0 if width == 4 else chunk // 2
+    # The head goes through its rows in chunks, and adds up its gradient in float32. Of its operands
+    # a GPU rounds the logits' gradient (Triton in place) and the CPU widens the weight.
+    most_rows = TRITON_CHUNK_ROWS if load.triton else max(1, CHUNK_LOGITS // shape.vocab_size)
+    rows = min(load.scored, most_rows)
     widened = 4 * vocabulary if load.on_cpu and width < 4 else 0
-    logits = Line("logits of one chunk of rows", chunk + rounded + widened)
+    rounded = 0 if load.triton or load.on_cpu or width == 4 else width * shape.vocab_size * rows
+    logits = Line("logits of one chunk of rows", 4 * shape.vocab_size * rows + widened)
+    logits_scored = logits._replace(size=0) if load.triton else logits  # fused without gradient
+    logits_trained = logits._replace(size=logits.size + rounded + 4 * hidden * rows)
     head_gradient = 0 if frozen else 4 * vocabulary + (width * vocabulary if width < 4 else 0)
     last_product = min(trained.block, hidden * shape.intermediate_size)
     # Those of the unit before: their reduction may not have ended.
@@ -282,7 +287,7 @@ def memory_budget(load: Load) -> Budget:
                 activations,
                 scored,
                 *at_head,
-                logits,
+                logits_trained,
                 Line("gradient of the head", head_gradient),
             ),
         ),
@@ -345,7 +350,7 @@ def memory_budget(load: Load) -> Budget:
                     "activations of one block",
                     3 * width * (shape.intermediate_size + hidden) * load.scoring_slots,
                 ),
-                logits,
+                logits_scored,
             ),
         ),
     )

@@ -275,6 +275,7 @@ class Question(NamedTuple):
             cpu_offload=setup.cpu_offload,
             keep_gathered=setup.keep_gathered,
             compiled=config.parallel.compile is not False,
+            triton=config.parallel.kernels != "plain",
             on_cpu=False,
         )
 

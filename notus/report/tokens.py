@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.decontamination import SeenPrompts, whole_text, words_of
-from notus.data.preferences import Pair
+from notus.data.decontamination import whole_text, words_of
+from notus.data.preferences import Pair, find_leaks
 from notus.data.tokenization import AS_SPECIAL, AS_TEXT, Tokenized, TokenizedPairs
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -30,7 +30,10 @@ RESET = "\033[0m"
 
 
 class DataSet(NamedTuple):
-    """Pairs as they were read, what became of them, and rows dropped before, by reason."""
+    """Pairs as they were read, what became of them, and rows dropped before, by reason.
+
+    In supervised fine-tuning they are prompts with one response, `chosen`.
+    """
 
     rows: Sequence[Pair]
     tokenized: Tokenized
@@ -40,6 +43,16 @@ class DataSet(NamedTuple):
     def kept(self) -> list[Pair]:
         """The pairs that have tokens, in their order."""
         return [self.rows[place] for place in self.tokenized.kept]
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether there are rejected responses."""
+        return bool(self.tokenized.pairs.lengths[:, 2].any())
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "pairs" if self.in_pairs else "responses"
 
 
 class Lengths(NamedTuple):
@@ -108,15 +121,6 @@ def repeated_prompts(rows: Sequence[Pair]) -> int:
     """Pairs whose prompt, without case, punctuation and spacing, an earlier pair has."""
     texts = (whole_text(row.prompt) for row in rows)
     return len(rows) - len({" ".join(words_of(text)) or text for text in texts})
-
-
-def leaked_prompts(train: Sequence[Pair], held_out: Sequence[Pair]) -> list[tuple[str, str]]:
-    """(place, place of the held-out pair) of training pairs with (nearly) a held-out prompt."""
-    seen = SeenPrompts(near=True)
-    for row in held_out:
-        seen.add(whole_text(row.prompt), row.where)
-    found = ((row.where, seen.find(whole_text(row.prompt))) for row in train)
-    return [(where, other) for where, other in found if other is not None]
 
 
 # -------------------------------------------------------------------------------- pairs as text
@@ -240,10 +244,11 @@ def token_report(
 
 
 def _pairs_section(
-    data: DataSet, tokenizer: PreTrainedTokenizerFast, style: str, colours: bool, count: int
+    data: DataSet, tokenizer: PreTrainedTokenizerFast, style: str, colours: bool, pairs_shown: int
 ) -> str:
-    shown = telling_pairs(data.tokenized, count)
-    head = f"{len(shown)} of {len(data.tokenized.pairs):,} training pairs; special tokens: ⟦…⟧"
+    shown = telling_pairs(data.tokenized, pairs_shown)
+    count = len(data.tokenized.pairs)
+    head = f"{len(shown)} of {count:,} training {data.unit}; special tokens: ⟦…⟧"
     texts = [pair_text(data, index, tokenizer, style, colours) for index in shown]
     return "\n\n".join([head, *texts])
 
@@ -251,15 +256,8 @@ def _pairs_section(
 def _set_section(name: str, data: DataSet) -> Iterator[str]:
     tokenized = data.tokenized
     count = len(tokenized.pairs)
-    yield f"{name}: {count:,} pairs"
-    heads = [*(f"{percent} %" for percent in PERCENTS), "longest", "pairs cut", "tokens lost"]
-    yield f"  {'tokens before truncation':24}" + "".join(f"{head:>16}" for head in heads)
-    for part, row in lengths_of(tokenized).items():
-        label = "prompt + longer response" if part == "sequence" else part
-        cells = [f"{value:,}" for value in (*row.percentiles, row.longest)]
-        cells.append(_share(row.cut, count))
-        cells.append("" if part == "sequence" else _share(row.lost, row.total))
-        yield f"  {label:24}" + "".join(f"{cell:>16}" for cell in cells)
+    yield f"{name}: {count:,} {data.unit}"
+    yield from _length_table(data)
     for reason, number in _drops(data).items():
         place = tokenized.examples.get(reason)
         example = "" if place is None else f", first {data.rows[place].where}"
@@ -268,13 +266,35 @@ def _set_section(name: str, data: DataSet) -> Iterator[str]:
         if number := tokenized.counts.get(remark):
             where = data.rows[tokenized.examples[remark]].where
             yield f"  {number:,} {remark}, first {where}"
+    yield f"  {repeated_prompts(data.kept):,} with the prompt of an earlier one"
+    if data.in_pairs:
+        yield from _likeness_section(data)
+
+
+def _length_table(data: DataSet) -> Iterator[str]:
+    heads = [f"{percent}%" for percent in PERCENTS]
+    table = [["tokens before truncation", *heads, "longest", f"{data.unit} cut", "tokens lost"]]
+    for part, row in lengths_of(data.tokenized).items():
+        if part == "rejected" and not data.in_pairs:
+            continue
+        whole = "prompt + longer response" if data.in_pairs else "prompt + response"
+        cells = [f"{value:,}" for value in (*row.percentiles, row.longest)]
+        lost = "" if part == "sequence" else _share(row.lost, row.total)
+        cut = _share(row.cut, len(data.tokenized.pairs))
+        table.append([whole if part == "sequence" else part, *cells, cut, lost])
+    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+    for label, *cells in table:
+        padded = (f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+        yield "  ".join(["", f"{label:{first}}", *padded]).rstrip()
+
+
+def _likeness_section(data: DataSet) -> Iterator[str]:
     rows = data.kept
-    shares = common_shares(tokenized.pairs)
+    shares = common_shares(data.tokenized.pairs)
     yield f"  {int((shares == 1).sum()):,} with identical responses"
     nearly = np.flatnonzero((shares >= NEARLY) & (shares < 1))
     example = f", first {rows[nearly[0]].where}" if len(nearly) else ""
     yield f"  {len(nearly):,} with nearly identical responses (≥ {NEARLY:.0%} in common){example}"
-    yield f"  {repeated_prompts(rows):,} with the prompt of an earlier pair"
     scored = [row for row in rows if None not in (row.chosen_score, row.rejected_score)]
     if scored:
         ties = sum(row.chosen_score == row.rejected_score for row in scored)
@@ -289,10 +309,11 @@ def _drops(data: DataSet) -> dict[str, int]:
 
 
 def _leak_section(train: Sequence[Pair], held_out: Sequence[Pair]) -> Iterator[str]:
-    leaks = leaked_prompts(train, held_out)
+    found = zip(train, find_leaks(train, held_out), strict=True)
+    leaks = [(pair.where, other) for pair, other in found if other is not None]
     yield (
-        f"leakage: {len(leaks):,} of {len(train):,} training prompts are, or nearly are, one of "
-        f"{len({other for _, other in leaks}):,} held-out prompts"
+        f"leakage: {len(leaks):,} of {len(train):,} training prompts are, or nearly are, held-out "
+        f"prompts ({len({other for _, other in leaks}):,} of {len(held_out):,})"
     )
     for where, other in leaks[:3]:
         yield f"  {where} is like {other}"

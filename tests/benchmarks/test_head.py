@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch._dynamo.testing import CompileCounter
+
 from benchmarks import head
 from conftest import needs_interpreter
 
@@ -44,6 +47,16 @@ def test_a_wrong_method_is_named_and_not_timed(tmp_path, monkeypatch, capsys):
     assert all("forward" not in row for row in report["results"] if row["method"] == "eager")
 
 
+def test_the_compiled_method_is_compiled_for_every_shape(tmp_path, monkeypatch):
+    """Dynamo would run it eagerly after eight: twice four shapes, with and without gradient."""
+    counter = CompileCounter()
+    compiled = torch.compile(head.eager, dynamic=False, backend=counter)
+    monkeypatch.setitem(head.METHODS, "compile", lambda device: compiled)
+    monkeypatch.setattr(head, "TOY_CASES", [head.Case(n, 30, 16, "random") for n in range(10, 15)])
+    code, _ = run(["--methods", "compile"], tmp_path / "head.json")
+    assert code == 0 and counter.frame_count == 2 * 5
+
+
 def test_out_of_memory_and_table():
     rows = [
         {"N": 1, "V": 2, "D": 3, "dtype": "bfloat16", "logits": "random", "method": "matmul"},
@@ -52,19 +65,36 @@ def test_out_of_memory_and_table():
     assert "out of memory" in head.table(rows)
 
 
-@needs_interpreter
-def test_the_triton_kernels_in_their_interpreter(tmp_path):
-    path = tmp_path / "head.json"
-    command = [sys.executable, "-m", "benchmarks.head", "--toy", "--json", str(path)]
+def interpreted(options: list[str], path: Path) -> dict:
+    command = [sys.executable, "-m", "benchmarks.head", "--toy", "--json", str(path), *options]
     done = subprocess.run(
-        [*command, "--methods", "eager-float32", "triton"],
+        command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=Path(head.__file__).parents[1],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    rows = [row for row in json.loads(path.read_text())["results"] if "log_prob_error" in row]
+    return json.loads(path.read_text())
+
+
+@needs_interpreter
+def test_the_triton_kernels_in_their_interpreter(tmp_path):
+    report = interpreted(["--methods", "eager-float32", "triton"], tmp_path / "head.json")
+    rows = [row for row in report["results"] if "log_prob_error" in row]
     assert [row["method"] for row in rows] == ["eager-float32", "triton"] * 2
     for widened, ours in zip(rows[::2], rows[1::2], strict=True):
         assert ours["log_prob_error"] <= 2 * widened["log_prob_error"]
+
+
+@needs_interpreter
+def test_sweep(tmp_path):
+    found = interpreted(["--sweep"], tmp_path / "head.json")["sweep"]
+    tiles = [tuple(row["tiles"].values()) for row in found if "tiles" in row]
+    assert len(set(tiles)) == len(tiles) == 7
+    assert [row["chunk_rows"] for row in found if "chunk_rows" in row] == [1024, 2048, 4096, 8192]
+
+
+def test_a_sweep_needs_triton(tmp_path, capsys):
+    assert head.main(["--toy", "--sweep"]) == 2
+    assert "skipped: triton (" in capsys.readouterr().out

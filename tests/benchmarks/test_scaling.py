@@ -19,7 +19,9 @@ def test_curves(tmp_path, capsys):
     assert "PROJECTED" in capsys.readouterr().out
     head = curves["head memory"]
     assert all(row["chunked_bytes"] < row["whole_logits_bytes"] / 4 for row in head)
-    assert all(row["beyond_gradients_by_chunk"] <= 1.3 for row in head)
+    assert all(row["beyond_gradients_by_chunk"] <= 1.3 for row in head if row["rows"] == 512)
+    few, *_, many = (row["chunked_bytes"] for row in head if row["vocabulary"] == 1024)
+    assert many - few <= (2048 - 512) * 2 * 128 * 4
     assert [row["units"] for row in curves["head products"]] == [2, 6, 8]
     ratios = [row["tokens_by_shared"] for row in curves["prefix sharing"]]
     expected = [(2 * p + 1) / (p + 1) for p in (0.1, 0.3, 1.0, 3.0, 10.0)]

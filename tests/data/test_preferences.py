@@ -189,6 +189,7 @@ def test_responses_with_labels_pair_up_by_their_prompt(tmp_path):
     for broken, message in (
         (row("a", "b", 1), '"label" is a number; expected true or false'),
         (row("a", None, True), '"completion" is null; expected text'),
+        (row(None, "b", True), '"prompt" is null; expected text'),
         (row([user("a")], [user("b")], True), '"completion" ends with a message of the user'),
     ):
         with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
@@ -682,8 +683,22 @@ def test_answers_alone_are_no_preferences(tmp_path):
         load_preferences([Source(path)], seed=0)
 
 
+def test_a_later_row_without_a_prompt_names_its_line(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "c"}, {"completion": "c"}])
+    with pytest.raises(UserError, match='rows.jsonl:2: "prompt" is missing; expected text'):
+        load_preferences([Source(path)], seed=0, responses_only=True)
+
+
 def test_rows_may_say_where_they_come_from(tmp_path):
     row = {"prompt": "p", "chosen": "c", "rejected": "r", "subset": "math", "source": 3}
     path = write(tmp_path / "pairs.jsonl", [row])
     found = load_preferences([Source(path)], seed=0)
     assert found.train[0].labels == {"subset": "math"}
+    rows = [
+        {"prompt": "p", "completion": text, "label": text == "good", "subset": "math"}
+        for text in ("good", "bad")
+    ]
+    path = write(tmp_path / "judged.jsonl", rows)
+    for alone in (False, True):
+        (found,) = load_preferences([Source(path)], seed=0, responses_only=alone).train
+        assert (found.chosen, found.labels) == ("good", {"subset": "math"})

@@ -1,9 +1,12 @@
 """Checkpoints of a small model in one process: damage, retention, memory, failures."""
 
+import errno
 import gc
 import json
+import os
 import shutil
 import weakref
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -157,18 +160,60 @@ def test_what_is_loaded_is_what_was_saved(tiny_folder, tiny_model, tmp_path, set
 
 
 def test_only_what_is_trained_is_stored(tiny_folder, tiny_model, tmp_path):
+    """And so that nothing takes it for a model: transformers would make up the rest."""
     tiny_model.requires_grad_(False)
     tiny_model.model.norm.weight.requires_grad_(True)
     optimizer = updated(tiny_model)
     with saver(tmp_path, tiny_folder) as saving:
         saving.save(tiny_model, optimizer, None, Progress(1, {}, 0))
-    index = json.loads((tmp_path / "step-00000001/model.safetensors.index.json").read_text())
+    folder = tmp_path / "step-00000001"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter-00001-of-00001.safetensors",
+        "adapter.safetensors.index.json",
+        "manifest.json",
+        "optimizer-00001-of-00001.safetensors",
+        "optimizer.safetensors.index.json",
+        "state.json",
+    ]
+    index = json.loads((folder / "adapter.safetensors.index.json").read_text())
     assert list(index["weight_map"]) == ["model.norm.weight"]
     trained = tiny_model.model.norm.weight.detach().clone()
-    with torch.no_grad():
-        tiny_model.model.norm.weight.zero_()
-    load_checkpoint(tmp_path / "step-00000001", tiny_model, updated(tiny_model, 0), None)
-    assert torch.equal(tiny_model.model.norm.weight, trained)
+    for load in (
+        lambda: load_checkpoint(folder, tiny_model, updated(tiny_model, 0), None),
+        lambda: load_trained(folder, tiny_model),
+    ):
+        with torch.no_grad():
+            tiny_model.model.norm.weight.zero_()
+        load()
+        assert torch.equal(tiny_model.model.norm.weight, trained)
+    tiny_model.requires_grad_(True)
+    with pytest.raises(UserError, match="lacks lm_head.weight; expected the tensors"):
+        load_trained(folder, tiny_model)
+
+
+def test_identity_of_the_weights_alone(two, tiny_folder, tiny_model, tmp_path):
+    one, other = checkpoints(two)
+    identity = checkpoint.weights_identity(one)
+    assert identity["path"] == str(one) and len(identity["sha256"]) == 64
+    assert checkpoint.weights_identity(other)["sha256"] != identity["sha256"]
+    load_trained(one, tiny_model)
+    with saver(tmp_path, tiny_folder) as saving:  # the same weights at another step
+        saving.save(tiny_model, updated(tiny_model, 0), None, Progress(7, {}, 0))
+    assert checkpoint.weights_identity(tmp_path / "step-00000007")["sha256"] == identity["sha256"]
+
+
+def test_a_file_that_cannot_be_read_is_damage(two, monkeypatch):
+    digest = checkpoint._sha256
+
+    def refuse(path):
+        if path.parent.name == "step-00000002" and path.name.startswith("optimizer-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    said = []
+    assert find_checkpoint(two, "auto", said.append) == checkpoints(two)[0]
+    assert said[0].endswith("optimizer-00001-of-00001.safetensors: Input/output error")
 
 
 def test_weights_alone_for_a_new_run(tiny_folder, tiny_model, two, tmp_path):
@@ -204,8 +249,6 @@ def test_a_save_holds_what_the_weights_were(tiny_folder, tiny_model, tmp_path, m
     monkeypatch.setattr(
         checkpoint, "_save_file", lambda *a: (steps_go_on.pop().result(20), write(*a))
     )
-    from concurrent.futures import Future
-
     done = Future()
     steps_go_on += [done, done]
     with saver(tmp_path, tiny_folder) as saving:
@@ -247,12 +290,13 @@ def test_copies_on_the_host_stay_within_their_bound(tiny_folder, tiny_model, tmp
 
 
 def test_retention_keeps_the_newest_and_drops_what_was_passed_over(tmp_path):
-    for step in (1, 2, 3, 5):
+    """A run that went on from step 2, past a damaged 3 and 5, has saved step 4."""
+    for step in (1, 2, 3, 4, 5):
         (tmp_path / f"step-{step:08d}").mkdir()
-    checkpoint.retain(tmp_path, tmp_path / "step-00000003", keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    checkpoint.retain(tmp_path, tmp_path / "step-00000003", keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003"]
+    checkpoint.retain(tmp_path, tmp_path / "step-00000004", previous=2, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    checkpoint.retain(tmp_path, tmp_path / "step-00000004", previous=4, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
 
 
 def test_a_save_that_fails_is_said_once_and_the_next_one_counts(

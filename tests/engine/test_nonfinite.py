@@ -1,15 +1,16 @@
 """What is agreed about a step, and how one that is not finite is left out of the means."""
 
 import json
+import resource
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from notus.engine.metrics import (
+    LinesFile,
+    MetricsLog,
     Totals,
-    append_line,
-    drop_later_lines,
     judge_step,
     nonfinite_pairs,
 )
@@ -72,16 +73,54 @@ def test_sums_of_more_ranks_than_there_are_now():
 
 
 def test_lines_of_a_file(tmp_path):
-    file = tmp_path / "lines.jsonl"
-    drop_later_lines(file, 3)  # there is none yet
+    path = tmp_path / "lines.jsonl"
+    file = LinesFile(path, 3)  # there is none yet
     for step in (1, 2, 3):
-        append_line(file, {"step": step, "loss": NAN if step == 2 else 0.5, "pairs": [1]})
-    with file.open("a") as handle:
-        handle.write('{"step": 4, "lo')
-    drop_later_lines(file, 2)
-    kept = [json.loads(line) for line in file.read_text().splitlines()]
+        file.add({"step": step, "loss": NAN if step == 2 else 0.5, "pairs": [1]})
+    with path.open("ab") as handle:
+        handle.write(b'{"step": 1, "lo{"step": 2}\n[]\n\0\0\0\n{"step": 4, "lo')
+    LinesFile(path, 2)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert kept == [
         {"step": 1, "loss": 0.5, "pairs": [1]},
         {"step": 2, "loss": None, "pairs": [1]},
     ]
-    assert "NaN" not in file.read_text()
+    assert "NaN" not in path.read_text()
+
+
+@pytest.fixture
+def small_files():
+    """The kernel refuses files of more than 100 bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_wait_until_there_is_space(small_files, tmp_path, capsys):
+    file = LinesFile(tmp_path / "lines.jsonl", 0)
+    for step in range(5):
+        file.add({"step": step, "text": "30 bytes of it"})
+    assert file.path.read_text().count("\n") == 2 and file.path.read_text().endswith("}\n")
+    assert not file.flush()
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"warning: {file.path}: File too large; ")
+    small_files()
+    file.add({"step": 5})
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_log_without_space(small_files, tmp_path, capsys):
+    log = MetricsLog(tmp_path, step=0, total=9, active=True)
+    for step in range(1, 9):
+        log.write(step, {"loss": 0.5, "learning_rate": 0.1})
+    log.close()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 3 and {line.split(": ")[1] for line in told} == {
+        str(tmp_path / "tensorboard"),
+        str(tmp_path / "metrics.jsonl"),
+        f"{tmp_path / 'metrics.jsonl'} lacks its last lines",
+    }
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())

@@ -11,13 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
 
 FIRST = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
-take, steps = train.Interrupts.take, iter(range(1000))
+OUTPUT = Path(sys.argv[-1].removeprefix("output_dir="))
+take, steps = train.Interrupts.take, iter(range(1, 1000))
 
 
 def take_or_die(interrupts: train.Interrupts) -> tuple[bool, bool]:
-    time.sleep(0.05)  # so that the save after the fourth step has been written
-    if next(steps) == 6 and FIRST:
-        time.sleep(1.0)
+    if next(steps) == 7 and FIRST:
+        while not (OUTPUT / "checkpoints/step-00000004").exists():  # written behind the steps
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return take(interrupts)
 

@@ -75,6 +75,11 @@ def wait_for(condition: Callable[[], bool], timeout: float = 60.0) -> None:
         time.sleep(0.005)
 
 
+def wait_for_words(log: Path, words: str) -> None:
+    """Return once the ranks have printed them."""
+    wait_for(lambda: log.exists() and words in log.read_text())
+
+
 def _rank(
     rank: int, ranks: int, port: int, arguments: list[str], log: str, fault: str | None
 ) -> None:
@@ -120,11 +125,25 @@ def _disk_full() -> None:
     checkpoint._save_file = refuse
 
 
-def _slow_steps(seconds: float) -> None:
+def _wait_in_step(number: int, obeys: bool = True) -> None:
+    """The last rank stays in that step of this start until it is signalled, or for ever."""
     from notus.engine.interrupt import Interrupts
 
-    take = Interrupts.take
-    Interrupts.take = lambda interrupts: (time.sleep(seconds), take(interrupts))[1]
+    if int(os.environ.get("RANK", 0)) < int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        return
+    take, steps = Interrupts.take, iter(range(1, 1000))
+
+    def wait(interrupts: Interrupts) -> tuple[bool, bool]:
+        if next(steps) == number:
+            print(f"waits in step {number}", flush=True)
+            while not (interrupts._stop or interrupts._save):
+                time.sleep(0.005)
+            print("was signalled", flush=True)
+            while not obeys:
+                time.sleep(0.005)
+        return take(interrupts)
+
+    Interrupts.take = wait
 
 
 def _small_files() -> None:
@@ -179,6 +198,8 @@ FAULTS = {
     "nothing finite from step 1": partial(_spoil_steps, 1),
     "slow disk": _slow_disk,
     "disk full": _disk_full,
-    "slow steps": partial(_slow_steps, 0.1),
-    "very slow steps": partial(_slow_steps, 30),
+    "waits in step 2": partial(_wait_in_step, 2),
+    "waits in step 3": partial(_wait_in_step, 3),
+    "waits in step 7": partial(_wait_in_step, 7),
+    "never ends step 2": partial(_wait_in_step, 2, obeys=False),
 }

@@ -134,7 +134,7 @@ def by_hand(demo: Path, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     pairs, _ = pairs_of(load_config(folder / "one.json"))
     model = transformers.AutoModelForCausalLM.from_pretrained(demo / "sft").double()
     base = {name: weight.detach() for name, weight in model.state_dict().items()}
-    given = stored(output_of(folder, "plain") / FIRST, "model")
+    given = stored(output_of(folder, "plain") / FIRST, "adapter")
     adapters = {name: weight.double().requires_grad_() for name, weight in given.items()}
     layers = {name.rsplit(".", 1)[0] for name in adapters}
     summed = base | {
@@ -196,7 +196,7 @@ def test_checkpoints_hold_the_adapters_alone(demo, folder):
             layer = name.removesuffix(".weight")
             expected[f"{layer}.lora_A"] = (LORA["rank"], weight.shape[1])
             expected[f"{layer}.lora_B"] = (weight.shape[0], LORA["rank"])
-    adapters, state = stored(checkpoint, "model"), stored(checkpoint, "optimizer")
+    adapters, state = stored(checkpoint, "adapter"), stored(checkpoint, "optimizer")
     assert {name: tuple(value.shape) for name, value in adapters.items()} == expected
     moments = {f"{kind}/{name}" for name in expected for kind in ("exp_avg", "exp_avg_sq")}
     assert state.keys() == moments
@@ -206,6 +206,11 @@ def test_checkpoints_hold_the_adapters_alone(demo, folder):
         assert sum(value.numel() for value in tensors.values()) == count
     files = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert 12 * numbers < files < 12 * numbers + 200 * 3 * len(expected)  # headers
+    # Nothing that would make transformers take the folder for a whole model.
+    kinds = {file.name.partition("-0")[0] for file in checkpoint.iterdir()}
+    described = {"state.json", "manifest.json"}
+    indexes = {f"{kind}.safetensors.index.json" for kind in ("adapter", "optimizer")}
+    assert kinds == {"adapter", "optimizer"} | described | indexes
 
 
 @pytest.mark.slow
@@ -219,7 +224,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(dropped, tmp_path):
         for path in (dropped, broken)
     )
     assert one == other and len(one) == 5
-    for prefix in ("model", "optimizer"):
+    for prefix in ("adapter", "optimizer"):
         whole, resumed = (
             stored(path / "checkpoints/step-00000004", prefix) for path in (dropped, broken)
         )
@@ -227,6 +232,25 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(dropped, tmp_path):
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     for file in ("final/adapter/adapter_model.safetensors", "final/model.safetensors"):
         assert (dropped / file).read_bytes() == (broken / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [["loss.name=simpo"], ["model.reference={sft}"]], ids=str)
+def test_the_base_must_be_the_one_it_began_with(demo, tmp_path, capfd, keys):
+    """No checkpoint holds it, and here it is not the reference either, whose hash is compared."""
+    config, base = lora_config(demo), tmp_path / "base"
+    shutil.copytree(demo / "sft", base)
+    config["model"]["policy"] = str(base)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = [str(tmp_path / "config.json"), *(key.format(sft=demo / "sft") for key in keys)]
+    arguments += ["train.max_steps=1", f"output_dir={tmp_path / 'out'}"]
+    assert train.main(arguments) == 0
+    shutil.rmtree(tmp_path / "out/final")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 0.1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert train.main(arguments) == 2
+    assert "made by another run (the weights under the adapters differ)" in capfd.readouterr().err
 
 
 class Observed:

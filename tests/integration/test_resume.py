@@ -1,11 +1,11 @@
 """A run that is killed or stopped ends, to the bit, where one that is left alone does."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ranks import ROOT, finish, kill, launch, run_ranks, wait_for
-from runs import base_config, checkpoints, metrics, steps_logged, stored
+from ranks import ROOT, finish, kill, launch, run_ranks, wait_for, wait_for_words
+from runs import base_config, checkpoints, metrics, stored
 
 STEPS = 12  # of two epochs
 VARIANTS = {
@@ -76,25 +76,22 @@ def test_killed_then_stopped_then_finished(config, whole, variant, tmp_path):
     expected, output, log = whole(variant), tmp_path / "run", tmp_path / "log"
     arguments = [config, *VARIANTS[variant], f"output_dir={output}"]
 
-    ranks = launch(arguments, log, ranks=2, fault="slow steps")
+    ranks = launch(arguments, log, ranks=2, fault="waits in step 7")
+    wait_for_words(log, "waits in step 7")
     wait_for(lambda: (output / "checkpoints/step-00000004").exists())
-    time.sleep(0.25)  # some steps further
     kill(ranks)
-    assert not (output / "checkpoints/step-00000012").exists()
 
-    ranks = launch(arguments, log, ranks=2, fault="slow steps")
-    wait_for(lambda: log.read_text().count("resumed from") == 1)
-    time.sleep(0.25)
+    ranks = launch(arguments, log, ranks=2, fault="waits in step 3")
+    wait_for_words(log, "waits in step 3")
     ranks[1].terminate()  # one is told, both save and end
     assert finish(ranks) == 0
     told = log.read_text()
-    assert "resumed from" in told and "step-00000004 after 4 steps" in told
-    stopped = int(checkpoints(output)[-1].removeprefix("step-"))
-    assert 4 < stopped < STEPS and f"stopped by a signal after {stopped} steps" in told
+    assert "step-00000004 after 4 steps" in told and "stopped by a signal after 7 steps" in told
+    assert checkpoints(output) == ["step-00000004", "step-00000007"]
     assert not (output / "final").exists()
 
     code, told = run_ranks(arguments, log, ranks=2)
-    assert code == 0 and f"after {stopped} steps" in told
+    assert code == 0 and "step-00000007 after 7 steps" in told
     assert_same_end(expected, output)
     assert len(metrics(output)) == (3 if "seldom" in variant else STEPS)
 
@@ -119,36 +116,28 @@ def test_other_numbers_of_ranks_go_on(config, whole, ranks, keys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_run_goes_on(config, whole, tmp_path):
+def test_a_signal_saves_and_the_run_goes_on(config, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
-    keys = ["checkpoint.every=null", "checkpoint.keep=9", f"output_dir={output}"]
-    (rank,) = launch([config, *keys], log, fault="slow steps")
-    wait_for(lambda: steps_logged(output) == 2)
+    keys = ["checkpoint.every=null", "train.max_steps=4", f"output_dir={output}"]
+    (rank,) = launch([config, *keys], log, fault="waits in step 3")
+    wait_for_words(log, "waits in step 3")
     owner = json.loads((output / "lock").read_text())
     assert owner["pid"] == rank.pid
-    signal_to(rank.pid, signal.SIGUSR1)
+    os.kill(owner["pid"], signal.SIGUSR1)
     assert finish([rank]) == 0
-    first, last = checkpoints(output)
-    assert first in ("step-00000003", "step-00000004") and last == "step-00000012"
-
-
-def signal_to(pid: int, number: int) -> None:
-    subprocess.run(["kill", f"-{int(number)}", str(pid)], check=True)
+    assert checkpoints(output) == ["step-00000003", "step-00000004"]
 
 
 @pytest.mark.slow
 def test_two_interrupts_end_it_at_once(config, tmp_path):
-    output = tmp_path / "run"
-    (rank,) = launch([config, f"output_dir={output}"], tmp_path / "log", fault="very slow steps")
-    wait_for(lambda: "0/12" in (tmp_path / "log").read_text())
-    time.sleep(0.5)
-    began = time.monotonic()
-    signal_to(rank.pid, signal.SIGINT)
-    time.sleep(0.2)
+    output, log = tmp_path / "run", tmp_path / "log"
+    (rank,) = launch([config, f"output_dir={output}"], log, fault="never ends step 2")
+    wait_for_words(log, "waits in step 2")
+    os.kill(rank.pid, signal.SIGINT)
+    wait_for_words(log, "was signalled")
     assert rank.exitcode is None
-    signal_to(rank.pid, signal.SIGINT)
+    os.kill(rank.pid, signal.SIGINT)
     assert finish([rank]) == -signal.SIGINT
-    assert time.monotonic() - began < 20  # a step takes 30 s
 
 
 @pytest.mark.slow
@@ -168,12 +157,13 @@ def test_torchrun_resumes_after_a_rank_has_died(config, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_reference_must_be_the_one_it_began_with(config, whole, other, tmp_path):
+def test_the_reference_must_be_the_one_it_began_with(config, other, tmp_path):
     reference, output, log = tmp_path / "reference", tmp_path / "run", tmp_path / "log"
     shutil.copytree(other, reference)
-    arguments = [config, f"model.reference={reference}", f"output_dir={output}"]
-    (rank,) = launch(arguments, log, fault="slow steps")
-    wait_for(lambda: steps_logged(output) == 2)
+    keys = [f"model.reference={reference}", "train.max_steps=4"]
+    arguments = [config, *keys, f"output_dir={output}"]
+    (rank,) = launch(arguments, log, fault="waits in step 3")
+    wait_for_words(log, "waits in step 3")
     rank.terminate()
     assert finish([rank]) == 0
     original = (reference / "model.safetensors").read_bytes()
@@ -192,8 +182,8 @@ def test_a_new_run_from_the_weights_alone(config, whole, demo, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, "loss.beta=0.5", 'data.eval={"holdout":9}', f"output_dir={output}"]
     options = ["--resume", str(start), "--model-only"]
-    (rank,) = launch([*arguments, *options], log, fault="slow steps")
-    wait_for(lambda: steps_logged(output) == 4)
+    (rank,) = launch([*arguments, *options], log, fault="waits in step 3")
+    wait_for_words(log, "waits in step 3")
     rank.terminate()
     assert finish([rank]) == 0
     # The reference is still the policy's initial model, so the first loss is not ln 2.
@@ -223,7 +213,8 @@ def test_what_is_stored_is_open_to_all(whole):
             with safe_open(file, framework="pt") as handle:
                 assert handle.keys()
         elif file.is_file():
-            assert file.name == "lock" or "tfevents" in file.name or file.suffix == ".jinja", file
+            known = file.name == "lock" or "tfevents" in file.name
+            assert known or file.suffix in (".jinja", ".md"), file
     trained = stored(output / "checkpoints/step-00000012", "model")
     for folder, dtype in (("checkpoints/step-00000012", torch.float32), ("final", torch.bfloat16)):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(

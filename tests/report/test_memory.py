@@ -104,6 +104,17 @@ def test_chunk_of_the_gpu_kernel():
     assert kernel.CHUNK_ROWS == TRITON_CHUNK_ROWS
 
 
+def test_logits_follow_the_kernels_that_run():
+    """2,048 rows rounded in place and nothing to score; plain, 1,048 and a bfloat16 copy."""
+    name = "logits of one chunk of rows"
+    for triton, trained, scored in (
+        (True, 2048 * 4 * (32_000 + 4096), 0),
+        (False, 1048 * (6 * 32_000 + 4 * 4096), 1048 * 4 * 32_000),
+    ):
+        first, *_, last = memory_budget(mistral(8, triton=triton)).phases
+        assert dict(first.lines)[name] == trained and dict(last.lines)[name] == scored
+
+
 def test_budget_of_mistral_7b_on_eight_gpus_by_hand():
     """RMSprop and full checkpointing, as for Notus; every line from the architecture's numbers."""
     budget = memory_budget(mistral(8, optimizer="rmsprop"))

@@ -198,6 +198,18 @@ def test_evaluations(every, scored):
     assert question._replace(held_out=None).evaluations == 0
 
 
+def test_the_head_is_counted_with_the_kernels_of_the_settings():
+    pairs = some_pairs([[1, 1, 1]] * 2)
+    plan = plan_of(pairs, pairs_per_step=2)
+    for kernels, triton in (("auto", True), ("triton", True), ("plain", False)):
+        config = load_config(ROOT / "configs/notus.json", [f"parallel.kernels={kernels}"])
+        question = Question(
+            config, MISTRAL_7B, Counts(PARAMETERS, 0, 0), plan, pairs, None, True, False
+        )
+        rows = plan_rows(plan, pairs, [plan.pairs_of(0)])
+        assert question.load(question.setup, rows).triton == triton
+
+
 # train.py --dry-run
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import train
-from notus.data.preferences import Pair
+from notus import opening
+from notus.data.preferences import Pair, find_leaks
 from notus.data.tokenization import (
     AS_TEXT,
     Tokenized,
@@ -18,8 +19,8 @@ from notus.report.tokens import (
     COLOURS,
     DataSet,
     Lengths,
+    _set_section,
     common_shares,
-    leaked_prompts,
     lengths_of,
     nearest_rank,
     pair_pieces,
@@ -111,7 +112,7 @@ def test_repeated_prompts():
     assert repeated_prompts([text("?!"), text("!?"), text("!?")]) == 1
 
 
-def test_leaked_prompts():
+def test_leaks():
     long = "Name the rivers that run through the old town and over the stones to the sea"
     train_rows = [
         text("Other", where="train:1"),
@@ -119,7 +120,7 @@ def test_leaked_prompts():
         chat(long + " today", "a", "b", "train:3"),
     ]
     held_out = [text("Say hello!", where="eval:1"), chat(long, "a", "b", "eval:2")]
-    assert leaked_prompts(train_rows, held_out) == [("train:2", "eval:1"), ("train:3", "eval:2")]
+    assert find_leaks(train_rows, held_out) == [None, "eval:1", "eval:2"]
 
 
 # Pairs as text
@@ -221,10 +222,10 @@ def test_report(tokenizer):
         "1 dropped: identical responses after truncation, first t:4",
         "1 with special-token text in content, read as special tokens, first t:3",
         "0 with identical responses",
-        "1 with the prompt of an earlier pair",
+        "1 with the prompt of an earlier one",
         "1 of 3 rated pairs with equal ratings",
         "eval: 1 pairs",
-        "leakage: 1 of 3 training prompts are, or nearly are, one of 1 held-out prompts",
+        "leakage: 1 of 3 training prompts are, or nearly are, held-out prompts (1 of 1)",
         "t:3 is like e:1",
     ):
         assert line in lines, line
@@ -232,6 +233,30 @@ def test_report(tokenizer):
     middle, longest = sorted(whole[:, 0])[1], whole[:, 0].max()
     row = f"prompt {middle} {longest} {longest} {longest} 0 (0.0%) 0 (0.0%)"
     assert row in lines
+
+
+def test_report_of_responses_alone(tokenizer):
+    rows = [text(" Say a.", " yes", "", "t:1", (5.0, 5.0)), text(" Say b.", " no", "", "t:2")]
+    data = DataSet(rows, tokenize(tokenizer, *rows), {})
+    report = token_report({"train": data, "eval": data}, tokenizer, style="clean", colours=False)
+    lines = lines_of(report)
+    assert lines[0] == "1 of 2 training responses; special tokens: ⟦…⟧"
+    assert "train: 2 responses" in lines and "0 with the prompt of an earlier one" in lines
+    names = [line.split(" ")[0] for line in lines[lines.index("train: 2 responses") + 1 :][:4]]
+    assert names == ["tokens", "prompt", "chosen", "prompt"]
+    for word in ("rejected", "pair", "identical", "longer", "ratings"):
+        assert word not in report, word
+
+
+@pytest.mark.parametrize("longest", [9, 9_000_000])
+def test_columns_stand_apart_and_end_together(longest):
+    data = DataSet([text("p")], cut(whole=[(longest, 5, 7)], kept=[(2, 5, 7)]), {})
+    _, head, *rows = _set_section("train", data)
+    ends = [match.end() for match in re.finditer(r"\S+( \S+)*", head)][1:]
+    for row in rows[:3]:
+        cells = list(re.finditer(r"\S+( \S+)*", row))[1:]
+        assert [cell.end() for cell in cells] == ends
+    assert re.search(rf"1 \(100\.0%\) {{2,}}{longest - 2:,} \(", rows[0])
 
 
 @pytest.fixture
@@ -257,7 +282,7 @@ def test_dry_run_prints_it_and_keeps_the_tokens_of_many_pairs(config, monkeypatc
     few = dry_run()
     assert "leakage: " in few and "\033" not in few
     assert not (config.parent / "cache").exists()
-    monkeypatch.setattr(train, "WORTH_KEEPING", 20)
+    monkeypatch.setattr(opening, "WORTH_KEEPING", 20)
     made, read = dry_run(), dry_run()
     files = list((config.parent / "cache" / "notus-tokens").iterdir())
     assert len(files) == 1  # the five held-out pairs are few
