@@ -295,6 +295,10 @@ def run_case(
                 row |= measure(name, head, case, inputs, at_least)
         except torch.cuda.OutOfMemoryError:
             row["out_of_memory"] = True
+        except Exception as error:  # a peer that does not run here must not end the others' turn
+            if name in ("plain", "triton"):
+                raise
+            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
         rows.append(row)
     return rows
 
@@ -328,8 +332,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         line = f"{row['method']:<14}"
         for key in ("log_prob_error", "grad_hidden_error", "grad_weight_error"):
             line += f"{row[key]:>10.1e}" if key in row else f"{'':>10}"
-        if row.get("wrong") or row.get("out_of_memory"):
-            line += "   WRONG, not timed" if row.get("wrong") else "   out of memory"
+        line += f"   failed: {row['failed']}" if "failed" in row else ""
+        line += "   WRONG, not timed" if row.get("wrong") else ""
+        line += "   out of memory" if row.get("out_of_memory") else ""
         for label, width in (("forward", 12), ("forward+backward", 14)):
             if label in row:
                 found = row[label]

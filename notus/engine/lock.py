@@ -72,10 +72,14 @@ class OutputLock:
                     f"output_dir: {self.folder} is in use by {_owner(text)}; {advice}, or remove "
                     f"{path} if that run is no more"
                 ) from None
-        file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": now}))
-        file.flush()
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(about).encode())
+        except OSError as error:  # no space
+            file.close()
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         self._file = file
 
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import socket
 import subprocess
 
@@ -70,6 +71,16 @@ def test_another_host_may_be_alive_where_nobody_can_lock(monkeypatch, tmp_path):
     with OutputLock(tmp_path) as held, pytest.raises(UserError, match="process 1 on host elsewh"):
         held.take()
     assert json.loads((tmp_path / "lock").read_text()) == about
+
+
+def test_no_space_for_it(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with OutputLock(tmp_path) as held, pytest.raises(UserError, match="lock: cannot be writ"):
+            held.take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_other_ranks_take_nothing(tmp_path, monkeypatch):
