@@ -182,8 +182,8 @@ KINDS = {
     "wrong again": Kind("demo-sloppy", (3, 2, 1, 1), "A wrong answer given with confidence."),
     "off-topic": Kind("demo-dreamer", (1, 2, 2, 1), "It does not answer the question."),
 }
-RIGHT_FIRST = 0.75  # share of the policy's training rows, from the start, that are right
-SFT_SHARES = {"right": 0.55, "rambling": 0.1, "wrong": 0.25, "off-topic": 0.1}
+RIGHT_FIRST = 0.7  # share of the policy's training rows, from the start, that are right
+SFT_SHARES = {"right": 0.6, "rambling": 0.1, "wrong": 0.2, "off-topic": 0.1}
 RAMBLING = (
     "That is a good question. It could be {0}, I think.",
     "Let me think about it. Some people say {0}.",
@@ -498,7 +498,7 @@ def save_model(folder: Path, model: MistralForCausalLM, tokenizer: PreTrainedTok
 def write_demo(
     folder: Path | str,
     rows: int | None = None,
-    sft_steps: int = 500,
+    sft_steps: int = 600,
     hidden_size: int = 128,
     vocabulary: int = 900,
     batch_size: int = 32,

@@ -107,9 +107,9 @@ def test_policy_examples_are_right_first_and_then_mixed() -> None:
     sft = demo.make_data(sft_count=10_000).sft
     turns = [[message["content"] for message in row["messages"]] for row in sft]
     right = [is_right(text, answers[instruction]) for instruction, text in turns]
-    assert all(right[:7500])
-    # the binomial's standard deviation over 2,500 draws is 0.01
-    assert sum(right[7500:]) / 2500 == pytest.approx(demo.SFT_SHARES["right"], abs=0.03)
+    assert all(right[:7000])
+    # the binomial's standard deviation over 3,000 draws is 0.009
+    assert sum(right[7000:]) / 3000 == pytest.approx(demo.SFT_SHARES["right"], abs=0.03)
 
 
 @pytest.mark.parametrize(

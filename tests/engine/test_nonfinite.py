@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -88,35 +89,41 @@ def test_lines_of_a_file(tmp_path):
     assert "NaN" not in path.read_text()
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """The kernel refuses files of more than 100 bytes, as a full disk would."""
+    """The kernel refuses files of more than 100 bytes, as a full disk would.
+
+    Only around what is tested: pytest's own output may go to a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_lines_wait_until_there_is_space(small_files, tmp_path, capsys):
-    file = LinesFile(tmp_path / "lines.jsonl", 0)
-    for step in range(5):
-        file.add({"step": step, "text": "30 bytes of it"})
+def test_lines_wait_until_there_is_space(tmp_path, capsys):
+    with small_files():
+        file = LinesFile(tmp_path / "lines.jsonl", 0)
+        for step in range(5):
+            file.add({"step": step, "text": "30 bytes of it"})
+        assert not file.flush()
     assert file.path.read_text().count("\n") == 2 and file.path.read_text().endswith("}\n")
-    assert not file.flush()
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith(f"warning: {file.path}: File too large; ")
-    small_files()
     file.add({"step": 5})
     lines = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_log_without_space(small_files, tmp_path, capsys):
-    log = MetricsLog(tmp_path, step=0, total=9, active=True)
-    for step in range(1, 9):
-        log.write(step, {"loss": 0.5, "learning_rate": 0.1})
-    log.close()
+def test_a_log_without_space(tmp_path, capsys):
+    with small_files():
+        log = MetricsLog(tmp_path, step=0, total=9, active=True)
+        for step in range(1, 9):
+            log.write(step, {"loss": 0.5, "learning_rate": 0.1})
+        log.close()
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(told) == 3 and {line.split(": ")[1] for line in told} == {
         str(tmp_path / "tensorboard"),

@@ -118,7 +118,7 @@ def test_gradient_is_that_of_the_plain_run(name, folder):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "plain"])
 def test_metrics_are_those_of_the_plain_run(name, folder):
     plain, variant = (metrics(output_of(folder, n)) for n in ("plain", name))
-    assert abs(plain[1]["loss"] - plain[0]["loss"]) > 0.01  # the first step has changed something
+    assert abs(plain[1]["loss"] - plain[0]["loss"]) > 1e-3  # the first step has changed something
     for one, other in zip(plain, variant, strict=True):
         for key, value in one.items():
             if not key.startswith("perf/"):
