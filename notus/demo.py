@@ -539,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(arguments).out
     logging.disable_progress_bar()
     print(
-        f"Writing {folder}: data, a tokenizer and a small SFT policy (about a minute)", flush=True
+        f"Writing {folder}: data, a tokenizer and a small SFT policy (a minute or two)", flush=True
     )
     try:
         write_demo(folder)

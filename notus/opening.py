@@ -163,7 +163,8 @@ def open_run(
     if (output / "final").exists():
         ranks.say(f"{output / 'final'} holds the model of this run: nothing left to do")
         return None
-    distributed.check_host_memory(shape.num_parameters, ranks)
+    if config.model.lora is None:
+        distributed.check_host_memory(shape.num_parameters, ranks)
     if inputs.adapter:
         agree(lambda: continuation.make_output_dir(output))
         agree(lock.take)

@@ -219,7 +219,7 @@ class Saver:
         problem = self._any(problem)
         if first and problem is not None:
             shutil.rmtree(partial, ignore_errors=True)
-            kept = checkpoints(self.root)
+            kept = checkpoints(self.root, upto=self.previous)
             older = f"{kept[-1]} is kept" if kept else "there is no older one"
             warn(f"{folder} was not saved: {problem}; {older}, and training goes on")
         elif first:
@@ -246,7 +246,7 @@ def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
     previous: the step at which the run saved before, or from which it went on. Checkpoints of later
     steps go as well: the run passed them over, as damaged or by an explicit --resume.
     """
-    before = [path for path in checkpoints(root) if path.name <= _name(previous) and path != newest]
+    before = [path for path in checkpoints(root, previous) if path != newest]
     kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}
     for path in checkpoints(root):
         if path not in kept:
@@ -296,9 +296,10 @@ def export(folder: Path, model: MistralForCausalLM, source: Path) -> None:
         raise
 
 
-def checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
-    return sorted(root.glob("step-" + "[0-9]" * 8))
+def checkpoints(root: Path, upto: int = 99_999_999) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first, of steps up to `upto`."""
+    found = root.glob("step-" + "[0-9]" * 8)  # no copies under other names, which are the user's
+    return sorted(path for path in found if path.name <= _name(upto))
 
 
 def find_checkpoint(root: Path, resume: str, say: Callable[[str], None]) -> Path | None:

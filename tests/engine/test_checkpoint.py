@@ -60,6 +60,7 @@ def two(tiny_folder, tmp_path_factory):
     """Checkpoints of steps 1 and 2."""
     root = tmp_path_factory.mktemp("two")
     model = MistralForCausalLM(read_shape(tiny_folder))
+    torch.nn.init.normal_(model.lm_head.weight)  # memory as it was found may hold NaN
     with saver(root, tiny_folder) as saving:
         for step in (1, 2):
             optimizer = updated(model, step)
@@ -293,10 +294,12 @@ def test_retention_keeps_the_newest_and_drops_what_was_passed_over(tmp_path):
     """A run that went on from step 2, past a damaged 3 and 5, has saved step 4."""
     for step in (1, 2, 3, 4, 5):
         (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "step-00000002-copy").mkdir()  # the user's own
     checkpoint.retain(tmp_path, tmp_path / "step-00000004", previous=2, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
     checkpoint.retain(tmp_path, tmp_path / "step-00000004", previous=4, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
+    assert (tmp_path / "step-00000002-copy").exists()
 
 
 def test_a_save_that_fails_is_said_once_and_the_next_one_counts(

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 # For the process that all others are forked from; it reads neither pytest's sys.path nor its flags.
 os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["PYTHONFAULTHANDLER"] = "1"  # should native code crash: where each thread was
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])
 
@@ -46,8 +47,9 @@ def finish(processes: list[BaseProcess], timeout: float = 60.0) -> int:
     running = [process for process in processes if process.exitcode is None]
     kill(running)
     assert not running, "the ranks did not end in time"
-    (code,) = {process.exitcode for process in processes}
-    return code
+    codes = {process.exitcode for process in processes}
+    assert len(codes) == 1, f"the ranks ended with {codes}"
+    return codes.pop()
 
 
 def kill(processes: list[BaseProcess]) -> None:
@@ -63,8 +65,13 @@ def run_ranks(
 ) -> tuple[int, str]:
     """Run train.py to its end; its exit code, and what it printed."""
     before = log.stat().st_size if log.exists() else 0
-    code = finish(launch(arguments, log, ranks, fault))
-    return code, log.read_bytes()[before:].decode()
+    processes = launch(arguments, log, ranks, fault)
+    try:
+        code = finish(processes)
+    finally:
+        told = log.read_bytes()[before:].decode() if log.exists() else ""
+        print(told)  # pytest shows it where a test fails
+    return code, told
 
 
 def wait_for(condition: Callable[[], bool], timeout: float = 60.0) -> None:
