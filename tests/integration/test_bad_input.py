@@ -311,7 +311,7 @@ def test_chat_template(place, capfd, template, words):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "a"}, ("prompts.jsonl:1: prompt is null, expected text or messages",)),
+        ({"text": "a"}, ("prompts.jsonl:1: the columns are text; expected prompt, or ",)),
         ({"prompt": [1]}, ("prompts.jsonl:1", "prompt", "expected")),
         ({"prompt": "a", "answer": 4}, ("prompts.jsonl:1: answer is 4, expected text",)),
     ],
