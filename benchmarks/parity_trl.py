@@ -8,7 +8,9 @@ turn), or `demo` for what `python -m notus.demo` wrote. TOKENIZER is a Hugging F
 sentencepiece model. A small random Mistral (grouped-query attention, a window shorter than the
 sequences) is trained by `train.py` and again by TRL, and what both log is compared at every
 optimiser step. With --lora both train adapters of all linear layers, TRL those of PEFT, and the
-reference is the model without them. Exit code 1: something differed by more than the tolerance.
+reference is the model without them. With --evaluate PAIRS nothing is trained: TRL's evaluation of
+a moved policy is compared with that of `eval.py preferences`. Exit code 1: something differed by
+more than the tolerance.
 
 What has to be matched before the two do the same arithmetic:
 
@@ -82,6 +84,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
 MAX_LENGTH = 512
 PAIRS_PER_STEP = 8
+EVALUATED_AT_ONCE = 4
 LEARNING_RATE = 1e-3  # log-ratios of several nats within ten steps
 LORA = LoraSettings(rank=8, alpha=16)
 LORA_LEARNING_RATE = 1e-2  # the same with adapters
@@ -175,6 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
     parser.add_argument("--ranks", type=int, default=1, help="processes of train.py")
     parser.add_argument("--lora", action="store_true", help="train adapters; needs peft")
+    parser.add_argument(
+        "--evaluate", type=int, metavar="PAIRS", help="compare an evaluation of so many pairs only"
+    )
     parser.add_argument("--json", type=Path, help="write every value here")
     options = parser.parse_args(arguments)
 
@@ -184,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_model(work / "policy", Path(options.tokenizer))
+        if options.evaluate:
+            return evaluate(work, options.pairs, options.evaluate)
         if options.lora:
             write_adapter(work)
         write_pairs(work, options.pairs, options.steps * PAIRS_PER_STEP)
@@ -435,6 +443,71 @@ def train_with_notus(case: Case, work: Path, steps: int, ranks: int, lora: bool)
 
 
 # --------------------------------------------------------------------------------- the comparison
+
+
+# --------------------------------------------------------------------------------- an evaluation
+
+
+def evaluate(work: Path, path: str, count: int) -> int:
+    """TRL's evaluation beside `eval.py preferences`: the same pairs, policy and reference.
+
+    TRL reports the mean of its batches' means, so the pairs are a whole number of batches.
+    """
+    write_pairs(work, path, count)
+    tokenizer = load_tokenizer(work / "policy")
+    lines = (work / "pairs.jsonl").read_text().splitlines(keepends=True)
+    whole = [line for line in lines if longest_sequence(json.loads(line), tokenizer) <= MAX_LENGTH]
+    whole = whole[: len(whole) // EVALUATED_AT_ONCE * EVALUATED_AT_ONCE]
+    (work / "pairs.jsonl").write_text("".join(whole))
+    trained = MistralForCausalLM.from_pretrained(work / "policy")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    trained.save_pretrained(work / "trained")
+    tokenizer.save_pretrained(work / "trained")
+    rows = [json.loads(line) for line in whole]
+    settings = DPOConfig(
+        output_dir=str(work / "trl"),
+        max_length=MAX_LENGTH,
+        per_device_eval_batch_size=EVALUATED_AT_ONCE,
+        beta=0.1,
+        bf16=False,
+        use_cpu=True,
+        model_init_kwargs={"dtype": "float32"},
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = TrimmedDPOTrainer(
+        model=str(work / "trained"),
+        ref_model=MistralForCausalLM.from_pretrained(work / "policy"),
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    theirs = trainer.evaluate()
+    words = ["preferences", str(work / "trained"), "--reference", str(work / "policy")]
+    words += ["--data", str(work / "pairs.jsonl"), "--max-length", str(MAX_LENGTH)]
+    words += ["--compute-dtype", "float32", "--device", "cpu", "--out", str(work / "evaluation")]
+    subprocess.run(
+        [sys.executable, str(REPOSITORY / "eval.py"), *words],
+        check=True,
+        capture_output=True,
+    )
+    ours = json.loads((work / "evaluation" / "summary.json").read_text())["metrics"]
+    print(f"{len(rows)} pairs, none of them cut\n{'':20}{'TRL':>14}{'notus':>14}{'relative':>10}")
+    worst = 0.0
+    for name in (key for key in METRICS if key in ours):
+        relative = abs(ours[name] - theirs[f"eval_{name}"]) / max(abs(theirs[f"eval_{name}"]), 1e-8)
+        print(f"{name:20}{theirs[f'eval_{name}']:>14.6f}{ours[name]:>14.6f}{relative:>10.1e}")
+        worst = max(worst, relative)
+    return int(worst > TOLERANCE)
+
+
+def longest_sequence(row: dict[str, list[Message]], tokenizer: PreTrainedTokenizerBase) -> int:
+    prompt, *responses = trl_tokens(row, tokenizer)
+    return len(prompt) + max(map(len, responses))
 
 
 def compare(case: Case, ours: Log, theirs: Log) -> list[dict[str, Any]]:

@@ -185,7 +185,7 @@ def test_adapters_begin_at_the_model_and_learn(folder, by_hand):
     evaluated = [line["eval_loss"] for line in metrics(output) if "eval_loss" in line]
     assert evaluated[0] == pytest.approx(by_hand.evaluations[0], rel=1e-6)
     assert evaluated[1] < evaluated[0] - 1e-3
-    trained = stored(output / "checkpoints/step-00000003", "model")
+    trained = stored(output / "checkpoints/step-00000003", "adapter")
     assert len(trained) == 2 * 4 * 4  # two factors, four blocks, q, k, v and o
     assert all(".lora_" in name and value.any() for name, value in trained.items())
     assert (output / "final/adapter/adapter_model.safetensors").is_file()
