@@ -267,7 +267,8 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     else:
         checkpoint.check_sound(Path(options.resume))
     counts = parameter_counts(inputs.shape, lora_settings(config))
-    same_model = inputs.reference_folder.resolve() == inputs.source.resolve()
+    merged = inputs.adapter is not None and config.model.reference is not None
+    same_model = inputs.reference_folder.resolve() == inputs.source.resolve() and not merged
     report, fits = preflight(
         Question(
             config=config,

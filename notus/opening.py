@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -266,9 +267,9 @@ def open_inputs(config: Config, ranks: Ranks, *, weights: bool, describe: bool =
                 f"model.reference: {reference_path} has a vocabulary of {other.vocab_size} tokens, "
                 f"the policy one of {shape.vocab_size}; expected the same"
             )
-    if config.evaluation.samples is not None:
-        agree(lambda: check_prompts(config.evaluation.samples.prompts, source))
     spoken = source if adapter is None else tokenizer_folder(source, adapter)
+    if config.evaluation.samples is not None:
+        agree(lambda: check_prompts(config.evaluation.samples.prompts, spoken))
     pairs, origins, held_out, counts = read_data(config, spoken, shape, ranks, describe)
     return Inputs(
         loss=loss,
@@ -299,7 +300,9 @@ def merged_policy(inputs: Inputs, output: Path, ranks: Ranks) -> Path:
     """The folder of the initial policy, in `output` when an adapter has to be merged first."""
     if inputs.adapter is None:
         return inputs.source
-    folder = output / "policy"
+    folder = output / continuation.POLICY
+    if ranks.first and not continuation.holds_run(output):
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut short
     if ranks.first and not folder.exists():
         ranks.say(f"merging {inputs.adapter} into {inputs.source}: {folder}")
         merge(inputs.source, inputs.adapter, folder)

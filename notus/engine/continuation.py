@@ -50,6 +50,9 @@ def essence(settings: Plain, ignored: tuple[str, ...] = FREE) -> Plain:
     }
 
 
+POLICY = "policy"  # of output_dir: the initial policy, where an adapter had to be merged
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in this output_dir: its settings are there."""
     return (folder / SETTINGS).is_file()
@@ -66,6 +69,7 @@ def check_output_dir(folder: Path, settings: Plain, resume: str) -> None:
         raise UserError(f"output_dir: {folder} cannot be used: {nearest} {found}; give another one")
     # What a run leaves that was killed before its settings were written.
     begun = {lock.NAME, START, _partial(Path(START)).name, _partial(Path(SETTINGS)).name}
+    begun |= {POLICY, f".partial-{POLICY}"}
     if not folder.exists() or {path.name for path in folder.iterdir()} <= begun:
         return
     advice = "give another output_dir or remove it"

@@ -575,7 +575,7 @@ def _together(ranks: Ranks, function: Callable[[], Result]) -> Result:
 
 def settings_file(out: Path) -> Path:
     """Where the settings and seeds that `out` was generated with are recorded."""
-    return out.with_suffix(".settings.json")
+    return out.with_name(f"{out.name}.settings.json")
 
 
 def _versions(backend: str) -> dict[str, str]:

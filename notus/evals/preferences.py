@@ -322,7 +322,7 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
                 f"--reference {options.reference}: its vocabulary has {reference[1].vocab_size} "
                 f"tokens, the model's {shape.vocab_size}; expected the same"
             )
-    kept, tokens, notes = _read(options, source)
+    kept, tokens, notes = _read(options, source, shape)
     ranks.say(f"{len(kept):,} pairs{notes}")
 
     policy_flat = _log_probs(options, ranks, source, shape, tokens, loss.uses_weights)
@@ -360,9 +360,16 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
     ranks.say(f"\n{report}\nwrote {options.out}")
 
 
-def _read(options: argparse.Namespace, source: Path) -> tuple[list[Pair], TokenizedPairs, str]:
+def _read(
+    options: argparse.Namespace, source: Path, shape: ModelShape
+) -> tuple[list[Pair], TokenizedPairs, str]:
     """The pairs that can be scored, their tokens, and what became of the others, in words."""
     tokenizer = agree(lambda: load_tokenizer(source))
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
+            f"{shape.vocab_size}; expected at least as many"
+        )
     curation = None if options.rule is None else Curation(rule=options.rule)
     sources = [
         Source(path=path, split=options.split, format=options.format, curation=curation)

@@ -169,6 +169,12 @@ def open_model(path: str, weights: bool = True) -> tuple[Path, ModelShape]:
     together.
     """
     folder = model_folder(path, weights)
+    for place in (folder, folder / "adapter"):
+        if not (folder / "config.json").is_file() and (place / "adapter_config.json").is_file():
+            raise UserError(
+                f"{place}: found an adapter, expected a whole model; merge it first: "
+                f"python -m notus.model.lora merge BASE {place} OUT"
+            )
     shape = read_shape(folder)
     if not weights and (folder != Path(path) or not any(folder.glob("*.safetensors"))):
         return folder, shape

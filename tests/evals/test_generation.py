@@ -93,11 +93,11 @@ def test_alpaca_eval_s_file(other, instructions, tmp_path):
     for row in rows:
         assert row.keys() == {"dataset", "instruction", "output", "generator"}
         assert row["generator"] == "notus-7b-v1" and row["output"] != "theirs"
-    recorded = json.loads((tmp_path / "model_outputs.settings.json").read_text())
+    recorded = json.loads((tmp_path / "model_outputs.json.settings.json").read_text())
     assert recorded["seeds"] == [3, 4, 5, 6, 7]
     assert sorted(path.name for path in tmp_path.glob("model_outputs*")) == [
         "model_outputs.json",
-        "model_outputs.settings.json",
+        "model_outputs.json.settings.json",
     ]
 
 
