@@ -540,7 +540,7 @@ def describe(expected: Any) -> str:
         return args[1].expected
     if origin in (Union, UnionType, Literal):
         words = [_show(arg) if origin is Literal else describe(arg) for arg in args]
-        return f"{', '.join(words[:-1])} or {words[-1]}"
+        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     if origin is tuple:
         size = "one or more values" if args[-1] is Ellipsis else f"{len(args)} values"
         return f"a list of {size}, each {describe(args[0])}"

@@ -544,7 +544,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         write_demo(folder)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Wrote {', '.join(sorted(FILES))} into {folder}.")
     print("Next: torchrun --nproc_per_node 2 train.py configs/demo.json")

@@ -35,6 +35,7 @@ from notus.model.lora import (
     adapter_parameters,
     adapters_off,
     add_adapters,
+    check_fits,
     initialize_adapters,
     is_adapter,
     merge,
@@ -290,10 +291,12 @@ def open_policy(path: str, weights: bool) -> tuple[Path, ModelShape, Path | None
     folder = model_folder(path, weights)
     if not is_adapter(folder):
         return *open_model(path, weights), None
-    base = read_adapter(folder).base_name
-    if base is None:
+    adapter = read_adapter(folder)
+    if adapter.base_name is None:
         raise UserError(f"{path}: its adapter_config.json names no base; expected a path or hub id")
-    return *open_model(base, weights), folder
+    base, shape = open_model(adapter.base_name, weights)
+    check_fits(adapter, shape)
+    return base, shape, folder
 
 
 def merged_policy(inputs: Inputs, output: Path, ranks: Ranks) -> Path:

@@ -244,6 +244,11 @@ WRONG_FILES = [
         'model.reference: has no effect, as reference.log_probs is "none"; leave it out',
     ),
     (
+        {"model": {"policy": "a", "lora": {"rank": 1, "alpha": 1, "target_modules": 3}}},
+        "target_modules: found 3, expected a list of one or more values, each a non-empty string "
+        'or "all-linear"',
+    ),
+    (
         {"train": {"objective": "sft"}, "loss": {"beta": 0.1}},
         "loss: found {'name': 'sigmoid', 'beta': 0.1} with train.objective \"sft\", which has",
     ),

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM
+from notus.model.mistral import MistralForCausalLM, ModelShape, read_entry, read_object
 from notus.model.weights import (
     INDEX,
     TOKENIZER_FILES,
@@ -312,7 +312,7 @@ def read_adapter(folder: Path) -> Adapter:
     decoder does not compute, and weights that do not fit the settings.
     """
     path = folder / CONFIG
-    config = _read_config(path)
+    config = read_object(path, "the folder of an adapter")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f'{path}: peft_type is {json.dumps(kind)}, expected "LORA"')
@@ -334,8 +334,8 @@ def read_adapter(folder: Path) -> Adapter:
     narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
     by_name = isinstance(targets, list) and not narrowed
     settings = LoraSettings(
-        rank=_entry(config, "r", path),
-        alpha=_entry(config, "lora_alpha", path),
+        rank=read_entry(config, "r", path),
+        alpha=read_entry(config, "lora_alpha", path),
         dropout=config.get("lora_dropout", 0.0),
         target_modules=tuple(targets if by_name else sorted(layers)),
         rslora=config.get("use_rslora", False),
@@ -349,24 +349,6 @@ def read_adapter(folder: Path) -> Adapter:
                 f"which one is the rank, {settings.rank} by {CONFIG}"
             )
     return Adapter(settings, config.get("base_model_name_or_path"), file, shapes)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {CONFIG}; expected the folder of an adapter") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
-    return config
-
-
-def _entry(config: dict[str, Any], key: str, path: Path) -> Any:
-    if key not in config:
-        raise UserError(f"{path}: the entry {key!r} is missing")
-    return config[key]
 
 
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -454,6 +436,24 @@ def _check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> 
             )
 
 
+def check_fits(adapter: Adapter, shape: ModelShape) -> set[str]:
+    """The layers that the adapter changes in a base of this shape.
+
+    Raises UserError when it was made for another.
+    """
+    with torch.device("meta"):
+        model = MistralForCausalLM(shape)
+    weights = {name: p.shape for name, p in model.named_parameters()}
+    layers = {name.rsplit(".", 1)[0] for name in adapter.shapes}
+    expected = {}
+    for layer in layers:
+        if len(rows_columns := weights.get(f"{layer}.weight", ())) == 2:
+            expected[f"{layer}.lora_A"] = (adapter.settings.rank, rows_columns[1])
+            expected[f"{layer}.lora_B"] = (rows_columns[0], adapter.settings.rank)
+    _check_shapes(adapter, expected)
+    return layers
+
+
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Write the base with the adapter added to its weights as a Hugging Face folder.
 
@@ -466,16 +466,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     """
     opened = read_adapter(adapter)
     base, shape = open_model(str(base))
-    with torch.device("meta"):
-        model = MistralForCausalLM(shape)
-    weights = {name: p.shape for name, p in model.named_parameters()}
-    layers = {name.rsplit(".", 1)[0] for name in opened.shapes}
-    expected = {}
-    for layer in layers:
-        if len(rows_columns := weights.get(f"{layer}.weight", ())) == 2:
-            expected[f"{layer}.lora_A"] = (opened.settings.rank, rows_columns[1])
-            expected[f"{layer}.lora_B"] = (rows_columns[0], opened.settings.rank)
-    _check_shapes(opened, expected)
+    layers = check_fits(opened, shape)
     if out.exists():
         raise UserError(f"{out}: exists already; give a folder that does not")
     partial = out.with_name(f".partial-{out.name}")
@@ -591,7 +582,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         merge(model_folder(options.base), model_folder(options.adapter), options.out)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.out}")
     return 0

@@ -71,7 +71,7 @@ def read_shape(folder: Path) -> ModelShape:
     decoder does not compute (another activation or rope scaling).
     """
     path = folder / "config.json"
-    config = _read_config(path)
+    config = read_object(path, "a Hugging Face model folder")
     architectures = config.get("architectures")
     found = architectures[0] if isinstance(architectures, list) and architectures else architectures
     if found not in ARCHITECTURES:
@@ -124,13 +124,15 @@ def read_shape(folder: Path) -> ModelShape:
     return shape
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_object(path: Path, folder_is: str) -> dict[str, Any]:
+    """The JSON object of a configuration file.
+
+    Raises UserError for a missing file, as a folder that is not `folder_is`, and for other content.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path.parent}: no config.json; expected a Hugging Face model folder"
-        ) from None
+        raise UserError(f"{path.parent}: no {path.name}; expected {folder_is}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
@@ -138,14 +140,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _entry(config: dict[str, Any], key: str, path: Path) -> Any:
+def read_entry(config: dict[str, Any], key: str, path: Path) -> Any:
+    """An entry that must be there. Raises UserError that names it."""
     if key not in config:
         raise UserError(f"{path}: the entry {key!r} is missing")
     return config[key]
 
 
 def _size(config: dict[str, Any], key: str, path: Path) -> int:
-    value = _entry(config, key, path)
+    value = read_entry(config, key, path)
     if type(value) is not int or value < 1:
         raise UserError(f"{path}: {key} is {json.dumps(value)}, expected an integer of at least 1")
     return value
@@ -156,7 +159,7 @@ def _size_or_none(config: dict[str, Any], key: str, path: Path) -> int | None:
 
 
 def _number(config: dict[str, Any], key: str, path: Path) -> float:
-    value = _entry(config, key, path)
+    value = read_entry(config, key, path)
     if type(value) not in (int, float) or not value > 0:
         raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
     return value

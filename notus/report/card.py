@@ -98,7 +98,10 @@ def read_record(run: Path) -> Record:
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file; expected the output_dir of a run")
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{metrics}: a line is not valid JSON ({error})") from None
     training = [line for line in lines if "loss" in line]
     if not training:
         raise UserError(f"{metrics}: no training step is logged there; a card needs at least one")
@@ -200,7 +203,8 @@ def front_matter(record: Record, identity: Identity) -> ModelCardData:
     relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     tags = ["sft" if record.is_sft else "dpo", "notus"]
     tags += [] if record.is_sft else ["preference-optimisation"]
-    tags += [] if record.lora is None else ["lora", "peft"]
+    tags += [] if record.lora is None else ["lora"]
+    tags += ["peft"] if adapter else []
     results = evaluation_results(record)
     return ModelCardData(
         base_model=base,

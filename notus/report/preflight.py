@@ -16,7 +16,7 @@ from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
 from notus.data.tokenization import TokenizedPairs
 from notus.engine.hardware import GIB, GPU, GPUS
-from notus.engine.metrics import model_flops
+from notus.engine.metrics import forward_flops, model_flops
 from notus.errors import UserError
 from notus.model.mistral import ModelShape
 from notus.report.memory import MODES, OPTIMIZER_STATES, Budget, Counts, Line, Load, memory_budget
@@ -184,13 +184,13 @@ def run_work(
     of all rows of all steps. Full checkpointing runs the blocks forward once more, "selective" only
     cheap operations. The head computes its logits again in the backward pass. A cached reference
     runs once over both data sets, an online one with every step and every evaluation. A frozen base
-    has no gradient of its weights, which makes it 2 x; its adapters' own work is left out.
+    has no gradient of its weights: 2 x but for attention; its adapters' own work is left out.
     """
 
     def forward(lengths: np.ndarray) -> tuple[float, float]:
         """Of the blocks and of the head."""
-        head = 2.0 * shape.hidden_size * shape.vocab_size * float(lengths[:, 1:].sum())
-        return model_flops(shape, lengths) / 3 - head, head
+        products, attention, head = forward_flops(shape, lengths)
+        return products + attention, head
 
     blocks, head = forward(trained)
     once, evaluated = sum(forward(train)), sum(forward(held_out))
@@ -203,7 +203,7 @@ def run_work(
     }
     passes = 2 if frozen_base else 3
     return Work(
-        model=passes * (blocks + head),
+        model=model_flops(shape, trained, frozen_base),
         padding=repeated * (passes * blocks + again),
         recomputation=again + head,
         reference=references[reference],

@@ -415,3 +415,24 @@ def test_mistakes_are_named(demo, tmp_path, capfd, overrides, words, options):
     assert printed.startswith("error: ") and printed.count("\n") == 1, printed
     assert all(word in printed for word in words), printed
     assert not output.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_an_adapter_of_another_base_is_named(demo, tmp_path, capfd, options):
+    """A base of the same layers, half as wide, under the adapter's matrices."""
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoConfig.from_pretrained(demo / "sft")
+    base.hidden_size //= 2
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_config(base), settings)
+    model.peft_config["default"].base_model_name_or_path = str(demo / "sft")
+    model.save_pretrained(tmp_path / "adapter")
+    config = base_config(demo)
+    config["model"]["policy"] = str(tmp_path / "adapter")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "out"
+    arguments = [str(tmp_path / "config.json"), f"output_dir={output}", *options]
+    assert train.main(arguments) == 2
+    printed = capfd.readouterr().err
+    assert "q_proj.lora_A.weight has shape (2, 16), expected (2, 32)" in printed, printed
+    assert "made for another base" in printed and not output.exists()

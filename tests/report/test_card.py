@@ -308,6 +308,9 @@ def test_what_a_card_cannot_be_made_of(run, tmp_path, capsys):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     with pytest.raises(UserError, match="metrics.jsonl: no training step is logged there"):
         write_card(run)
+    (run / "metrics.jsonl").write_text(whole[:-10])
+    with pytest.raises(UserError, match="metrics.jsonl: a line is not valid JSON"):
+        write_card(run)
     (run / "metrics.jsonl").write_text(whole)
     shutil.rmtree(run / "final")
     with pytest.raises(UserError, match="final: no such folder, so the run has not ended"):

@@ -126,7 +126,9 @@ def test_work_by_hand():
         evaluations=3,
         frozen_base=True,
     )
-    assert adapters.model == pytest.approx(2 * (blocks + head))
+    products = 2 * 32 * (BLOCK - 2 * 4096) * 60
+    attention = 4 * 4096 * 32 * pairs_attended  # both of its factors are activations
+    assert adapters.model == pytest.approx(2 * (products + head) + 3 * attention)
     assert adapters.reference == pytest.approx(blocks + head + 3 * (held_blocks + held_head))
     # 989.4 TFLOP/s at half of the peak, on two of them
     expected = work.total / (2 * 989.4e12 * 0.5) / 3600
