@@ -102,7 +102,9 @@ def train_two_steps(load: Load, device: torch.device) -> None:
     """Build, shard and train the model that `load` describes, as train.py does."""
     mesh = init_device_mesh(device.type, (load.shard,), mesh_dim_names=("shard",))
     with torch.device("meta"):
-        model = MistralForCausalLM(load.shape, "triton" if load.triton else "plain")
+        model = MistralForCausalLM(
+            load.shape, "triton" if load.triton else "plain", "dense" if load.on_cpu else None
+        )
     shard_model(
         model,
         mesh,

@@ -610,6 +610,7 @@ def sweep_points(model: str) -> list[tuple[str, Settings]]:
             for mode in ("none", "selective")
             for tokens in (8192, 16384)
         ),
+        ("notus", {"parallel.attention": "varlen"}),
         (
             "notus",
             {"parallel.activation_checkpointing": "none", "parallel.keep_gathered": True},

@@ -38,7 +38,7 @@ Decay = Annotated[float, Bound("a number from 0 to below 1", lambda x: 0 <= x < 
 class Lora:
     """Low-rank adapters: they alone are trained, the base rests in compute_dtype."""
 
-    rank: Count
+    rank: Count  # of a layer's change B A: rows of A, columns of B
     alpha: Positive  # the adapters' product is scaled by alpha / rank
     dropout: Decay = 0.0  # probability that an entry of an adapter's input is left out in training
     # linear layers by the end of their name, or "all-linear" for all of the blocks'
@@ -99,7 +99,7 @@ class Holdout:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    train: tuple[Source, ...]
+    train: tuple[Source, ...]  # what is trained on, mixed by weight; each of them as below
     eval: tuple[Source, ...] | Holdout | None = None  # null: no evaluation
     # training pairs whose prompt is an evaluation pair's, or nearly: kept, or left out
     leaks: Literal["keep", "drop"] = "keep"
@@ -141,19 +141,20 @@ class Reference:
     log_probs: Literal["cached", "online", "none"] = "cached"
     # TR-DPO: every so many steps the online reference moves towards the policy by this share
     sync_every: Count | None = None
-    sync_share: Fraction = 0.6
+    sync_share: Fraction = 0.6  # 0: stays where it is; 1: becomes the policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The defaults of betas, alpha and eps are torch's own."""
 
-    name: Literal["adamw", "rmsprop"] = "adamw"
+    name: Literal["adamw", "rmsprop"] = "adamw"  # two moments for each parameter, or one
     learning_rate: NonNegative = 5e-7  # the highest of the schedule
+    # adamw: each step takes this x the rate off a parameter; rmsprop: adds it to the gradient
     weight_decay: NonNegative = 0.0
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw: decay of the first and second moment
     alpha: Decay = 0.99  # rmsprop: decay of the squared gradient
-    eps: NonNegative = 1e-8
+    eps: NonNegative = 1e-8  # added to the root of the squared gradient's mean, the divisor
     # dtype of the moments; bfloat16 is rounded stochastically. Weights and gradients stay float32.
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     max_grad_norm: Positive = 1.0  # a longer gradient (2-norm over all parameters) is scaled to it
@@ -172,11 +173,16 @@ class Train:
     # responses (of every answer, in rows that hold a conversation), averaged over their tokens
     objective: Literal["dpo", "sft"] = "dpo"
     pairs_per_step: Count = 64  # pairs of one optimiser step, over all ranks
-    epochs: Count = 1
+    epochs: Count = 1  # times that every pair is seen; an epoch's last step takes what is left
     max_steps: Count | None = None  # the run ends here if the epochs hold more; null: no limit
     # updates skipped in a row, because loss or gradient was not finite, after which the run ends
     max_nonfinite: Count = 3
-    seed: Seed = 42
+    seed: Seed = 42  # of the order of pairs, adapters, dropout, curation's draws and samples
+
+    @property
+    def unit(self) -> str:
+        """What a step counts, in words."""
+        return "responses" if self.objective == "sft" else "pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +192,12 @@ class Parallel:
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
     cpu_offload: bool = False  # parameters and optimiser state rest in the host's memory
     keep_gathered: bool = False  # the whole model stays gathered between a step's microbatches
+    # what the backward pass computes again: nothing, a block's cheap operations, whole blocks
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
+    # FlexAttention, FlashAttention over segments (which adds in no fixed order, so that runs do not
+    # repeat to the bit) or a whole mask; "auto": "flex" on CUDA, else "varlen", compiled "dense"
+    attention: Literal["auto", "flex", "varlen", "dense"] = "auto"
     # the head (kernels/): "triton", "plain" for PyTorch's own operations, "auto": Triton on CUDA
     kernels: Literal["auto", "triton", "plain"] = "auto"
 
@@ -199,7 +209,7 @@ class Samples:
     # a JSONL file, each line {"prompt": text or messages} and perhaps "answer", the right response
     prompts: Text
     count: Count = 3  # prompts shown side by side; all are answered
-    max_new_tokens: Count = 64
+    max_new_tokens: Count = 64  # of one answer
     temperature: NonNegative = 1.0  # 0: the likeliest token each time
 
 

@@ -30,6 +30,7 @@ from notus.engine.optim import make_optimizer
 from notus.errors import UserError
 from notus.evals.prompts import Prompt, check_prompts, read_prompts
 from notus.kernels.dispatch import check_backend
+from notus.model.attention import default_backend
 from notus.model.lora import (
     LoraSettings,
     adapter_parameters,
@@ -62,6 +63,7 @@ from notus.objective.reference import (
     online_reference,
     without_adapters,
 )
+from notus.report.preflight import idle_text
 from notus.report.samples import write_samples
 from notus.report.tokens import DataSet, token_report
 
@@ -138,6 +140,7 @@ def open_run(
     data, models and output_dir have been found usable.
     """
     agree(lambda: check_backend(config.parallel.kernels, ranks.device))
+    agree(lambda: attention_backend(config, ranks.device))
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
     inputs = open_inputs(config, ranks, weights=True)
     loss, source, shape = inputs.loss, inputs.source, inputs.shape
@@ -158,10 +161,13 @@ def open_run(
         checkpoint.check_sound(given)
     if given and not start:
         start = checkpoint.weights_identity(given)
+    unit = config.train.unit
     ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch; "
-        f"{shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
+        f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
+        f"epoch; {shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
     )
+    if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
+        ranks.say(idle)
     if (output / "final").exists():
         ranks.say(f"{output / 'final'} holds the model of this run: nothing left to do")
         return None
@@ -392,7 +398,7 @@ def read_data(
         earlier = dropped.get(name, {})  # a holdout's are counted with the training data's
         counts = {f"dropped: {reason}": n for reason, n in earlier.items()} | result.counts
         notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
-        ranks.say(f"{name} data: {len(result.pairs):,} pairs{notes}")
+        ranks.say(f"{name} data: {len(result.pairs):,} {config.train.unit}{notes}")
         if not len(result.pairs):
             raise UserError(f"data.{name}: no pair is left after tokenization{notes}")
         slots = slots_of(result.pairs.lengths, config.data.prefix_sharing)
@@ -447,7 +453,9 @@ def build_model(
     lora = None if frozen else lora_settings(config)
     constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
-        model = MistralForCausalLM(shape, config.parallel.kernels)
+        model = MistralForCausalLM(
+            shape, config.parallel.kernels, attention_backend(config, ranks.device)
+        )
         model.to(compute_dtype if constant or lora else torch.float32)
         model.requires_grad_(not frozen)
         if lora:
@@ -458,7 +466,7 @@ def build_model(
         ranks.device,
         compute_dtype=compute_dtype,
         activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
-        compile_blocks=compiles(config, ranks),
+        compile_blocks=compiles(config, ranks.device),
         cpu_offload=config.parallel.cpu_offload,
         dropout=lora is not None and lora.dropout > 0,
     )
@@ -576,7 +584,25 @@ def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
     )
 
 
-def compiles(config: Config, ranks: Ranks) -> bool:
+def compiles(config: Config, device: torch.device) -> bool:
     """Whether transformer blocks are compiled."""
     wanted = config.parallel.compile
-    return ranks.device.type == "cuda" if wanted == "auto" else wanted
+    return device.type == "cuda" if wanted == "auto" else wanted
+
+
+def attention_backend(config: Config, device: torch.device) -> str:
+    """The backend of attention. Raises UserError for one that cannot train on the device."""
+    wanted, compiled = config.parallel.attention, compiles(config, device)
+    if wanted == "auto":
+        return default_backend(device, compiled)
+    reason = None
+    if device.type == "cuda":
+        if wanted == "varlen" and config.model.compute_dtype == "float32":
+            reason = 'with model.compute_dtype "float32": FlashAttention computes in bfloat16'
+    elif wanted == "flex":
+        reason = "on the CPU, where it has no backward pass"
+    elif wanted == "varlen" and compiled:
+        reason = "with parallel.compile on the CPU, where segments are not compiled"
+    if reason:
+        raise UserError(f'parallel.attention: found "{wanted}" {reason}; expected another')
+    return wanted

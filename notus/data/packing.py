@@ -8,7 +8,8 @@ rejected one's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,32 @@ from notus.data.tokenization import TokenizedPairs
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2  # branches of a document
 PADDING = -1  # the document of slots that hold no token
+NO_SLOTS = slice(0, 0)
+PADDING_SEGMENT = 128  # slots; a row of nothing but padding should not cost a row of attention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A row as G causal sequences, for attention of variable length.
+
+    A prompt and the only response to it are one segment. Where two responses share a prompt, it is
+    one, and so is each of them, with the prompt's keys before its own: queries and keys end at the
+    same token. The keys of all segments, one after another, are K copies of slots: those of a
+    shared prompt stand there three times. Padding is cut into segments of its own, so that every
+    slot gets a finite result.
+
+    query_edges, key_edges: int32 [G + 1], where segments begin among slots and among keys.
+    key_slots: int64 [K], the slot of which a key is a copy. copies: int64 [T, 3], where each slot's
+    copies stand among the keys, K in place of those that it does not have.
+    most_queries, most_keys: of any one segment.
+    """
+
+    query_edges: Tensor
+    key_edges: Tensor
+    key_slots: Tensor
+    copies: Tensor
+    most_queries: int
+    most_keys: int
 
 
 @dataclass(frozen=True)
@@ -30,12 +57,14 @@ class Layout:
     hidden: bool, True for a token that neither attends nor is attended to (an end-of-sequence token
         inside the text under the "trl-0.7.4" tokenization; FlashAttention-2 took it out of the
         sequence, and so its attention output is 0).
+    segments: the same as causal sequences; None where tokens are hidden, as they are not in them.
     """
 
     document: Tensor
     branch: Tensor
     position: Tensor
     hidden: Tensor
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +85,14 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on `device`; from pinned memory the copy does not block."""
-        return Microbatch(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        return _move(self, device)
 
 
-def _move(value: Tensor | Layout, device: torch.device) -> Tensor | Layout:
-    if isinstance(value, Layout):
-        return Layout(**{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+def _move(value: Any, device: torch.device) -> Any:
+    if is_dataclass(value):
+        return type(value)(**{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+    if not isinstance(value, Tensor):
+        return value
     if device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
@@ -91,11 +122,12 @@ def pack(
     position = np.zeros(slots, np.int32)
     hidden = np.zeros(slots, bool)
     rows, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    segments: list[tuple[slice, slice]] = []  # slots of a shared prompt, if any, and of the queries
     cursor = 0
     documents = 0
 
-    def place(part: slice, kind: int, first_position: int) -> int:
-        """Copy one part of a pair to the cursor; returns the slot it begins at."""
+    def place(part: slice, kind: int, first_position: int) -> slice:
+        """Copy one part of a pair to the cursor; returns the slots that it takes."""
         nonlocal cursor
         start, cursor = cursor, cursor + part.stop - part.start
         assert cursor <= slots, (cursor, slots)
@@ -105,22 +137,28 @@ def pack(
         document[here] = documents
         branch[here] = kind
         position[here] = np.arange(first_position, first_position + cursor - start)
-        return start
+        return here
 
     for pair in chosen_pairs:
         prompt, *responses = pairs.parts(pair)
-        prompt_length = prompt.stop - prompt.start
+        # There is no rejected response in supervised fine-tuning.
+        responses = [part for part in responses if part.stop > part.start]
+        shared = prefix_sharing and len(responses) == 2
         for side, part in enumerate(responses):
-            if part.start == part.stop:
-                continue  # there is no rejected response in supervised fine-tuning
-            if side == 0 or not prefix_sharing:
+            if side == 0 or not shared:
                 documents += 1
-                prompt_end = place(prompt, PROMPT, 0) + prompt_length - 1
-            start = place(part, (CHOSEN, REJECTED)[side], prompt_length)
-            length = part.stop - part.start
+                before = place(prompt, PROMPT, 0)
+                if shared:
+                    segments.append((NO_SLOTS, before))
+            own = place(part, (CHOSEN, REJECTED)[side], prompt.stop - prompt.start)
+            whole = slice(before.start, own.stop)
+            segments.append((before, own) if shared else (NO_SLOTS, whole))
             # The prompt's last slot predicts the first token, each token the one after it.
-            rows.append(np.r_[prompt_end, start : start + length - 1].astype(np.int64))
+            rows.append(np.r_[before.stop - 1, own.start : own.stop - 1].astype(np.int64))
             targets.append(pairs.tokens[part].astype(np.int64))
+
+    for start in range(cursor, slots, PADDING_SEGMENT):
+        segments.append((NO_SLOTS, slice(start, min(start + PADDING_SEGMENT, slots))))
 
     def joined(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts))
@@ -128,9 +166,27 @@ def pack(
     indices = np.asarray(chosen_pairs, dtype=np.int64)
     return Microbatch(
         tokens=torch.from_numpy(tokens),
-        layout=Layout(*(torch.from_numpy(x) for x in (document, branch, position, hidden))),
+        layout=Layout(
+            *(torch.from_numpy(x) for x in (document, branch, position, hidden)),
+            segments=None if hidden.any() else _join(segments, slots),
+        ),
         pairs=torch.from_numpy(indices),
         rows=joined(rows),
         targets=joined(targets),
         lengths=torch.from_numpy(pairs.lengths[indices, 1:].reshape(-1, 2)),
     )
+
+
+def _join(segments: Sequence[tuple[slice, slice]], slots: int) -> Segments:
+    """Segments of a row, (shared prompt, queries), whose queries are its slots in their order."""
+    sizes = [(own.stop - own.start, own.stop - own.start + p.stop - p.start) for p, own in segments]
+    edges = np.concatenate([[[0, 0]], np.cumsum(sizes, axis=0)]).astype(np.int32)
+    key_slots = np.concatenate([np.r_[shared, own] for shared, own in segments]).astype(np.int64)
+    # A copy's column is its number among the copies of its slot.
+    order = np.argsort(key_slots, kind="stable")
+    times = np.bincount(key_slots, minlength=slots)
+    column = np.arange(len(order)) - np.repeat(np.cumsum(times) - times, times)
+    copies = np.full((slots, 3), len(key_slots), np.int64)
+    copies[key_slots[order], column] = order
+    arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in (*edges.T, key_slots, copies))
+    return Segments(*arrays, *(int(most) for most in np.max(sizes, axis=0)))

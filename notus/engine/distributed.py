@@ -184,7 +184,9 @@ def shard_model(
         if activation_checkpointing != "none":
             block.forward = _recomputed(block.forward, activation_checkpointing, dropout)
         if compile_blocks:
-            block.forward = torch.compile(block.forward)
+            # Rows differ in length. Compiled for the first one and then for all, a run that goes on
+            # from a checkpoint would round its first steps otherwise than the run did.
+            block.forward = torch.compile(block.forward, dynamic=True)
     offload = OffloadPolicy()
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -236,6 +238,7 @@ KEPT_OPERATIONS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 

@@ -6,23 +6,48 @@ it), its position, and whether it takes part in attention at all. From these fou
 `may_attend` decides for every (query, key) pair; nothing else in the project builds a mask.
 
     backend  device  what it does
-    dense    any     a [T, T] boolean mask and scaled_dot_product_attention; has a CPU backward
     flex     CUDA    FlexAttention over the blocks in which the predicate holds somewhere
+    varlen   any     a causal sequence for each branch (`packing.Segments`) and nothing else: on
+                     CUDA FlashAttention, in bfloat16 alone, whose backward pass adds in no fixed
+                     order; on the CPU one sequence after another
+    dense    any     a [T, T] boolean mask and scaled_dot_product_attention
 
 Shapes: T slots, N query heads, K key/value heads, H head dimension.
 """
 
+from dataclasses import dataclass
+from inspect import signature
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from notus.data.packing import PADDING, PROMPT, Layout
+from notus.data.packing import PADDING, PROMPT, Layout, Segments
 
-AttentionMask = Tensor | BlockMask
+
+@dataclass(frozen=True)
+class SegmentMask:
+    """The predicate as causal sequences.
+
+    window: see `may_attend`. masks: for the CPU, bool [queries, keys] of every segment, None where
+    a plain causal one says the same. FlashAttention, on CUDA, needs none.
+    """
+
+    segments: Segments
+    window: int | None
+    masks: list[Tensor | None] | None
+
+
+AttentionMask = Tensor | BlockMask | SegmentMask
+
+# Since torch 2.12 fewer key than query heads must be allowed by name.
+_GROUPED_QUERIES = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 # Uncompiled, FlexAttention stores the whole score matrix; inside a compiled block this is inlined.
-_compiled_flex_attention = torch.compile(flex_attention)
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 
 
 def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -45,9 +70,16 @@ def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -
 def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMask:
     """The predicate over all T x T slots in the form that `backend` wants; once per microbatch.
 
-    backend: "dense" gives a bool tensor [T, T], "flex" a BlockMask.
+    backend: "dense" gives a bool tensor [T, T], "flex" a BlockMask, "varlen" a SegmentMask, or for
+    a row with hidden tokens, which FlashAttention cannot pass over, what the others would give. In
+    segments, padding may see padding before it, which changes nothing that is read.
     """
     slots = torch.arange(len(layout.document), device=layout.document.device)
+    if backend == "varlen" and layout.segments is None:
+        backend = "flex" if slots.is_cuda else "dense"
+    if backend == "varlen":
+        masks = None if slots.is_cuda else _segment_masks(layout.segments, window)
+        return SegmentMask(layout.segments, window, masks)
     if backend == "dense":
         return may_attend(layout, slots[:, None], slots[None, :], window)
     assert backend == "flex", backend
@@ -58,9 +90,27 @@ def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMas
     return create_block_mask(mask_mod, None, None, len(slots), len(slots), device=slots.device)
 
 
-def default_backend(device: torch.device) -> str:
-    """FlexAttention has no backward on the CPU, so there the mask is dense."""
-    return "flex" if device.type == "cuda" else "dense"
+def _segment_masks(segments: Segments, window: int | None) -> list[Tensor | None]:
+    masks = []
+    sizes = (edges.diff().tolist() for edges in (segments.query_edges, segments.key_edges))
+    for queries, keys in zip(*sizes, strict=True):
+        if queries == keys and (window is None or keys <= window):
+            masks.append(None)
+            continue
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        allowed = distance >= 0
+        masks.append(allowed if window is None else allowed & (distance < window))
+    return masks
+
+
+def default_backend(device: torch.device, compiled: bool = False) -> str:
+    """What attention uses unless told otherwise: runs that repeat to the bit on CUDA.
+
+    On the CPU FlexAttention has no backward pass, and a compiler cannot follow the segments.
+    """
+    if device.type == "cuda":
+        return "flex"
+    return "dense" if compiled else "varlen"
 
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
@@ -68,6 +118,8 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
 
     Returns [T, N, H] in the dtype of the queries; zero where the mask allows a query no key.
     """
+    if isinstance(mask, SegmentMask):
+        return _attend_in_segments(q_TNH, k_TKH, v_TKH, mask)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))  # [1, heads, T, H]
     if isinstance(mask, BlockMask):
         flex = _compiled_flex_attention if q.is_cuda else flex_attention
@@ -75,3 +127,50 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
+
+
+def _attend_in_segments(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: SegmentMask) -> Tensor:
+    segments = mask.segments
+    k, v = (_Copies.apply(x, segments.key_slots, segments.copies) for x in (k_TKH, v_TKH))
+    if mask.masks is None:
+        return varlen_attn(
+            q_TNH,
+            k,
+            v,
+            segments.query_edges,
+            segments.key_edges,
+            segments.most_queries,
+            segments.most_keys,
+            window_size=(-1 if mask.window is None else mask.window - 1, 0),
+            **_GROUPED_QUERIES,
+        )
+    queries = q_TNH.transpose(0, 1).split(segments.query_edges.diff().tolist(), dim=1)
+    sizes = segments.key_edges.diff().tolist()
+    keys, values = (x.transpose(0, 1).split(sizes, dim=1) for x in (k, v))
+    parts = [
+        scaled_dot_product_attention(
+            *(x.unsqueeze(0) for x in qkv), attn_mask=m, is_causal=m is None, enable_gqa=True
+        )
+        for *qkv, m in zip(queries, keys, values, mask.masks, strict=True)
+    ]
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
+
+
+class _Copies(torch.autograd.Function):
+    """Rows of x by index; the gradients of a row's copies are summed in order, in float32.
+
+    Indexing does that too, but on CUDA with atomic additions, so that runs would not be repeatable.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, key_slots: Tensor, copies: Tensor) -> Tensor:
+        ctx.save_for_backward(copies)
+        return x[key_slots]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (copies,) = ctx.saved_tensors
+        padded = torch.cat((gradient, gradient.new_zeros(1, *gradient.shape[1:])))
+        first, second, third = (padded[index] for index in copies.unbind(1))
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        return (first.to(wide) + second + third).to(gradient.dtype), None, None

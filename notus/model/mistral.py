@@ -335,10 +335,16 @@ class LogProbHead(nn.Module):
 class MistralForCausalLM(nn.Module):
     """The decoder and its head. Keys of the state dict equal those of transformers' class."""
 
-    def __init__(self, shape: ModelShape, kernels: str = "auto") -> None:
-        """kernels: "auto", "triton" or "plain", what computes the head."""
+    def __init__(
+        self, shape: ModelShape, kernels: str = "auto", attention: str | None = None
+    ) -> None:
+        """kernels: "auto", "triton" or "plain", what computes the head.
+
+        attention: backend for packed rows, see notus/model/attention.py; None: the device's.
+        """
         super().__init__()
         self.shape = shape
+        self.attention = attention
         self.model = Decoder(shape)
         self.lm_head = LogProbHead(shape, kernels)
         if shape.tie_word_embeddings:

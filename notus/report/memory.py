@@ -85,7 +85,7 @@ class Load:
     optimiser's numbers per parameter, see OPTIMIZER_STATES. reference_width: bytes per parameter of
     a resident reference, 0 without one. kept_log_probs: float32 reference log-probs on the device.
     compiled: blocks are; triton: the head runs its Triton kernels, not their plain definition;
-    on_cpu: attention takes a [T, T] mask, and the head multiplies in float32.
+    on_cpu: attention takes the "dense" backend's [T, T] mask, and the head multiplies in float32.
     """
 
     shape: ModelShape

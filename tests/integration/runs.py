@@ -35,8 +35,13 @@ def base_config(demo: Path) -> dict:
     }
 
 
-def run(config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1) -> None:
-    """train.py once per list of overrides, one after another in the same `ranks` processes."""
+def run(
+    config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1
+) -> subprocess.CompletedProcess:
+    """train.py once per list of overrides, one after another in the same `ranks` processes.
+
+    Returns what all of them have written to the console.
+    """
     (folder / "config.json").write_text(json.dumps(config))
     arguments = [[str(folder / "config.json"), *values] for values in overrides]
     (folder / f"runs-{ranks}.json").write_text(json.dumps(arguments))
@@ -54,6 +59,7 @@ def run(config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1) 
         timeout=150,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    return done
 
 
 def pairs_of(config: Config) -> tuple[TokenizedPairs, TokenizedPairs]:

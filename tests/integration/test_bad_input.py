@@ -163,6 +163,11 @@ def test_unknown_section(place, capfd):
         ("model.compute_dtype=float16", ("model.compute_dtype:", 'found "float16"', '"bfloat16"')),
         ("data.tokenization=old", ("data.tokenization:", 'found "old"', '"trl-0.7.4"')),
         ("parallel.compile=maybe", ("parallel.compile:", 'found "maybe"', '"auto", true')),
+        ("parallel.attention=flex", ('parallel.attention: found "flex" on the CPU', "no backward")),
+        (
+            "parallel.attention=varlen parallel.compile=true",
+            ('parallel.attention: found "varlen" with parallel.compile', "not compiled"),
+        ),
         ("loss.name=dpo", ("loss.name: unknown loss 'dpo'", "mean 'sigmoid'?", "one of sigmoid,")),
         ("loss.betta=1", ("loss.betta: unknown option (did you mean 'beta'?)", "takes beta,")),
         ("loss.gamma=1", ("loss.gamma: not used by loss 'sigmoid', which takes beta,",)),

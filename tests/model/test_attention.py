@@ -1,12 +1,20 @@
-"""The predicate by hand, and the two backends of it against each other."""
+"""The predicate by hand, and its backends against each other."""
 
+from dataclasses import replace
+
+import flash_on_cpu  # noqa: F401  registers FlashAttention's operator
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 
+from benchmarks.memory import model_shape
 from conftest import random_pairs
-from notus.data.packing import Layout, pack
-from notus.model.attention import attend, build_mask
+from notus.data.packing import PADDING, Layout, pack
+from notus.engine.distributed import _recomputed
+from notus.model.attention import AttentionMask, SegmentMask, attend, build_mask, default_backend
+from notus.model.mistral import Block, rope_tables
 
 
 def layout(document, branch, position, hidden=None) -> Layout:
@@ -58,3 +66,97 @@ def test_flex_attention_computes_what_the_dense_mask_does(sharing, window):
         flex = attend(q, k, v, block_mask)
         dense = attend(q, k, v, build_mask(batch.layout, window, "dense"))
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("responses", [1, 2])
+@pytest.mark.parametrize("flash", [False, True])
+def test_segments_compute_what_the_dense_mask_does(sharing, window, responses, flash):
+    """Outputs and all gradients, float64; padding is finite and gives others no gradient."""
+    pairs = random_pairs(6)
+    if responses == 1:
+        kept = [slice(p.start, c.stop) for p, c, _ in map(pairs.parts, range(6))]
+        take = torch.cat([torch.arange(k.start, k.stop) for k in kept]).numpy()
+        lengths = pairs.lengths * [1, 1, 0]
+        pairs = replace(
+            pairs, tokens=pairs.tokens[take], hidden=pairs.hidden[take], lengths=lengths
+        )
+    layout = pack(pairs, range(6), 512, sharing).layout
+    mask = build_mask(layout, window, "varlen")
+    assert isinstance(mask, SegmentMask) and mask.masks is not None
+    if flash:
+        mask = replace(mask, masks=None)
+    torch.manual_seed(0)
+    inputs = [torch.randn(512, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
+    weight = torch.randn(512, 4, 8, dtype=torch.float64)
+    weight[layout.document == PADDING] = 0
+    found = attend(*inputs, mask)
+    expected = attend(*inputs, build_mask(layout, window, "dense"))
+    torch.testing.assert_close(found * weight, expected * weight, rtol=1e-12, atol=1e-12)
+    assert found.isfinite().all()
+    gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_of_padding_is_finite():
+    layout = pack(random_pairs(1), [], 300, True).layout
+    assert layout.segments.query_edges.tolist() == [0, 128, 256, 300]
+    out = attend(*(torch.randn(300, n, 8) for n in (4, 2, 2)), build_mask(layout, None, "varlen"))
+    assert out.isfinite().all()
+
+
+def test_hidden_tokens_are_left_to_the_predicate():
+    layout = pack(random_pairs(6, hide=0.1), range(6), 256, True).layout
+    found, dense = (build_mask(layout, None, backend) for backend in ("varlen", "dense"))
+    assert layout.hidden.any() and torch.equal(found, dense)
+
+
+def test_default_backends():
+    assert default_backend(torch.device("cuda")) == "flex"
+    assert default_backend(torch.device("cpu")) == "varlen"
+    assert default_backend(torch.device("cpu"), compiled=True) == "dense"
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_compiled_blocks_as_on_cuda(backend, mode, monkeypatch):
+    """Both of CUDA's backends, traced with their derivative: one graph, the dense mask's gradient.
+
+    Rows of four lengths with other numbers of pairs. On the CPU, PyTorch forbids FlexAttention's
+    derivative, which it has as a composition of other operations.
+    """
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.manual_seed(0)
+    shape = model_shape(layers=1, hidden=64, inner=96, heads=4, vocabulary=8)
+    block = Block(shape)
+    forward = block.forward
+    if mode != "none":
+        forward = _recomputed(block.forward, mode, dropout=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, dynamic=True, backend=count)
+
+    def gradients(run, x: Tensor, layout: Layout, mask: AttentionMask) -> tuple[Tensor, ...]:
+        inputs = [x.clone().requires_grad_(), *block.parameters()]
+        out = run(inputs[0], rope_tables(shape, layout.position), mask)
+        return torch.autograd.grad(out[layout.document != PADDING].square().sum(), inputs)
+
+    for slots, count_of_pairs in ((256, 3), (384, 5), (512, 6), (640, 8)):
+        layout = pack(random_pairs(count_of_pairs), range(count_of_pairs), slots, True).layout
+        x = torch.randn(slots, 64)
+        mask = build_mask(layout, 7, backend)
+        if backend == "varlen":
+            mask = replace(mask, masks=None)
+        found = gradients(compiled, x, layout, mask)
+        expected = gradients(block.forward, x, layout, build_mask(layout, 7, "dense"))
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max())
+    assert len(graphs) == 1
+    torch._dynamo.reset()
