@@ -195,8 +195,8 @@ class Parallel:
     # what the backward pass computes again: nothing, a block's cheap operations, whole blocks
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
-    # FlexAttention, FlashAttention over segments (which adds in no fixed order, so that runs do not
-    # repeat to the bit) or a whole mask; "auto": "flex" on CUDA, else "varlen", compiled "dense"
+    # FlexAttention, causal segments (by FlashAttention on CUDA, which does not repeat to the bit),
+    # or a whole mask; "auto": "flex" on CUDA; on the CPU "varlen", or "dense" if compiled
     attention: Literal["auto", "flex", "varlen", "dense"] = "auto"
     # the head (kernels/): "triton", "plain" for PyTorch's own operations, "auto": Triton on CUDA
     kernels: Literal["auto", "triton", "plain"] = "auto"

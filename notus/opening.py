@@ -27,6 +27,7 @@ from notus.engine.checkpoint import Progress
 from notus.engine.distributed import Ranks, agree, divide
 from notus.engine.lock import OutputLock
 from notus.engine.optim import make_optimizer
+from notus.engine.progress import progress
 from notus.errors import UserError
 from notus.evals.prompts import Prompt, check_prompts, read_prompts
 from notus.kernels.dispatch import check_backend
@@ -515,6 +516,7 @@ def open_reference(
                 cache_identity(pairs, identity, model.shape, compute_dtype),
                 score_pairs,
                 ranks.device,
+                show=partial(progress, unit="reference: pair") if ranks.first else None,
             )
             references.append(cached_reference(flat, pairs))
     return references, model

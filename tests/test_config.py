@@ -78,6 +78,7 @@ def test_defaults(tmp_path: Path) -> None:
             "keep_gathered": False,
             "activation_checkpointing": "full",
             "compile": "auto",
+            "attention": "auto",
             "kernels": "auto",
         },
         "evaluation": {"samples": None},

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -12,24 +13,50 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 from torch.distributed.run import get_args_parser
 
 import eval as evaluation_commands
 import train
+from notus.config import load_config
 from notus.data import curation
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_configuration_page_is_generated():
+def generator() -> ModuleType:
+    """docs/generate.py, which is no module of a package."""
     specification = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
     generate = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(generate)
+    return generate
+
+
+def test_the_configuration_page_is_generated():
     written = (ROOT / "docs/configuration.md").read_text()
-    assert written == generate.configuration(), "run python docs/generate.py"
+    assert written == generator().configuration(), "run python docs/generate.py"
+    assert not re.findall(r"^.*\|\s+\|$", written, re.M)  # a key without a word of its meaning
+
+
+@pytest.mark.slow
+def test_the_hardware_page_is_generated():
+    written = (ROOT / "docs/hardware.md").read_text()
+    assert written == generator().hardware(), "run python docs/generate.py"
+
+
+def test_lengths_of_the_hardware_page():
+    """Drawn pairs have the stated quantiles, but for what is cut: no pair is over 1,024 tokens."""
+    generate = generator()
+    lengths = generate.ultrafeedback_like(20_000, 1024).lengths
+    assert (lengths[:, 0] + lengths[:, 1:].max(1)).max() == 1024
+    for column, name in enumerate(generate.LENGTHS):
+        at = [generate.QUANTILES.index(percent) for percent in (10, 50, 80)]
+        stated = [generate.LENGTHS[name][place] for place in at]
+        assert np.percentile(lengths[:, column], (10, 50, 80)) == pytest.approx(stated, rel=0.05)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -52,6 +79,114 @@ def test_messages_that_troubleshooting_quotes_exist():
     assert len(quoted) > 8
     for part in (part.strip() for message in quoted for part in message.split("...")):
         assert any(part in constant for constant in constants), part
+
+
+# ---------------------------------------------------------------------- commands within a sentence
+
+RESULTS = ROOT / "benchmarks/RESULTS.md"
+OVERRIDE = r"[a-z_]+(\.\w+)+=.*"
+
+
+def spans(page: Path) -> list[str]:
+    """What stands between single backquotes outside of code blocks, each on one line."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def words_of(span: str) -> list[str]:
+    """A span as a shell reads it, without variables set in front; nothing if it is no command."""
+    try:
+        words = shlex.split(span)
+    except ValueError:  # an apostrophe
+        return []
+    return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
+
+
+SPANS = [(page, span) for page in [*PAGES, RESULTS] for span in dict.fromkeys(spans(page))]
+
+
+def options_in(*files: Path) -> set[str]:
+    """All --options that stand in the sources."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(re.findall(r"^--[a-z][a-z-]*$", node.value))
+    return found
+
+
+def script_of(words: list[str]) -> Path | None:
+    """The file that a command starts, None if it starts no Python of this project.
+
+    torchrun's own options must be ones that it knows.
+    """
+    program, *arguments = words
+    if program == "torchrun":
+        arguments = [get_args_parser().parse_args(arguments).training_script]
+    elif program in ("train.py", "eval.py"):
+        arguments = words
+    elif program != "python":
+        return None
+    if arguments[0] != "-m":
+        return ROOT / arguments[0]
+    specification = importlib.util.find_spec(arguments[1])
+    return Path(specification.origin) if specification else ROOT / arguments[1]
+
+
+COMMANDS_WITHIN = [
+    (page, span)
+    for page, span in SPANS
+    if words_of(span)[:1] and words_of(span)[0] in ("python", "torchrun", "train.py", "eval.py")
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "span"), COMMANDS_WITHIN, ids=lambda value: getattr(value, "name", value)
+)
+def test_a_command_in_a_sentence_can_be_given(page, span):
+    """Its file is there and knows its options."""
+    words = words_of(span)
+    script = script_of(words)
+    assert script is not None and script.is_file(), span
+    known = options_in(
+        script, *((ROOT / "notus").rglob("*.py") if script.name == "eval.py" else ())
+    )
+    known |= set(get_args_parser()._option_string_actions) if words[0] == "torchrun" else set()
+    assert not {word for word in words if word.startswith("--")} - known - {"--help"}, span
+
+
+def test_options_in_a_sentence_exist():
+    files = [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "notus").rglob("*.py")]
+    known = options_in(*files, *(ROOT / "benchmarks").glob("*.py"))
+    known |= set(get_args_parser()._option_string_actions)
+    known |= {"--signal"}  # srun's
+    named = [
+        (page.name, word)
+        for page, span in SPANS
+        for word in words_of(span)
+        if span.startswith("--") and word.startswith("--")
+    ]
+    assert len(named) > 15
+    assert not [(page, word) for page, word in named if word.partition("=")[0] not in known]
+
+
+def test_overrides_in_a_sentence_are_accepted():
+    """Together, by the configuration that stands beside them, or the recipe's."""
+    checked = 0
+    for _, span in SPANS:
+        words = words_of(span)
+        overrides = [word for word in words if re.fullmatch(OVERRIDE, word)]
+        if overrides and span != "section.key=value":
+            named = [word for word in words if word.startswith("configs/")]
+            load_config(ROOT / (named or ["configs/notus.json"])[0], overrides)
+            checked += len(overrides)
+    assert checked > 12
+
+
+def test_extras_in_a_sentence_exist():
+    extras = {name for _, span in SPANS for name in re.findall(r"install -e '\.\[(\w+)\]'", span)}
+    assert len(extras) > 2
+    assert not [name for name in extras if f'"{name}": [' not in (ROOT / "setup.py").read_text()]
 
 
 # ------------------------------------------------------------------------------------- the recipes

@@ -21,7 +21,7 @@ ORDER = """
     kernels
     model.attention model.mistral model.weights model.lora
     objective.losses objective.logprobs objective.reference
-    engine.hardware
+    engine.hardware engine.progress
     engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
     engine.interrupt engine.lock engine.continuation engine.history engine.host_memory
     engine.checkpoint engine.profiling

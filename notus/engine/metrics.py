@@ -20,6 +20,7 @@ from tqdm import tqdm
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.engine.hardware import gpu_of_device
+from notus.engine.progress import progress
 from notus.errors import UserError
 from notus.model.mistral import ModelShape
 from notus.objective.losses import Loss, PairLogProbs
@@ -379,18 +380,15 @@ class MetricsLog:
         except OSError as error:
             raise UserError(f"{board}: cannot be written ({error.strerror})") from None
         self._problem = ""  # the last that was said of TensorBoard
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        self.bar = tqdm(total=total, initial=step, unit="step", mininterval=interval)
+        self.bar = progress(total, step, "step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics after `step` steps under their names, if there are any."""
         if not self.active:
             return
-        self.bar.update(step - self.bar.n)
-        if not metrics:
-            return
-        self.lines.add({"step": step, **metrics})
-        self.show(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
+        if metrics:
+            self.lines.add({"step": step, **metrics})
+            self.show(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
         shown = {
             "loss": metrics.get("loss"),
             "accuracy": metrics.get("rewards/accuracies"),
@@ -399,6 +397,7 @@ class MetricsLog:
         shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
         if shown:
             self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
 
     def show(self, action: Callable[[SummaryWriter], object]) -> None:
         """Call `action` with TensorBoard's writer; what the file system refuses is left out."""

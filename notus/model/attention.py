@@ -17,6 +17,7 @@ Shapes: T slots, N query heads, K key/value heads, H head dimension.
 
 from dataclasses import dataclass
 from inspect import signature
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ from notus.data.packing import PADDING, PROMPT, Layout, Segments
 
 @dataclass(frozen=True)
 class SegmentMask:
-    """The predicate as causal sequences.
+    """The predicate within segments.
 
-    window: see `may_attend`. masks: for the CPU, bool [queries, keys] of every segment, None where
-    a plain causal one says the same. FlashAttention, on CUDA, needs none.
+    masks: on the CPU, bool [queries, keys] of every segment, None where it is a plain causal one.
+    There are none for FlashAttention, on CUDA, which knows `window` and that segments are causal; a
+    predicate that says something else is not seen there.
     """
 
     segments: Segments
@@ -70,37 +72,35 @@ def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -
 def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMask:
     """The predicate over all T x T slots in the form that `backend` wants; once per microbatch.
 
-    backend: "dense" gives a bool tensor [T, T], "flex" a BlockMask, "varlen" a SegmentMask, or for
-    a row with hidden tokens, which FlashAttention cannot pass over, what the others would give. In
-    segments, padding may see padding before it, which changes nothing that is read.
+    backend: "dense" gives a bool tensor [T, T], "flex" a BlockMask, "varlen" a SegmentMask. A row
+    with hidden tokens, which FlashAttention cannot pass over, takes another backend than "varlen".
     """
     slots = torch.arange(len(layout.document), device=layout.document.device)
     if backend == "varlen" and layout.segments is None:
         backend = "flex" if slots.is_cuda else "dense"
-    if backend == "varlen":
-        masks = None if slots.is_cuda else _segment_masks(layout.segments, window)
-        return SegmentMask(layout.segments, window, masks)
-    if backend == "dense":
-        return may_attend(layout, slots[:, None], slots[None, :], window)
-    assert backend == "flex", backend
+    if backend == "flex":
 
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return may_attend(layout, query, key, window)
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return may_attend(layout, query, key, window)
 
-    return create_block_mask(mask_mod, None, None, len(slots), len(slots), device=slots.device)
+        return create_block_mask(mask_mod, None, None, *slots.shape * 2, device=slots.device)
+    if backend == "varlen" and slots.is_cuda:
+        return SegmentMask(layout.segments, window, masks=None)
+    dense = may_attend(layout, slots[:, None], slots[None, :], window)
+    return dense if backend == "dense" else _in_segments(dense, layout.segments, window)
 
 
-def _segment_masks(segments: Segments, window: int | None) -> list[Tensor | None]:
-    masks = []
-    sizes = (edges.diff().tolist() for edges in (segments.query_edges, segments.key_edges))
-    for queries, keys in zip(*sizes, strict=True):
-        if queries == keys and (window is None or keys <= window):
-            masks.append(None)
-            continue
-        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
-        allowed = distance >= 0
-        masks.append(allowed if window is None else allowed & (distance < window))
-    return masks
+def _in_segments(dense: Tensor, segments: Segments, window: int | None) -> AttentionMask:
+    """The dense mask cut into that of each segment; itself where it allows more than they hold."""
+    masks: list[Tensor | None] = []
+    left = int(dense.sum())
+    edges = torch.stack((segments.query_edges, segments.key_edges), 1).tolist()
+    for (query, key), (query_end, key_end) in pairwise(edges):
+        mask = dense[query:query_end, segments.key_slots[key:key_end]]
+        left -= int(mask.sum())
+        causal = mask.shape[0] == mask.shape[1] and torch.equal(mask, torch.ones_like(mask).tril())
+        masks.append(None if causal else mask)
+    return SegmentMask(segments, window, masks) if left == 0 else dense
 
 
 def default_backend(device: torch.device, compiled: bool = False) -> str:

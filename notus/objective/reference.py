@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,9 +35,18 @@ from notus.objective.logprobs import (
 from notus.objective.losses import Loss, PairLogProbs
 
 AUDITED_SHARE = 0.01
+PART = 4096  # pairs scored between two writes to disk: minutes of a 7B model on one GPU
 # Nats per token by which two computations of one log-prob may differ on average over a response:
 # rounding in other packings. A wrong template, model or cache differs by tenths.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class Progress(Protocol):
+    """Displays how far something is."""
+
+    def update(self, steps: int) -> object: ...
+
+    def close(self) -> object: ...
 
 
 class Reference(NamedTuple):
@@ -117,11 +126,14 @@ def cached_log_probs(
     identity: Mapping[str, Any],
     score_pairs: Scorer,
     device: torch.device,
+    show: Callable[[int, int], Progress] | None = None,
 ) -> Tensor:
     """The reference's log-prob of every response token: float32, flat, on every rank.
 
     Read from `folder` if it holds them under this identity, after recomputing a sample; computed
-    with `score_pairs` and written otherwise. Rank 0 alone touches the files. Collective.
+    with `score_pairs` and written otherwise, in parts, of which a pass that was broken off repeats
+    the last one only. Rank 0 alone touches the files. Collective. show: makes what displays a long
+    pass, from the number of pairs and that of those done.
 
     Raises UserError when the sample differs by more than TOLERANCE from what the file says.
     """
@@ -130,7 +142,7 @@ def cached_log_probs(
     found = torch.tensor([stored is not None], device=device)
     dist.broadcast(found, 0)
     if not found:
-        flat = score_pairs(range(len(pairs)))
+        flat = _score_in_parts(path.with_suffix(".parts"), pairs, score_pairs, device, show)
         if dist.get_rank() == 0:
             _write(path, flat, pairs, identity)
         return flat
@@ -150,6 +162,42 @@ def cached_log_probs(
             f"{worst:.3g} nats per token, over a sample of {len(sample)} pairs; expected rounding "
             "only. Remove the file to have them computed again"
         )
+    return flat
+
+
+def _score_in_parts(
+    file: Path,
+    pairs: TokenizedPairs,
+    score_pairs: Scorer,
+    device: torch.device,
+    show: Callable[[int, int], Progress] | None,
+) -> Tensor:
+    """All pairs' flat log-probs. `file` collects them as plain float32 and says where to go on."""
+    starts, bar = pairs.response_starts, None
+    flat, done = torch.zeros(int(starts[-1]), device=device), torch.zeros((), dtype=torch.int64)
+    if dist.get_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        stored = np.fromfile(file, np.float32)[: len(flat)]
+        # Whole parts alone: the same pairs share rows as in a pass that nothing interrupts.
+        done += int((np.searchsorted(starts, len(stored), "right") - 1) // PART * PART)
+        flat[: starts[done]] = torch.from_numpy(stored[: starts[done]]).to(device)
+        os.truncate(file, 4 * starts[done])
+    done = done.to(device)
+    dist.broadcast(done, 0)
+    dist.broadcast(flat, 0)
+    if show is not None and len(pairs) > PART:
+        bar = show(len(pairs), int(done))
+    for begin in range(int(done), len(pairs), PART):
+        part = range(begin, min(begin + PART, len(pairs)))
+        flat[starts[begin] : starts[part.stop]] = scored = score_pairs(part)
+        if dist.get_rank() == 0:
+            with open(file, "ab") as handle:
+                handle.write(scored.cpu().numpy().tobytes())
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
     return flat
 
 
@@ -219,3 +267,4 @@ def _write(path: Path, flat: Tensor, pairs: TokenizedPairs, identity: Mapping[st
     os.replace(partial, path)
     about = {"identity": identity, "pairs": len(pairs), "response_tokens": len(flat)}
     path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+    path.with_suffix(".parts").unlink()

@@ -5,12 +5,14 @@
 Every number is read from the files of output_dir: config.json, metrics.jsonl, history.jsonl, the
 newest checkpoint's state.json, evals/*.json (what `eval.py ... --json` wrote there) and the
 manifest of curated training data. train.py writes the card when a run ends; this command does so
-again, after evaluations, say.
+again, after evaluations, say. The card is to be published: `public_path` says what of a path.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from notus.engine.checkpoint import checkpoints
@@ -36,6 +39,8 @@ from notus.report.curves import draw_curves, panels
 Plain = dict[str, Any]
 Cell = str | float | int | None
 
+# Keys of the configuration whose strings, or lists of strings, name files, folders or hub ids.
+PLACES = {"policy", "reference", "path", "decontaminate", "prompts", "output_dir"}
 CURVES_EXTRA = "pip install -e '.[report]'"
 ROWS_WITHOUT_FIGURES = 10
 # What the hub's HTTP client raises, whichever client its version uses, when there is no network.
@@ -76,6 +81,11 @@ class Record(NamedTuple):
         return self.settings["train"]["objective"] == "sft"
 
     @property
+    def unit(self) -> str:
+        """What the data sets and steps count."""
+        return "responses" if self.is_sft else "pairs"
+
+    @property
     def lora(self) -> Plain | None:
         return self.settings["model"].get("lora")
 
@@ -90,7 +100,8 @@ class Record(NamedTuple):
 
     def is_local(self, path: str) -> bool:
         """Whether a model or dataset was on the machine itself, and not from the hub."""
-        return not self.starts or path in self.starts[-1]["local"]
+        told_in_part = public_path(path) != path  # no hub id looks like that
+        return told_in_part or not self.starts or path in self.starts[-1]["local"]
 
 
 def read_record(run: Path) -> Record:
@@ -139,13 +150,19 @@ def _starts(events: Iterable[Plain]) -> Iterator[Plain]:
 UNKNOWN = Identity()
 
 
-def write_card(run: Path, identity: Identity = UNKNOWN) -> Path:
+def write_card(run: Path, identity: Identity = UNKNOWN, price: float | None = None) -> Path:
     """Write final/README.md and its figures, in place of earlier ones; returns the card's path.
 
-    Without matplotlib (the extra `report`) a small table takes the figures' place. Raises UserError
-    when the run has not ended, has logged nothing, or the files cannot be written.
+    price: of one GPU for one hour, for what the run has cost. Without matplotlib (the extra
+    `report`) a small table takes the figures' place. Raises UserError
+    when the run has not ended, has logged nothing, has a price and no GPU-hours, or the files
+    cannot be written.
     """
     record = read_record(run)
+    if price is not None and not gpu_hours(record):
+        raise UserError(
+            f"--price {price:g}: {run / 'history.jsonl'} tells of no hours on a GPU; leave it out"
+        )
     final = run / "final"
     try:
         shutil.rmtree(final / "figures", ignore_errors=True)
@@ -156,24 +173,29 @@ def write_card(run: Path, identity: Identity = UNKNOWN) -> Path:
                 final / "figures", record.training, record.evaluations, per_epoch, record.is_sft
             )
         partial = final / "README.partial"
-        partial.write_text(card(record, identity, figures), encoding="utf-8")
+        partial.write_text(card(record, identity, figures, price), encoding="utf-8")
         os.replace(partial, final / "README.md")
     except OSError as error:
         raise UserError(f"{final / 'README.md'}: cannot be written ({error.strerror})") from None
     return final / "README.md"
 
 
-def card(record: Record, identity: Identity, figures: Sequence[str]) -> str:
-    """The whole text: front matter and sections. figures: names of the PNGs in final/figures/."""
+def card(
+    record: Record, identity: Identity, figures: Sequence[str], price: float | None = None
+) -> str:
+    """The whole text: front matter and sections.
+
+    figures: names of the PNGs in final/figures/. price: of one GPU for one hour.
+    """
     sections: list[tuple[str, Iterable[str]]] = [
         ("", introduction(record, identity)),
-        ("Use", usage(record)),
+        ("Use", usage(record, identity)),
         ("On held-out pairs", held_out_section(record)),
         ("Training", training_section(record, figures)),
         ("Other evaluations", other_evaluations(record)),
         ("Recipe", recipe_section(record)),
         ("Data", data_section(record)),
-        ("Environment and cost", environment_section(record)),
+        ("Environment and cost", environment_section(record, price)),
         ("Repeating it", repeating_section(record)),
         ("Limits and contamination", limits_section(record)),
     ]
@@ -183,6 +205,46 @@ def card(record: Record, identity: Identity, figures: Sequence[str]) -> str:
         if body:
             lines += ["", f"## {title}", "", *body] if title else ["", *body]
     return "\n".join(lines) + "\n"
+
+
+# -------------------------------------------------------------------------------------- the paths
+
+
+def public_path(path: str) -> str:
+    """A path as a published card may tell it.
+
+    Hub ids, and relative paths that stay below the working directory, are told as they were given.
+    Of any other path only the last part: the rest is about somebody's machine.
+    """
+    place = Path(path)
+    outside = place.is_absolute() or place.parts[:1] == ("~",) or ".." in place.parts
+    return place.name if outside else path
+
+
+def public_settings(value: Any, key: str = "") -> Any:
+    """A configuration, or a part of it under `key`, with its paths as `public_path`."""
+    if isinstance(value, dict):
+        return {name: public_settings(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [public_settings(part, key) for part in value]
+    return public_path(value) if key in PLACES and isinstance(value, str) else value
+
+
+def public_word(word: str) -> str:
+    """A word of a command line, with its path, or the paths in its value, as `public_path`."""
+    assigned = re.fullmatch(r"(--[\w-]+|[a-z]\w*(?:\.\w+)*)=(.*)", word, re.S)
+    if assigned is None:
+        return public_path(word)
+    name, value = assigned.groups()
+    if name.startswith("--"):
+        return f"{name}={public_path(value)}"
+    key = next(part for part in reversed(name.split(".")) if not part.isdigit())
+    try:
+        given = json.loads(value)
+    except json.JSONDecodeError:
+        return f"{name}={public_settings(value, key)}"
+    told = public_settings(given, key)
+    return word if told == given else f"{name}={json.dumps(told, ensure_ascii=False)}"
 
 
 # ------------------------------------------------------------------------------- the front matter
@@ -219,6 +281,21 @@ def front_matter(record: Record, identity: Identity) -> ModelCardData:
     )
 
 
+def check_hub_ids(identity: Identity) -> None:
+    """Raise UserError for what cannot be the name of a repository, such as a path."""
+    ids = {"--datasets": identity.datasets}
+    if identity.base_model is not None:
+        ids["--base-model"] = (identity.base_model,)
+    for option, names in ids.items():
+        for name in names:
+            try:
+                validate_repo_id(name)
+            except HFValidationError:
+                raise UserError(
+                    f"{option} {name}: expected a hub id, such as mistralai/Mistral-7B-v0.1"
+                ) from None
+
+
 def evaluation_results(record: Record) -> list[EvalResult]:
     """The last evaluation as entries of the model-index, with the numbers of metrics.jsonl."""
     if not record.evaluations:
@@ -252,7 +329,9 @@ def introduction(record: Record, identity: Identity) -> Iterator[str]:
     settings = record.settings
     policy = settings["model"]["policy"]
     base = base_model(record, identity)
-    shown = f"[{base}](https://huggingface.co/{base})" if base else f"`{policy}` (a local folder)"
+    origin = f"[{base}](https://huggingface.co/{base})"
+    if base is None:
+        origin = f"`{public_path(policy)}` (a local folder)"
     what = "Low-rank adapters for" if record.lora else "Made from"
     pairs = record.data.get("train", {}).get("pairs", record.state.get("pairs"))
     amount = f"{pairs:,} " if pairs else ""
@@ -262,7 +341,7 @@ def introduction(record: Record, identity: Identity) -> Iterator[str]:
         method = f"direct preference optimisation (loss {loss_name(settings)})"
         examples = f"{amount}pairs of responses"
     yield (
-        f"{what} {shown} by {method} on {examples}, with notus, a trainer in raw PyTorch. All "
+        f"{what} {origin} by {method} on {examples}, with notus, a trainer in raw PyTorch. All "
         "numbers below are read from the run's own files."
     )
 
@@ -275,7 +354,7 @@ def loss_name(settings: Mapping[str, Any]) -> str:
     return " + ".join(f"{part['weight']:g} `{part['name']}`" for part in mix)
 
 
-def usage(record: Record) -> Iterator[str]:
+def usage(record: Record, identity: Identity) -> Iterator[str]:
     """A few lines of Python that load the model."""
     yield "```python"
     if record.lora is not None and not record.lora["merge"]:
@@ -283,7 +362,8 @@ def usage(record: Record) -> Iterator[str]:
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
     if record.lora is not None and not record.lora["merge"]:
-        yield f'base = AutoModelForCausalLM.from_pretrained("{record.settings["model"]["policy"]}")'
+        base = base_model(record, identity) or public_path(record.settings["model"]["policy"])
+        yield f'base = AutoModelForCausalLM.from_pretrained("{base}")'
         yield 'model = PeftModel.from_pretrained(base, "PATH OR REPO", subfolder="adapter")'
         yield 'tokenizer = AutoTokenizer.from_pretrained("PATH OR REPO", subfolder="adapter")'
     else:
@@ -398,7 +478,7 @@ def other_evaluations(record: Record) -> Iterator[str]:
 
 def alpaca_eval_table(found: Plain) -> Iterator[str]:
     """Win rates, measured and published."""
-    yield f"AlpacaEval against {found['baseline'] or 'its baseline'}:"
+    yield f"AlpacaEval against {public_path(found['baseline'] or 'its baseline')}:"
     yield ""
     keys = ("model", "win_rate", "standard_error", "total", "average_length")
     header = ["model", "win rate %", "standard error", "comparisons", "mean length"]
@@ -420,7 +500,12 @@ def lm_eval_table(found: Plain) -> Iterator[str]:
     rows = [found["measured"], *found["published"]]
     header = ["model", "measured by", *(task.title for task in LEADERBOARD_TASKS), "average"]
     cells = (
-        [row["model"], row["measured_by"], *map(row["scores"].get, tasks), row["average"]]
+        [
+            public_path(row["model"]),
+            row["measured_by"],
+            *map(row["scores"].get, tasks),
+            row["average"],
+        ]
         for row in rows
     )
     yield from table(header, cells, digits=2)
@@ -434,8 +519,9 @@ EVALUATORS: Mapping[str, Callable[[Plain], Iterator[str]]] = {
 
 
 def _beside(found: Plain, keys: Sequence[str]) -> Iterator[list[Cell]]:
-    """The measured rows, then the published ones, marked as such."""
-    yield from ([row[key] for key in keys] for row in found["measured"])
+    """The measured rows, then the published ones, marked as such; the model is the first key."""
+    for row in found["measured"]:
+        yield [public_path(row[keys[0]]), *(row[key] for key in keys[1:])]
     for row in found["published"]:
         yield [f"{row['model']} (published)", *(row[key] for key in keys[1:])]
 
@@ -449,8 +535,11 @@ def recipe_section(record: Record) -> Iterator[str]:
         options = {k: v for k, v in s["loss"].items() if k not in ("name", "mix")}
         rows.append(["loss", loss_name(s)])
         rows += [[f"loss: {key}", _plain(value)] for key, value in options.items()]
-        reference = s["model"].get("reference") or "the policy's initial weights"
-        rows.append(["reference", reference])
+        reference = s["model"].get("reference")
+        if reference:
+            rows.append(["reference", public_path(reference)])
+        elif record.state.get("reference", True):  # None for a loss that uses none
+            rows.append(["reference", "the policy's initial weights"])
     if record.lora:
         rows += [[f"LoRA: {key}", _plain(value)] for key, value in record.lora.items()]
     rows += [
@@ -459,7 +548,7 @@ def recipe_section(record: Record) -> Iterator[str]:
         ["schedule", f"{schedule['name']}, warmup {schedule['warmup_ratio']:g} of all steps"],
         ["weight decay", f"{optimizer['weight_decay']:g}"],
         ["gradient clipping", f"{optimizer['max_grad_norm']:g}"],
-        ["responses per step" if record.is_sft else "pairs per step", train["pairs_per_step"]],
+        [f"{record.unit} per step", train["pairs_per_step"]],
         ["epochs", f"{record.training[-1]['epoch']:g}"],
         ["steps", record.training[-1]["step"]],
         ["longest sequence, tokens", data["max_length"]],
@@ -475,16 +564,19 @@ def data_section(record: Record) -> Iterator[str]:
     sources = record.settings["data"]["train"]
     yield from table(
         ["training data", "split", "weight", "curation"],
-        ([s["path"], s["split"], s["weight"], _curation(s["curation"])] for s in sources),
+        (
+            [public_path(s["path"]), s["split"], s["weight"], _curation(s["curation"])]
+            for s in sources
+        ),
         digits=2,
     )
     yield ""
     for name, about in record.data.items():
         counts = "; ".join(f"{count:,} {what}" for what, count in about["counts"].items())
-        yield f"- {name}: {about['pairs']:,} pairs{'; ' + counts if counts else ''}"
+        yield f"- {name}: {about['pairs']:,} {record.unit}{'; ' + counts if counts else ''}"
     common = record.state.get("common", {})
     if "tokens_sha256" in common:
-        yield f"- SHA-256 of the training pairs' tokens: `{common['tokens_sha256']}`"
+        yield f"- SHA-256 of the training data's tokens: `{common['tokens_sha256']}`"
     if common.get("reference_sha256"):
         yield f"- SHA-256 of the reference's weights: `{common['reference_sha256']}`"
     for source in sources:
@@ -498,11 +590,12 @@ def _curation(curation: Plain | None) -> str:
     """The settings of a curation that say something."""
     if curation is None:
         return "none: ready pairs"
-    shown = ["drop_sources"]
-    shown += ["rule", "rejected"] if curation["rule"] else []
-    shown += ["decontaminate", "match"] if curation["decontaminate"] else []
-    shown += ["duplicates"] if curation["duplicates"] != "keep" else []
-    return ", ".join(f"{key}: {_plain(curation[key])}" for key in shown if curation[key])
+    keys = ["drop_sources"]
+    keys += ["rule", "rejected"] if curation["rule"] else []
+    keys += ["decontaminate", "match"] if curation["decontaminate"] else []
+    keys += ["duplicates"] if curation["duplicates"] != "keep" else []
+    told = public_settings(curation)
+    return ", ".join(f"{key}: {_plain(told[key])}" for key in keys if told[key])
 
 
 def find_manifest(path: Path) -> Path | None:
@@ -518,28 +611,34 @@ def manifest_section(path: Path) -> Iterator[str]:
     """Counts and hashes of a curated set."""
     manifest = read_json_object(path)
     counts = manifest["counts"]
-    yield f"Curated from {manifest['input']} with notus ({path}):"
+    yield f"Curated from {public_path(manifest['input'])} with notus:"
     yield ""
     rows: list[list[Cell]] = [["rows", counts["rows"]], ["pairs", counts["pairs"]]]
     rows += [[f"dropped: {reason}", count] for reason, count in counts["dropped"].items()]
-    rows += [[f"SHA-256 of the rows of {name}", h] for name, h in manifest["rows_sha256"].items()]
-    rows += [[f"SHA-256 of {name}", digest] for name, digest in manifest["files_sha256"].items()]
+    for name, digest in manifest["rows_sha256"].items():
+        rows.append([f"SHA-256 of the rows of {public_path(name)}", digest])
+    for name, digest in manifest["files_sha256"].items():
+        rows.append([f"SHA-256 of {public_path(name)}", digest])
     yield from table(["", ""], rows)
 
 
-def environment_section(record: Record) -> Iterator[str]:
-    """Hardware, versions, time and speed."""
+def environment_section(record: Record, price: float | None) -> Iterator[str]:
+    """Hardware, versions, time, cost and speed; price: of one GPU for one hour."""
     if record.starts:
         last = record.starts[-1]
         rows: list[list[Cell]] = [["processes", f"{last['ranks']} x {last['device']}"]]
         rows += [[name, version] for name, version in last["versions"].items()]
     else:
         rows = [["recorded", "nothing: the run has no history.jsonl"]]
-    spans = [(hours, start["ranks"]) for hours, start in run_hours(record)]
+    spans = [hours for hours, _ in run_hours(record)]
     if spans:
         started = f" in {len(spans)} starts" if len(spans) > 1 else ""
-        rows.append(["hours", f"{sum(hours for hours, _ in spans):.2f}{started}"])
-        rows.append(["processes x hours", f"{sum(hours * ranks for hours, ranks in spans):.2f}"])
+        rows.append(["hours", f"{sum(spans):.2f}{started}"])
+    used = gpu_hours(record)
+    for device, amount in used.items():
+        rows.append(["GPU-hours", f"{amount:,.2f} of {device}"])
+    if price is not None:
+        rows.append(["cost", f"{price * sum(used.values()):,.2f} at {price:g} per GPU-hour"])
     for key, label, digits in (
         ("perf/tokens_per_second", "tokens per second (median of the logged steps)", 0),
         ("perf/pairs_per_second", "pairs per second", 2),
@@ -555,7 +654,8 @@ def environment_section(record: Record) -> Iterator[str]:
     yield ""
     yield (
         "Hours are from the start of training's preparation to the end of the export. Of a start "
-        "that was killed they reach to the last event in TensorBoard's files."
+        "that was killed they reach to the last event in TensorBoard's files. GPU-hours are those "
+        "times the number of processes, one to a GPU."
     )
 
 
@@ -574,6 +674,15 @@ def run_hours(record: Record) -> Iterator[tuple[float, Plain]]:
         yield (ended - began) / 3600, start
 
 
+def gpu_hours(record: Record) -> dict[str, float]:
+    """Hours times processes on each kind of GPU, by its name; empty for a run on the CPU."""
+    used: dict[str, float] = {}
+    for hours, start in run_hours(record):
+        if not start["device"].startswith("CPU"):
+            used[start["device"]] = used.get(start["device"], 0.0) + hours * start["ranks"]
+    return {device: amount for device, amount in used.items() if amount}
+
+
 def event_times(folder: Path) -> list[float]:
     """When anything was written to TensorBoard, in seconds of Unix time."""
     files = sorted(folder.glob("events.out.tfevents.*"))
@@ -581,17 +690,20 @@ def event_times(folder: Path) -> list[float]:
 
 
 def repeating_section(record: Record) -> Iterator[str]:
-    """The command and the resolved configuration."""
+    """The command and the resolved configuration, but for paths of the machine."""
     if record.starts:
+        commands = (map(public_word, start["command"]) for start in record.starts)
         yield "```"
-        yield from dict.fromkeys(shlex.join(start["command"]) for start in record.starts)
+        yield from dict.fromkeys(map(shlex.join, commands))
         yield "```"
         yield ""
     yield "Its resolved settings, which are a configuration themselves:"
     yield ""
     yield "```json"
-    yield json.dumps(record.settings, indent=2, ensure_ascii=False)
+    yield json.dumps(public_settings(record.settings), indent=2, ensure_ascii=False)
     yield "```"
+    yield ""
+    yield "Of paths outside the working directory the last part is told; hashes identify the data."
 
 
 def limits_section(record: Record) -> Iterator[str]:
@@ -622,8 +734,8 @@ def limits_section(record: Record) -> Iterator[str]:
             )
     if record.settings["data"].get("leaks") == "keep":
         yield (
-            "- Training pairs whose prompt is also held out were kept (data.leaks), as in the "
-            "published runs: `train.py CONFIG --dry-run` counts them."
+            f"- Training {record.unit} whose prompt is also held out were kept (data.leaks), as in "
+            "the published runs: `train.py CONFIG --dry-run` counts them."
         )
 
 
@@ -639,10 +751,11 @@ def _screening(record: Record, source: Plain) -> str:
         files += curated["decontaminate"]
         dropped += curated["drop_sources"]
     if not files and not dropped:
-        return f"{source['path']}: not screened for benchmark prompts by this run."
-    parts = [f"prompts of {', '.join(files)}"] if files else []
+        return f"{public_path(source['path'])}: not screened for benchmark prompts by this run."
+    parts = [f"prompts of {', '.join(map(public_path, files))}"] if files else []
     parts += [f"rows of {', '.join(dropped)}"] if dropped else []
-    return f"{source['path']}: {' and '.join(parts)} were left out; others were not looked for."
+    left_out = " and ".join(parts)
+    return f"{public_path(source['path'])}: {left_out} were left out; others were not looked for."
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Cell]], digits: int = 4) -> Iterator[str]:
@@ -674,8 +787,16 @@ def push(final: Path, repository: str, private: bool) -> str:
     """Upload the folder final/, and nothing else of the run; returns the repository's address.
 
     Makes the repository if there is none; `private` says how, and changes no existing one. Raises
-    UserError when the hub refuses or cannot be reached.
+    UserError when the hub refuses or cannot be reached, and for an adapter of a base that only this
+    machine has.
     """
+    adapter = final / "adapter" / "adapter_config.json"
+    base = read_json_object(adapter)["base_model_name_or_path"] if adapter.is_file() else ""
+    if public_path(base) != base:
+        raise UserError(
+            f"{adapter}: base_model_name_or_path is {base}, which others do not have and need not "
+            "know; write the base's hub id there before --push-to-hub"
+        )
     api = HfApi()
     try:
         created = api.create_repo(repository, private=private, exist_ok=True)
@@ -708,12 +829,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--push-to-hub", metavar="REPO", help="upload RUN/final, and only it, to this repository"
     )
     parser.add_argument("--private", action="store_true", help="where REPO is new: keep it private")
+    parser.add_argument("--price", type=float, help="of one GPU for one hour, for the cost")
     options = parser.parse_args(arguments)
     if options.private and not options.push_to_hub:
         parser.error("--private needs --push-to-hub")
     identity = Identity(options.license, options.base_model, tuple(options.datasets))
     try:
-        print(f"wrote {write_card(options.run, identity)}")
+        if options.price is not None and not 0 < options.price < math.inf:
+            raise UserError(
+                f"--price {options.price:g}: expected the price of one GPU for one hour"
+            )
+        check_hub_ids(identity)
+        print(f"wrote {write_card(options.run, identity, options.price)}")
         if options.push_to_hub:
             address = push(options.run / "final", options.push_to_hub, options.private)
             print(f"uploaded {options.run / 'final'} to {address}")

@@ -300,8 +300,11 @@ class Answers:
         self.rows = lru_cache(maxsize=None)(self._rows)
 
     def _rows(self, gpus: int, budget: int, every: int = 1) -> Rows:
-        plan = replace(self.question.plan, ranks=gpus, budget=budget)
-        return plan_rows(plan, self.question.pairs, self.chosen[::every])
+        # With a rank for each pair every further rank's rows are empty, and as long.
+        ranks = min(gpus, self.question.plan.pairs_per_step)
+        plan = replace(self.question.plan, ranks=ranks, budget=budget)
+        rows = plan_rows(plan, self.question.pairs, self.chosen[::every])
+        return rows._replace(total=rows.total // ranks * gpus)
 
     def budget(self, setup: Setup, every: int = 1) -> Budget:
         """The memory of one GPU, from the rows of all steps, or of each `every`-th."""
@@ -352,7 +355,7 @@ def preflight(question: Question, gpu: GPU | None, price: float | None) -> tuple
         *plan_text(answers, setup),
         "",
         f"memory of one rank, on {setup.gpus} x {kind}",
-        *budget_text(budget),
+        *budget_text(budget, setup),
     ]
     fits = True
     if gpu is None:
@@ -376,36 +379,63 @@ def hours_text(time: float) -> str:
     return "< 0.01" if time < 0.01 else f"{time:,.2f}" if time < 1 else f"{time:,.1f}"
 
 
+def idle_text(pairs_per_step: int, ranks: int, unit: str = "pairs") -> str | None:
+    """What to say of ranks that no step has anything for; None if there are none.
+
+    Such a run works: its idle ranks compute on empty rows, and hold their share of the model.
+    """
+    if ranks <= pairs_per_step:
+        return None
+    return (
+        f"warning: a step has {pairs_per_step:,} {unit}, so at least {ranks - pairs_per_step:,} of "
+        f"{ranks:,} ranks idle in every step; start fewer, or raise train.pairs_per_step"
+    )
+
+
 def plan_text(answers: Answers, setup: Setup) -> list[str]:
-    """What is trained on: pairs, steps, tokens, rows."""
-    plan, pairs = answers.question.plan, answers.question.pairs
-    held_out = answers.question.held_out
+    """What is trained on: pairs (in supervised fine-tuning, responses), steps, tokens, rows."""
+    question = answers.question
+    plan, held_out, unit = question.plan, question.held_out, question.config.train.unit
     rows = answers.rows(setup.gpus, setup.tokens_per_microbatch)
     real = int(answers.trained.sum())
-    separate = int(slots_of(answers.trained, prefix_sharing=False).sum())
-    sharing = answers.question.config.data.prefix_sharing
     filled = int(plan.slot_counts[np.concatenate(answers.chosen)].sum())
     held = "none" if held_out is None else f"{len(held_out):,}"
     per_step = rows.microbatches / rows.steps
+    tokens = f"{real:,}"
+    if unit == "pairs":
+        separate = int(slots_of(answers.trained, prefix_sharing=False).sum())
+        off = "" if question.config.data.prefix_sharing else ", but prefix sharing is off"
+        tokens = (
+            f"{separate:,} in separate sequences, {real:,} with each prompt once "
+            f"({1 - real / separate:.1%} saved{off})"
+        )
+    idle = idle_text(plan.pairs_per_step, setup.gpus, unit)
     return [
         "plan",
-        f"  pairs        {len(pairs):,} to train on, {held} held out",
-        f"  steps        {plan.steps:,} of {plan.pairs_per_step} pairs; "
+        f"  {unit:<12} {len(question.pairs):,} to train on, {held} held out",
+        f"  steps        {plan.steps:,} of {plan.pairs_per_step} {unit}; "
         f"{plan.steps_per_epoch:,} per epoch x {plan.epochs}"
         + ("" if plan.max_steps is None else f", at most {plan.max_steps:,} steps"),
-        f"  tokens       {separate:,} in separate sequences, {real:,} with each prompt once "
-        f"({1 - real / separate:.1%} saved" + (")" if sharing else ", but prefix sharing is off)"),
+        f"  tokens       {tokens}",
         f"  microbatches {per_step:.2f} per rank and step, at most {rows.most}; the longest row "
         f"has {rows.slots:,} of {setup.tokens_per_microbatch:,} slots",
         f"  packing      {filled / rows.total:.1%} of all slots hold a token",
+        *([] if idle is None else [f"  {idle}"]),
     ]
 
 
-def budget_text(budget: Budget) -> list[str]:
+def budget_text(budget: Budget, setup: Setup) -> list[str]:
     """The budget line by line, the fullest moment's lines last."""
+    names = {}
+    if setup.reference == "none":  # which the loop reads from zeros, as many as cached ones
+        names["reference log-probs (float32)"] = "zeros that stand for a reference (float32)"
 
     def table(lines: Iterable[Line]) -> list[str]:
-        return [f"  {line.name:<54}{size_text(line.size):>11}" for line in lines if line.size]
+        return [
+            f"  {names.get(line.name, line.name):<54}{size_text(line.size):>11}"
+            for line in lines
+            if line.size
+        ]
 
     host = Line("in the host's memory (CPU offload)", budget.host)
     return [
@@ -506,25 +536,47 @@ def time_text(answers: Answers, setup: Setup, gpu: GPU, price: float | None) -> 
     ]
 
 
-def table_text(answers: Answers, setup: Setup, price: float | None) -> list[str]:
-    """Every known GPU: how many it takes with these settings, and for how long."""
+class Need(NamedTuple):
+    """What a run takes of one kind of GPU.
+
+    fits: on as many as the setup has. gpus: the fewest on which it does, in powers of two times the
+    replicas; None if that is more than MOST_GPUS. hours: on those, at the middle of UTILISATION.
+    """
+
+    gpu: GPU
+    fits: bool
+    gpus: int | None
+    hours: float | None
+
+
+def needs(answers: Answers, setup: Setup) -> Iterator[Need]:
+    """Of every known GPU, with these settings but for their number."""
     copies = setup.gpus // setup.shard
-    header = f"  {'GPU':<11}{'memory':>10}{f'fits on {setup.gpus}':>13}{'needed':>8}"
-    lines = [header + f"{'hours':>8}{'GPU-hours':>11}" + (f"{'cost':>10}" if price else "")]
     for gpu in GPUS:
-        line = f"  {gpu.name:<11}{size_text(gpu.memory):>10}"
-        line += f"{'yes' if answers.fits(setup, gpu) else 'no':>13}"
-        count = 1
-        while not answers.fits(needed := replace(setup, gpus=count * copies, shard=count), gpu):
-            count *= 2
-            if count * copies > MOST_GPUS:
+        shards = 1
+        while not answers.fits(needed := replace(setup, gpus=shards * copies, shard=shards), gpu):
+            shards *= 2
+            if shards * copies > MOST_GPUS:
                 needed = None
                 break
+        fits = answers.fits(setup, gpu)
         if needed is None:
+            yield Need(gpu, fits, None, None)
+        else:
+            time = hours(answers.work(needed), needed.gpus, gpu, UTILISATION[1])
+            yield Need(gpu, fits, needed.gpus, time)
+
+
+def table_text(answers: Answers, setup: Setup, price: float | None) -> list[str]:
+    """Every known GPU: how many it takes with these settings, and for how long."""
+    header = f"  {'GPU':<11}{'memory':>10}{f'fits on {setup.gpus}':>13}{'needed':>8}"
+    lines = [header + f"{'hours':>8}{'GPU-hours':>11}" + (f"{'cost':>10}" if price else "")]
+    for gpu, fits, gpus, time in needs(answers, setup):
+        line = f"  {gpu.name:<11}{size_text(gpu.memory):>10}{'yes' if fits else 'no':>13}"
+        if gpus is None:
             lines.append(line + f"{'more than ' + str(MOST_GPUS):>20}")
             continue
-        time = hours(answers.work(needed), needed.gpus, gpu, UTILISATION[1])
-        line += f"{needed.gpus:>8}{hours_text(time):>8}{hours_text(time * needed.gpus):>11}"
-        lines.append(line + (f"{price * time * needed.gpus:>10,.2f}" if price else ""))
+        line += f"{gpus:>8}{hours_text(time):>8}{hours_text(time * gpus):>11}"
+        lines.append(line + (f"{price * time * gpus:>10,.2f}" if price else ""))
     note = f"  hours at {UTILISATION[1]:.0%} of the peak, an assumption; --gpu NAME says more"
     return ["known GPUs, with these settings", *lines, note]

@@ -13,6 +13,7 @@ from notus import opening
 from notus.config import load_config
 from notus.data.packing import PADDING
 from notus.model import attention as attention_module
+from notus.model.attention import SegmentMask
 from notus.objective import logprobs
 from runs import base_config, metrics, pairs_of
 
@@ -107,7 +108,11 @@ def test_rows_of_all_lengths_share_a_compilation(
     monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
     monkeypatch.setattr(opening, "attention_backend", lambda config, device: attention)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(attention_module, "_segment_masks", lambda segments, window: None)
+    monkeypatch.setattr(
+        attention_module,
+        "_in_segments",
+        lambda dense, segments, window: SegmentMask(segments, window, masks=None),
+    )
     torch._dynamo.reset()
     train_here(base_config(demo), tmp_path / "compiled", *arguments, "parallel.compile=true")
     assert len({slots for gradient, _, slots in forwards if gradient}) > 1

@@ -13,6 +13,7 @@ from benchmarks.memory import model_shape
 from conftest import random_pairs
 from notus.data.packing import PADDING, Layout, pack
 from notus.engine.distributed import _recomputed
+from notus.model import attention
 from notus.model.attention import AttentionMask, SegmentMask, attend, build_mask, default_backend
 from notus.model.mistral import Block, rope_tables
 
@@ -111,6 +112,30 @@ def test_hidden_tokens_are_left_to_the_predicate():
     layout = pack(random_pairs(6, hide=0.1), range(6), 256, True).layout
     found, dense = (build_mask(layout, None, backend) for backend in ("varlen", "dense"))
     assert layout.hidden.any() and torch.equal(found, dense)
+
+
+def test_a_changed_predicate_is_obeyed_in_segments(monkeypatch):
+    """One that allows less, within segments; one that allows more than they hold, without them."""
+    layout = pack(random_pairs(6), range(6), 512, True).layout
+    q, k, v = (torch.randn(512, n, 8, dtype=torch.float64) for n in (4, 2, 2))
+    predicate = attention.may_attend
+
+    def without_distance_2(layout, query, key, window):
+        distance = layout.position[query] - layout.position[key]
+        return predicate(layout, query, key, window) & (distance != 2)
+
+    def both_responses(layout, query, key, window):
+        same = layout.document[query] == layout.document[key]
+        return predicate(layout, query, key, window) | same
+
+    for changed, kind in ((without_distance_2, SegmentMask), (both_responses, Tensor)):
+        plain = attend(q, k, v, build_mask(layout, None, "varlen"))
+        monkeypatch.setattr(attention, "may_attend", changed)
+        mask = build_mask(layout, None, "varlen")
+        found, expected = (attend(q, k, v, m) for m in (mask, build_mask(layout, None, "dense")))
+        monkeypatch.undo()
+        assert isinstance(mask, kind) and not torch.allclose(plain, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_default_backends():

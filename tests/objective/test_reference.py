@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import random_pairs
 from notus.data.packing import pack
 from notus.errors import UserError
+from notus.objective import reference
 from notus.objective.logprobs import pair_log_probs, scorer, token_log_probs
 from notus.objective.losses import build_loss
 from notus.objective.reference import (
@@ -102,6 +104,41 @@ def test_a_half_written_cache_is_computed_again(setting):
     assert calls == [list(range(30))] * 2 and torch.equal(first, again)
     about = json.loads(file.with_suffix(".json").read_text())
     assert about["identity"] == identity and about["pairs"] == 30
+
+
+@pytest.mark.parametrize("broken_off", [0, 2, 3])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_pass_goes_on_where_it_was_broken_off(setting, monkeypatch, broken_off, torn):
+    """Parts of 8 of 30 pairs; killed during the third, or while its end was being written."""
+    folder, pairs, identity, score_pairs, calls = setting
+    monkeypatch.setattr(reference, "PART", 8)
+    whole = cached_log_probs(folder / "whole", pairs, identity, score_pairs, CPU)
+    parts = [[*range(0, 8)], [*range(8, 16)], [*range(16, 24)], [*range(24, 30)]]
+    assert calls == parts
+    shown = []
+
+    def show(total, done):
+        shown.append((total, done))
+        return SimpleNamespace(update=shown.append, close=lambda: shown.append("closed"))
+
+    def killed(indices):
+        if len(calls) == broken_off:
+            raise KeyboardInterrupt
+        return score_pairs(indices)
+
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        cached_log_probs(folder, pairs, identity, killed, CPU)
+    (file,) = folder.glob("*.parts")
+    if torn and broken_off:
+        with open(file, "r+b") as handle:
+            handle.truncate(file.stat().st_size - 3)
+    calls.clear()
+    again = cached_log_probs(folder, pairs, identity, score_pairs, CPU, show)
+    kept = broken_off - (torn and broken_off > 0)
+    assert calls == parts[kept:] and torch.equal(again, whole)
+    assert shown == [(30, 8 * kept), *map(len, parts[kept:]), "closed"]
+    assert not [*folder.glob("*.parts")]
 
 
 def test_cached_and_online_agree_and_none_is_zero(setting, tiny_model):

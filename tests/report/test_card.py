@@ -1,6 +1,7 @@
 """The model card: parsed by the hub's own parser, its numbers those of metrics.jsonl."""
 
 import json
+import re
 import shutil
 import threading
 from functools import partial
@@ -120,7 +121,11 @@ def test_tables_show_the_numbers_of_the_log(finished):
     assert f"- train: {state['pairs']} pairs" in text and "- eval: 9 pairs" in text
     assert record.held_out_pairs == 9 and "Means over 9 held-out pairs" in text
     shown = text.split("```json\n")[1].split("\n```")[0]
-    assert json.loads(shown) == json.loads((finished / "config.json").read_text())
+    settings = json.loads((finished / "config.json").read_text())
+    settings["model"]["policy"] = "sft"
+    settings["data"]["train"][0]["path"] = "preferences.jsonl"
+    settings["output_dir"] = "run"
+    assert json.loads(shown) == settings
 
 
 def test_figures_hold_the_curves(finished):
@@ -245,6 +250,7 @@ def test_hours_of_a_run_that_was_killed_once(run):
         {"event": "end", "time": "2026-01-01T06:30:00+00:00"},
     ]
     (start, *_) = (json.loads(line) for line in (run / "history.jsonl").read_text().splitlines())
+    start["device"] = "NVIDIA H200"
     text = "".join(json.dumps(start | event) + "\n" for event in events)
     (run / "history.jsonl").write_text(text)
     midnight = 1767225600  # 2026-01-01T00:00:00Z
@@ -253,7 +259,102 @@ def test_hours_of_a_run_that_was_killed_once(run):
     hours = [(h, start["ranks"]) for h, start in run_hours(read_record(run))]
     assert hours == [(2.0, 8), (1.5, 4)]
     rows = table_rows(text_of(run))
-    assert rows["hours"] == ["3.50 in 2 starts"] and rows["processes x hours"] == ["22.00"]
+    assert rows["hours"] == ["3.50 in 2 starts"] and rows["GPU-hours"] == ["22.00 of NVIDIA H200"]
+    assert "cost" not in rows
+    assert card.main([str(run), "--price", "2.5"]) == 0
+    rows = table_rows((run / "final/README.md").read_text())
+    assert rows["cost"] == ["55.00 at 2.5 per GPU-hour"]
+
+
+def test_no_price_of_what_used_no_gpu(run, capsys):
+    text = (run / "final/README.md").read_text()
+    assert "GPU-hours |" not in text
+    for price, words in (("2.5", "tells of no hours on a GPU"), ("-1", "expected the price of")):
+        assert card.main([str(run), "--price", price]) == 2
+        assert words in capsys.readouterr().err
+    assert (run / "final/README.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("train.py", "train.py"),
+        ("/home/anna/notus/train.py", "train.py"),
+        ("~/c.json", "c.json"),
+        ("../anna/c.json", "c.json"),
+        ("configs/notus.json", "configs/notus.json"),
+        ("--resume=/home/anna/step-5", "--resume=step-5"),
+        ("model.policy=org/name", "model.policy=org/name"),
+        ("model.policy=/home/anna/sft", "model.policy=sft"),
+        ("data.train.0.path=../anna/p.jsonl", "data.train.0.path=p.jsonl"),
+        ('data.train=[{"path": "/home/anna/p.jsonl"}]', 'data.train=[{"path": "p.jsonl"}]'),
+        (
+            'data.train.0.curation={"decontaminate":["/home/anna/t.jsonl", "m.jsonl"]}',
+            'data.train.0.curation={"decontaminate": ["t.jsonl", "m.jsonl"]}',
+        ),
+        ("data.train.0.curation.decontaminate.0=/home/anna/t", None),
+        ("data.system_prompt=/think", "data.system_prompt=/think"),
+        ("loss.beta=0.10", "loss.beta=0.10"),
+        ("/home/anna/a=b/c.json", "c.json"),
+    ],
+)
+def test_what_a_card_tells_of_a_command(word, told):
+    told = told or "data.train.0.curation.decontaminate.0=t"
+    assert card.public_word(word) == told
+
+
+def test_no_path_of_the_machine_is_published(run, tmp_path):
+    """Every path that a run can be given, as an absolute one, and the run's own."""
+    home = "/home/anna"
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    manifest = {
+        "input": f"{home}/UltraFeedback",
+        "decontaminate": [f"{home}/truthful_qa.jsonl"],
+        "drop_sources": [],
+        "counts": {"rows": 2, "pairs": 1, "dropped": {}},
+        "rows_sha256": {f"{home}/UltraFeedback": "abc"},
+        "files_sha256": {"train.parquet": "def"},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    settings = json.loads((run / "config.json").read_text())
+    settings["model"] |= {"policy": f"{home}/sft", "reference": f"{home}/other", "lora": {}}
+    settings["model"]["lora"] = {"rank": 4, "alpha": 8.0, "merge": False}
+    screened = settings["data"]["train"][0]["curation"] | {"decontaminate": [f"{home}/mt.jsonl"]}
+    sources = [{"path": f"{home}/pairs.jsonl", "curation": screened}, {"path": str(folder)}]
+    plain = {"split": None, "weight": 1.0, "format": None, "curation": None}
+    settings["data"] |= {
+        "train": [plain | source for source in sources],
+        "eval": [plain | {"path": f"{home}/held-out.jsonl"}],
+    }
+    settings["evaluation"]["samples"] = {"prompts": f"{home}/prompts.jsonl", "count": 1}
+    settings["output_dir"] = f"{home}/run"
+    edit(run / "config.json", **settings)
+    command = ["python", f"{home}/train.py", f"{home}/c.json", f"model.policy={home}/sft"]
+    edit_start(run, command=command, local=[f"{home}/{name}" for name in ("sft", "other")])
+    (run / "evals").mkdir()
+    scores = {"model": f"{home}/final", "win_rate": 50.0, "standard_error": 1.0, "total": 2}
+    found = {
+        "evaluator": "alpaca_eval",
+        "baseline": f"{home}/baseline.json",
+        "measured": [scores | {"average_length": 3}],
+        "published": [],
+        "notes": [],
+    }
+    (run / "evals/a.json").write_text(json.dumps(found))
+    text = text_of(run)
+    assert "anna" not in text and str(tmp_path) not in text
+    assert not re.findall(r"(?<![\w:/.)])/\w+", text.replace("https://", ""))
+    assert "python train.py c.json model.policy=sft" in text
+    for name in ("sft", "other", "pairs", "mt.jsonl", "truthful_qa.jsonl", "prompts.jsonl"):
+        assert name in text
+    assert 'from_pretrained("sft")' in text
+
+
+@pytest.mark.parametrize("option", ["--base-model", "--datasets"])
+def test_hub_ids_are_no_paths(run, capsys, option):
+    assert card.main([str(run), option, "/home/anna/sft"]) == 2
+    assert f"{option} /home/anna/sft: expected a hub id" in capsys.readouterr().err
 
 
 def test_curated_data_bring_their_manifest(run, tmp_path):
@@ -275,7 +376,7 @@ def test_curated_data_bring_their_manifest(run, tmp_path):
     rows = table_rows(text)
     assert rows["rows"] == ["1,234"] and rows["dropped: tied ratings"] == ["234"]
     assert rows["SHA-256 of train.parquet"] == ["def"]
-    assert f"- {folder}: prompts of truthful_qa.jsonl were left out" in text
+    assert f"- {folder.name}: prompts of truthful_qa.jsonl were left out" in text
 
 
 def test_results_of_evaluators_stand_beside_the_published_ones(run, tmp_path):
@@ -374,6 +475,17 @@ def test_pushing_uploads_final_and_nothing_else(run, hub, capsys):
     assert uploaded == {str(p.relative_to(final)) for p in final.rglob("*") if p.is_file()}
     assert not any("optimizer" in name or "metrics" in name for name in uploaded)
     assert "/me/mine" in capsys.readouterr().out
+
+
+def test_an_adapter_of_a_local_base_is_not_pushed(run, hub, capsys):
+    adapter = run / "final/adapter/adapter_config.json"
+    adapter.parent.mkdir()
+    adapter.write_text(json.dumps({"base_model_name_or_path": "/home/anna/sft"}))
+    assert card.main([str(run), "--push-to-hub", "me/mine"]) == 2
+    assert "base_model_name_or_path is /home/anna/sft" in capsys.readouterr().err
+    assert hub == []
+    edit(adapter, base_model_name_or_path="org/base")
+    assert card.main([str(run), "--push-to-hub", "me/mine"]) == 0
 
 
 def test_nothing_is_pushed_unasked(run, hub):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 import train
 from benchmarks.memory import model_shape
+from notus import opening
 from notus.config import load_config
 from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
@@ -18,13 +20,13 @@ from notus.model import weights
 from notus.model.weights import open_model
 from notus.report.memory import Counts
 from notus.report.preflight import (
+    Answers,
     Question,
     Setup,
     alternatives,
     changes,
     hours,
     plan_rows,
-    preflight,
     run_work,
     shard_size,
 )
@@ -171,20 +173,6 @@ def test_changes_come_by_their_cost():
     assert len(set(said)) == len(said)
 
 
-def test_epoch_of_notus(tmp_path):
-    """61,619 pairs in steps of 64: 963 per epoch, the last of 51 pairs."""
-    pairs = some_pairs([[1, 1, 1]] * 61_619)
-    config = load_config(ROOT / "configs/notus.json")
-    plan = plan_of(pairs, ranks=8, epochs=config.train.epochs, max_steps=963)
-    question = Question(
-        config, MISTRAL_7B, Counts(PARAMETERS, 0, 0), plan, pairs, None, True, False
-    )
-    text, fits = preflight(question, gpu_named("a100-40gb"), None)
-    assert fits
-    assert "61,619 to train on" in text and "963 per epoch x 3" in text
-    assert "FITS on 8 x a100-40gb without CPU offload" in text
-
-
 @pytest.mark.parametrize(
     ("every", "scored"), [(3, [0, 3, 6, 9, 10]), (5, [0, 5, 10]), (None, [0, 10])]
 )
@@ -326,3 +314,70 @@ def test_mfu_and_work_count_the_same_model_flops():
     )
     assert work.model == pytest.approx(model_flops(MISTRAL_7B, lengths))
     assert work.padding == work.reference == work.evaluation == 0
+
+
+def test_idle_ranks_are_counted_as_the_plan_has_them():
+    """Three pairs a step on five ranks: the shortcut of `Answers` equals the plan itself."""
+    pairs = some_pairs([[10, 200, 60], [100, 40, 60], [30, 30, 30], [50, 150, 50]])
+    plan = plan_of(pairs, pairs_per_step=3, ranks=5, budget=300)
+    config = load_config(ROOT / "configs/notus.json")
+    question = Question(
+        config, MISTRAL_7B, Counts(PARAMETERS, 0, 0), plan, pairs, None, True, False
+    )
+    expected = plan_rows(plan, pairs, [plan.pairs_of(step) for step in range(2)])
+    assert Answers(question).rows(5, 300) == expected
+    # Rows of 300 and of 256 slots, on each of the five.
+    assert expected.total == 5 * 300 + 5 * 256
+
+
+@pytest.mark.parametrize("gpus", [8, 9, 10**9])
+def test_more_gpus_than_pairs_in_a_step(place, capfd, gpus):
+    assert train.main([*place, "--gpus", str(gpus), "--gpu", "a100-40gb"]) == 0
+    said = capfd.readouterr().out
+    warning = f"a step has 8 pairs, so at least {gpus - 8:,} of {gpus:,} ranks idle in every step"
+    assert (warning in said) == (gpus > 8), said
+
+
+def test_fine_tuning_is_not_spoken_of_in_pairs(place, capfd):
+    """Nor of a reference, which it has not, nor of prompts that two responses share."""
+    fine_tuning = [str(ROOT / "configs/sft.json"), *place[1:]]
+    assert train.main([*fine_tuning, "--gpus", "16", "--gpu", "h100"]) == 0
+    said = capfd.readouterr().out.replace("train.pairs_per_step", "the key")
+    kept = re.search(r"train data: (\d+) responses", said)[1]
+    assert f"  responses    {kept} to train on, 5 held out" in said
+    assert "steps of 8" not in said and " of 8 responses;" in said
+    assert "a step has 8 responses, so at least 8 of 16 ranks idle" in said
+    assert re.search(r"\n  tokens       [\d,]+\n", said)
+    assert "zeros that stand for a reference" in said
+    for word in ("pair", "rejected", "reference log-probs", "saved", "prefix"):
+        assert word not in said, (word, said)
+
+
+def test_a_loss_without_reference(place, capfd):
+    settings = ["loss.name=simpo", "loss.gamma=0.5", "reference.log_probs=none"]
+    assert train.main([*place, *settings, "--gpus", "8", "--gpu", "a100-40gb"]) == 0
+    said = capfd.readouterr().out
+    assert "with each prompt once" in said and "zeros that stand for a reference" in said
+    assert "reference log-probs" not in said and "the reference's" not in said
+    assert not re.search(r"FLOP:.*reference", said)
+
+
+# UltraFeedback's, about: prompts, chosen and rejected responses, in tokens.
+LONG_AND_SHORT = ([40, 110, 300], [120, 300, 500], [90, 260, 480])
+
+
+def test_the_dry_run_of_notus(place, capfd, monkeypatch):
+    """On the published recipe's 61,619 pairs: 963 steps of 64 an epoch; 8 x A100-40GB fits."""
+    choices = np.random.default_rng(0).integers(0, 3, (61_619, 3))
+    lengths = np.stack([np.take(LONG_AND_SHORT[part], choices[:, part]) for part in range(3)], 1)
+    pairs = some_pairs(lengths)
+
+    def read_data(*arguments, **options) -> tuple:
+        return pairs, [], None, {}
+
+    monkeypatch.setattr(opening, "read_data", read_data)
+    recipe = [word for word in place if "pairs_per_step" not in word]
+    assert train.main([*recipe, "train.max_steps=963", "--gpus", "8", "--gpu", "a100-40gb"]) == 0
+    said = capfd.readouterr().out
+    assert "61,619 to train on" in said and "of 64 pairs; 963 per epoch x 3" in said
+    assert "FITS on 8 x a100-40gb without CPU offload: the limit is 35.9 GiB" in said
