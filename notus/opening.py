@@ -141,10 +141,10 @@ def open_run(
     data, models and output_dir have been found usable.
     """
     agree(lambda: check_backend(config.parallel.kernels, ranks.device))
-    agree(lambda: attention_backend(config, ranks.device))
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
     inputs = open_inputs(config, ranks, weights=True)
     loss, source, shape = inputs.loss, inputs.source, inputs.shape
+    agree(lambda: attention_backend(config, shape, ranks.device))
     reference_path, reference_folder = inputs.reference_path, inputs.reference_folder
     pairs, origins, held_out = inputs.pairs, inputs.origins, inputs.held_out
     plan = plan_run(config, pairs, ranks.count)
@@ -455,7 +455,7 @@ def build_model(
     constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
         model = MistralForCausalLM(
-            shape, config.parallel.kernels, attention_backend(config, ranks.device)
+            shape, config.parallel.kernels, attention_backend(config, shape, ranks.device)
         )
         model.to(compute_dtype if constant or lora else torch.float32)
         model.requires_grad_(not frozen)
@@ -592,15 +592,17 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if wanted == "auto" else wanted
 
 
-def attention_backend(config: Config, device: torch.device) -> str:
+def attention_backend(config: Config, shape: ModelShape, device: torch.device) -> str:
     """The backend of attention. Raises UserError for one that cannot train on the device."""
     wanted, compiled = config.parallel.attention, compiles(config, device)
     if wanted == "auto":
-        return default_backend(device, compiled)
+        return default_backend(device, shape.head_dim, compiled)
     reason = None
     if device.type == "cuda":
         if wanted == "varlen" and config.model.compute_dtype == "float32":
             reason = 'with model.compute_dtype "float32": FlashAttention computes in bfloat16'
+        elif wanted == "flex" and shape.head_dim < 16:
+            reason = f"for heads of {shape.head_dim}, which its kernels do not hold"
     elif wanted == "flex":
         reason = "on the CPU, where it has no backward pass"
     elif wanted == "varlen" and compiled:

@@ -58,14 +58,15 @@ def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -
     Both are integer tensors of slot indices. True when both lie in the same document, the key is
     not later, the key is in the prompt or in the query's own branch, fewer than `window` positions
     lie between them (None: no limit), and neither is hidden. Padding may attend to itself alone.
+    Nothing is changed in place: FlexAttention's kernel cannot hold that.
     """
     distance = layout.position[query] - layout.position[key]
     allowed = (layout.document[query] == layout.document[key]) & (distance >= 0)
     key_branch = layout.branch[key]
-    allowed &= (key_branch == PROMPT) | (key_branch == layout.branch[query])
+    allowed = allowed & ((key_branch == PROMPT) | (key_branch == layout.branch[query]))
     if window is not None:
-        allowed &= distance < window
-    allowed &= ~(layout.hidden[query] | layout.hidden[key])
+        allowed = allowed & (distance < window)
+    allowed = allowed & ~(layout.hidden[query] | layout.hidden[key])
     return torch.where(layout.document[query] == PADDING, query == key, allowed)
 
 
@@ -103,13 +104,14 @@ def _in_segments(dense: Tensor, segments: Segments, window: int | None) -> Atten
     return SegmentMask(segments, window, masks) if left == 0 else dense
 
 
-def default_backend(device: torch.device, compiled: bool = False) -> str:
-    """What attention uses unless told otherwise: runs that repeat to the bit on CUDA.
+def default_backend(device: torch.device, head_dim: int, compiled: bool = False) -> str:
+    """What attention uses unless told otherwise: on CUDA one with which runs repeat to the bit.
 
-    On the CPU FlexAttention has no backward pass, and a compiler cannot follow the segments.
+    FlexAttention's kernels hold no heads narrower than 16, and it has no backward pass on the CPU,
+    where segments are not compiled.
     """
     if device.type == "cuda":
-        return "flex"
+        return "flex" if head_dim >= 16 else "dense"
     return "dense" if compiled else "varlen"
 
 

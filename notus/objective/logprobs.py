@@ -30,7 +30,7 @@ def token_log_probs(
 
     With `sum_squares`, [2, S]: the second row is log sum_v p(v)^2, without gradient.
     """
-    backend = model.attention or default_backend(batch.tokens.device)
+    backend = model.attention or default_backend(batch.tokens.device, model.shape.head_dim)
     mask = build_mask(batch.layout, model.shape.sliding_window, backend)
     return model(batch.tokens, batch.layout.position, mask, batch.rows, batch.targets, sum_squares)
 

@@ -106,7 +106,7 @@ def test_rows_of_all_lengths_share_a_compilation(
     plain = metrics(tmp_path / "plain/run")
     forwards.clear()
     monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
-    monkeypatch.setattr(opening, "attention_backend", lambda config, device: attention)
+    monkeypatch.setattr(opening, "attention_backend", lambda *arguments: attention)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(
         attention_module,

@@ -6,6 +6,7 @@ import flash_on_cpu  # noqa: F401  registers FlashAttention's operator
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -14,7 +15,14 @@ from conftest import random_pairs
 from notus.data.packing import PADDING, Layout, pack
 from notus.engine.distributed import _recomputed
 from notus.model import attention
-from notus.model.attention import AttentionMask, SegmentMask, attend, build_mask, default_backend
+from notus.model.attention import (
+    AttentionMask,
+    SegmentMask,
+    attend,
+    build_mask,
+    default_backend,
+    may_attend,
+)
 from notus.model.mistral import Block, rope_tables
 
 
@@ -138,10 +146,21 @@ def test_a_changed_predicate_is_obeyed_in_segments(monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_predicate_changes_nothing_in_place():
+    """Or Inductor refuses FlexAttention's kernel on CUDA, in a lowering that the CPU never does."""
+    layout = pack(random_pairs(3), range(3), 128, True).layout
+    slot = torch.tensor([5])
+    traced = make_fx(lambda q, k: may_attend(layout, q, k, 7))(slot, slot)
+    operators = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    assert operators and not [str(o) for o in operators if o._schema.is_mutable]
+
+
 def test_default_backends():
-    assert default_backend(torch.device("cuda")) == "flex"
-    assert default_backend(torch.device("cpu")) == "varlen"
-    assert default_backend(torch.device("cpu"), compiled=True) == "dense"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert default_backend(cuda, head_dim=128) == "flex"
+    assert default_backend(cuda, head_dim=8) == "dense"
+    assert default_backend(cpu, head_dim=8) == "varlen"
+    assert default_backend(cpu, head_dim=128, compiled=True) == "dense"
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
