@@ -86,16 +86,17 @@ def train(
         lambda: MetricsLog(run.output, step=run.progress.step, total=plan.steps, active=ranks.first)
     )
     totals = Totals()
-    work = Work(
-        frozen=config.model.lora is not None,
-        recomputed=config.parallel.activation_checkpointing == "full",
-        online=loss.uses_reference and config.reference.log_probs == "online",
-    )
-    speed = Speed(policy.shape, ranks.count, ranks.device, work)
     totals.restore(run.progress.totals, ranks.device)
     skipped, stopped = run.progress.skipped, False
     if run.progress.step == 0:
         log.write(0, evaluate_held_out(config, ranks, run))
+    online = loss.uses_reference and config.reference.log_probs == "online"
+    work = Work(
+        frozen=config.model.lora is not None,
+        recomputed=config.parallel.activation_checkpointing == "full",
+        scorings=online + loss.couples_pairs * (1 + online),
+    )
+    speed = Speed(policy.shape, ranks.count, ranks.device, work)
 
     for step in range(run.progress.step, plan.steps):
         chosen = plan.pairs_of(step)
@@ -279,6 +280,7 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
             held_out=inputs.held_out,
             uses_reference=inputs.loss.uses_reference,
             reference_is_base=counts.frozen > 0 and same_model,
+            couples_pairs=inputs.loss.couples_pairs,
         ),
         gpu,
         options.price,

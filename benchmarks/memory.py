@@ -185,6 +185,8 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=8192)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()
+    if not options.toy and not torch.cuda.is_available():
+        parser.error("no CUDA GPU was found; --toy measures a small model on the CPU")
     device = "cpu" if options.toy else "cuda"
     if options.toy:
         torch.set_num_threads(1)

@@ -14,7 +14,7 @@ prefix sharing    tokens processed without by with it, at prompts of 0.1 to 10 t
 padding           slots by real tokens: rows padded to the longest of a random batch, of a batch
                   grouped by length, and packed here
 activations       bytes a block keeps per token, by checkpointing mode: held by the allocator,
-                  and the formula of notus/report/preflight.py
+                  and the formula of notus/report/memory.py
 step time         a small model's, by sequence length; it is reported, not judged
 eight GPUs        PROJECTED, not measured: seconds of communication and of computation per
                   microbatch from volumes and assumed rates

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from benchmarks.memory import model_shape  # noqa: E402
 from notus.config import CONFLICTS, INERT, Config, describe, load_config  # noqa: E402
 from notus.data.tokenization import TokenizedPairs  # noqa: E402
-from notus.engine.hardware import GIB  # noqa: E402
+from notus.engine.hardware import GIB, gpu_named  # noqa: E402
 from notus.opening import plan_run  # noqa: E402
 from notus.report.memory import parameter_counts  # noqa: E402
 from notus.report.preflight import (  # noqa: E402
@@ -32,6 +32,7 @@ from notus.report.preflight import (  # noqa: E402
     Question,
     hours_text,
     needs,
+    usable,
 )
 
 HEAD = """# Configuration
@@ -142,6 +143,9 @@ has been measured yet.
 |---|--:|---|--:|--:|--:|
 {table}
 
+On 8 x a100-40gb, as the published run was, a GPU's peak is {peak} GiB of {usable} that tensors can
+have, without CPU offload, and {selective} with `parallel.activation_checkpointing=selective`.
+
 GPUs without fast links between them (the last five) are slowed by gathering the weights, which this
 does not count. For your own data, model and settings:
 
@@ -191,8 +195,11 @@ def notus_question() -> Question:
 def hardware() -> str:
     """The whole page."""
     question = notus_question()
+    answers = Answers(question)
+    published = replace(question.setup, gpus=8, shard=8)
+    selective = replace(published, activation_checkpointing="selective")
     table = []
-    for gpu, fits, gpus, time in needs(Answers(question), question.setup):
+    for gpu, fits, gpus, time in needs(answers, question.setup):
         ends = ("more", "", "")
         if gpus is not None:
             ends = (str(gpus), hours_text(time), hours_text(time * gpus))
@@ -208,6 +215,9 @@ def hardware() -> str:
         evaluations=question.evaluations,
         held_out=len(question.held_out),
         table="\n".join(table),
+        peak=f"{answers.budget(published).peak / GIB:.1f}",
+        selective=f"{answers.budget(selective).peak / GIB:.1f}",
+        usable=f"{usable(gpu_named('a100-40gb')) / GIB:.1f}",
         **means,
     )
 

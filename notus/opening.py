@@ -171,6 +171,8 @@ def open_run(
         ranks.say(idle)
     if (output / "final").exists():
         ranks.say(f"{output / 'final'} holds the model of this run: nothing left to do")
+        if not (output / "final" / "README.md").is_file():  # killed after the export
+            ranks.say(f"its model card is missing: python -m notus.report.card {output} writes it")
         return None
     if config.model.lora is None:
         distributed.check_host_memory(shape.num_parameters, ranks)

@@ -48,6 +48,14 @@ def test_the_hardware_page_is_generated():
     assert written == generator().hardware(), "run python docs/generate.py"
 
 
+def test_the_readme_says_what_the_hardware_page_says():
+    found = []
+    for page in ("README.md", "docs/hardware.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        found.append(re.search(r"8 x A100-40GB.*?([\d.]+ GiB of [\d.]+)", text, re.I)[1])
+    assert found[0] == found[1]
+
+
 def test_lengths_of_the_hardware_page():
     """Drawn pairs have the stated quantiles, but for what is cut: no pair is over 1,024 tokens."""
     generate = generator()
@@ -362,6 +370,20 @@ def trained(small):
         assert train.main([f"configs/{name}.json"]) == 0
     os.chdir(before)
     return small
+
+
+@pytest.mark.slow
+def test_every_metric_of_a_run_is_explained(trained):
+    page = (ROOT / "docs/metrics.md").read_text()
+    first_cells = re.findall(r"^\| (`.*?) \|", page, re.M)
+    explained = {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    logged = {
+        name
+        for line in (trained / "runs/notus-7b-v1/metrics.jsonl").read_text().splitlines()
+        for name in json.loads(line)
+    }
+    assert {"step", "loss", "eval_loss", "perf/packing"} <= logged
+    assert not [name for name in logged if name.removeprefix("eval_") not in explained]
 
 
 @pytest.mark.slow

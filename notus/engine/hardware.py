@@ -1,5 +1,6 @@
 """GPUs: peak speed and memory, for the MFU of a run and for the plan of one not yet begun."""
 
+import re
 from typing import NamedTuple
 
 from notus.errors import UserError
@@ -8,7 +9,7 @@ from notus.errors import UserError
 class GPU(NamedTuple):
     """One kind of GPU.
 
-    name: what the user calls it. parts: it is this one if PyTorch's device name holds all of them.
+    name: what the user calls it. parts: words that are all in PyTorch's name of the device.
     peak_flops: dense bfloat16 with float32 accumulation, FLOP/s, of the maker's data sheet (half of
     the figure "with sparsity"). memory: bytes that the driver offers, less than the name says.
     """
@@ -50,5 +51,9 @@ def gpu_named(name: str) -> GPU:
 
 def gpu_of_device(device_name: str) -> GPU | None:
     """The GPU whose PyTorch device name this is, or None if it is not in GPUS."""
-    fitting = (gpu for gpu in GPUS if all(part in device_name for part in gpu.parts))
+    fitting = (
+        gpu
+        for gpu in GPUS
+        if all(re.search(rf"\b{re.escape(part)}\b", device_name) for part in gpu.parts)
+    )
     return next(fitting, None)

@@ -62,11 +62,17 @@ def record_end(folder: Path) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """All events, oldest first; none where the run left no such file."""
+    """All events, oldest first; none where the run left no such file.
+
+    Raises UserError for a file that holds something else.
+    """
     path = folder / NAME
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path}: a line is not valid JSON ({error})") from None
 
 
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -242,12 +242,13 @@ class Work(NamedTuple):
     """What a step computes, beyond a forward and a full backward pass of the policy.
 
     frozen: the base's weights take no gradient (low-rank adapters). recomputed: blocks compute
-    their forward pass again in the backward pass. online: the reference runs beside the policy.
+    their forward pass again in the backward pass. scorings: forward passes without gradient, of a
+    reference that runs beside the policy, and of both before a step whose loss couples its pairs.
     """
 
     frozen: bool = False
     recomputed: bool = False
-    online: bool = False
+    scorings: int = 0
 
 
 FULL_TRAINING = Work()
@@ -289,13 +290,16 @@ def hardware_flops(shape: ModelShape, lengths: np.ndarray, slots: int, work: Wor
 
     On top of `model_flops`: the head's second forward pass, the scores that flash attention's
     backward pass computes again (half of its forward pass), and `work`. Attention over padding is
-    left out: kernels skip its blocks.
+    left out, as kernels skip its blocks, and so is that of a prompt's second copy, and what weights
+    pairs in the head.
     """
     products, attention, head = forward_flops(shape, lengths)
     products *= slots / lengths.sum()
-    more = work.recomputed + work.online
+    more = work.recomputed + work.scorings
     passes = 2 if work.frozen else 3
-    return (passes + more) * products + (3.5 + more) * attention + (passes + 1 + work.online) * head
+    return (
+        (passes + more) * products + (3.5 + more) * attention + (passes + 1 + work.scorings) * head
+    )
 
 
 def _triangle(length: np.ndarray) -> np.ndarray:

@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from notus.objective.logprobs import (
     token_log_probs,
 )
 from notus.objective.losses import Loss, PairLogProbs
+
+Result = TypeVar("Result")
 
 AUDITED_SHARE = 0.01
 PART = 4096  # pairs scored between two writes to disk: minutes of a 7B model on one GPU
@@ -135,26 +138,108 @@ def cached_log_probs(
     the last one only. Rank 0 alone touches the files. Collective. show: makes what displays a long
     pass, from the number of pairs and that of those done.
 
-    Raises UserError when the sample differs by more than TOLERANCE from what the file says.
+    Raises UserError, on all ranks, when the sample differs by more than TOLERANCE from what the
+    file says, and when the file system refuses to read or write.
     """
     path = folder / f"{_key(identity)}.safetensors"
-    stored = _read(path, identity) if dist.get_rank() == 0 else None
+    stored = _on_first_rank(path, lambda: _read(path, identity))
     found = torch.tensor([stored is not None], device=device)
     dist.broadcast(found, 0)
     if not found:
-        flat = _score_in_parts(path.with_suffix(".parts"), pairs, score_pairs, device, show)
-        if dist.get_rank() == 0:
-            _write(path, flat, pairs, identity)
+        flat = _score_in_parts(path, pairs, identity, score_pairs, device, show)
+        _on_first_rank(path, lambda: _write(path, flat, pairs, identity))
         return flat
     flat = torch.zeros(int(pairs.response_starts[-1]), device=device)
     if stored is not None:
         flat.copy_(stored)
     dist.broadcast(flat, 0)
-    sample = audit_sample(len(pairs))
+    _audit(path, flat, pairs, len(pairs), identity, score_pairs)
+    return flat
+
+
+def _score_in_parts(
+    path: Path,
+    pairs: TokenizedPairs,
+    identity: Mapping[str, Any],
+    score_pairs: Scorer,
+    device: torch.device,
+    show: Callable[[int, int], Progress] | None,
+) -> Tensor:
+    """All pairs' flat log-probs. A file beside `path` collects them and says where to go on."""
+    file, starts, bar = path.with_suffix(".parts"), pairs.response_starts, None
+    kept = _on_first_rank(file, lambda: _read_parts(file, starts))
+    done = torch.tensor(0 if kept is None else kept[0], device=device)
+    flat = torch.zeros(int(starts[-1]), device=device)
+    if kept is not None:
+        flat[: len(kept[1])] = torch.from_numpy(kept[1]).to(device)
+    dist.broadcast(done, 0)
+    done = int(done)
+    if done:
+        dist.broadcast(flat, 0)
+        _audit(file, flat, pairs, done, identity, score_pairs)
+    if show is not None and len(pairs) > PART:
+        bar = show(len(pairs), done)
+    for begin in range(done, len(pairs), PART):
+        part = range(begin, min(begin + PART, len(pairs)))
+        flat[starts[begin] : starts[part.stop]] = scored = score_pairs(part)
+        _on_first_rank(file, partial(_append, file, scored))
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
+    return flat
+
+
+def _read_parts(file: Path, starts: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many pairs the file holds, plain float32, and their log-probs; it is made or cut to them.
+
+    Whole parts alone: on as many ranks, the same pairs then share rows as in a pass that nothing
+    interrupts.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    stored = np.fromfile(file, np.float32)[: starts[-1]]
+    done = int((np.searchsorted(starts, len(stored), "right") - 1) // PART * PART)
+    os.truncate(file, 4 * starts[done])
+    return done, stored[: starts[done]]
+
+
+def _append(file: Path, log_probs: Tensor) -> None:
+    with open(file, "ab") as handle:
+        handle.write(log_probs.cpu().numpy().tobytes())
+
+
+def _on_first_rank(path: Path, action: Callable[[], Result]) -> Result | None:
+    """Call `action` on rank 0, whose result has no other rank; collective.
+
+    Raises UserError on all ranks when the file system refuses: they would wait for it otherwise.
+    """
+    result, problem = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except OSError as error:
+            problem = [f"{path}: cannot be read or written ({error.strerror})"]
+    dist.broadcast_object_list(problem, 0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+    return result
+
+
+def _audit(
+    path: Path,
+    flat: Tensor,
+    pairs: TokenizedPairs,
+    known: int,
+    identity: Mapping[str, Any],
+    score_pairs: Scorer,
+) -> None:
+    """Recompute a sample of the first `known` pairs, whose log-probs were read from `path`."""
+    sample = audit_sample(known)
     worst = worst_difference(
         score_pairs(sample),
         gather_pairs(flat, pairs, sample),
-        torch.from_numpy(pairs.lengths[sample, 1:]).to(device),
+        torch.from_numpy(pairs.lengths[sample, 1:]).to(flat.device),
     )
     if not worst <= TOLERANCE[getattr(torch, identity["compute_dtype"])]:
         raise UserError(
@@ -162,43 +247,6 @@ def cached_log_probs(
             f"{worst:.3g} nats per token, over a sample of {len(sample)} pairs; expected rounding "
             "only. Remove the file to have them computed again"
         )
-    return flat
-
-
-def _score_in_parts(
-    file: Path,
-    pairs: TokenizedPairs,
-    score_pairs: Scorer,
-    device: torch.device,
-    show: Callable[[int, int], Progress] | None,
-) -> Tensor:
-    """All pairs' flat log-probs. `file` collects them as plain float32 and says where to go on."""
-    starts, bar = pairs.response_starts, None
-    flat, done = torch.zeros(int(starts[-1]), device=device), torch.zeros((), dtype=torch.int64)
-    if dist.get_rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        stored = np.fromfile(file, np.float32)[: len(flat)]
-        # Whole parts alone: the same pairs share rows as in a pass that nothing interrupts.
-        done += int((np.searchsorted(starts, len(stored), "right") - 1) // PART * PART)
-        flat[: starts[done]] = torch.from_numpy(stored[: starts[done]]).to(device)
-        os.truncate(file, 4 * starts[done])
-    done = done.to(device)
-    dist.broadcast(done, 0)
-    dist.broadcast(flat, 0)
-    if show is not None and len(pairs) > PART:
-        bar = show(len(pairs), int(done))
-    for begin in range(int(done), len(pairs), PART):
-        part = range(begin, min(begin + PART, len(pairs)))
-        flat[starts[begin] : starts[part.stop]] = scored = score_pairs(part)
-        if dist.get_rank() == 0:
-            with open(file, "ab") as handle:
-                handle.write(scored.cpu().numpy().tobytes())
-        if bar is not None:
-            bar.update(len(part))
-    if bar is not None:
-        bar.close()
-    return flat
 
 
 def audit_sample(pairs: int) -> np.ndarray:
@@ -252,19 +300,22 @@ def _key(identity: Mapping[str, Any]) -> str:
 
 def _read(path: Path, identity: Mapping[str, Any]) -> Tensor | None:
     try:
-        if json.loads(path.with_suffix(".json").read_text())["identity"] != identity:
+        if json.loads(path.with_suffix(".json").read_bytes())["identity"] != identity:
             return None
         return load_file(path)["log_probs"]
-    except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
-        return None  # absent or half-written: computed anew
+    except (FileNotFoundError, ValueError, SafetensorError, KeyError, TypeError):
+        return None  # absent, half-written or damaged: computed anew
 
 
 def _write(path: Path, flat: Tensor, pairs: TokenizedPairs, identity: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial_file = path.with_suffix(".partial")
     tensors = {"log_probs": flat.cpu(), "starts": torch.from_numpy(pairs.response_starts)}
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial_file)
+    except SafetensorError as error:  # what safetensors makes of an OSError
+        raise OSError(0, str(error)) from None
+    os.replace(partial_file, path)
     about = {"identity": identity, "pairs": len(pairs), "response_tokens": len(flat)}
     path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
     path.with_suffix(".parts").unlink()

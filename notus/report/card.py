@@ -51,11 +51,13 @@ class Identity(NamedTuple):
     """What the hub wants to know of a model and the run's folder may not tell.
 
     license: the hub's name of it. base_model, datasets: hub ids, where the run used local copies.
+    repository: where the model is uploaded to, which the card's example then loads.
     """
 
     license: str = "unknown"
     base_model: str | None = None
     datasets: tuple[str, ...] = ()
+    repository: str = "PATH OR REPO"
 
 
 class Record(NamedTuple):
@@ -109,10 +111,14 @@ def read_record(run: Path) -> Record:
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file; expected the output_dir of a run")
+    lines: list[Plain] = []
     try:
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
     except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{metrics}: a line is not valid JSON ({error})") from None
+        raise UserError(
+            f"{metrics}:{len(lines) + 1}: not valid JSON ({error}); a line of metrics was expected"
+        ) from None
     training = [line for line in lines if "loss" in line]
     if not training:
         raise UserError(f"{metrics}: no training step is logged there; a card needs at least one")
@@ -356,6 +362,7 @@ def loss_name(settings: Mapping[str, Any]) -> str:
 
 def usage(record: Record, identity: Identity) -> Iterator[str]:
     """A few lines of Python that load the model."""
+    place = identity.repository
     yield "```python"
     if record.lora is not None and not record.lora["merge"]:
         yield "from peft import PeftModel"
@@ -364,11 +371,11 @@ def usage(record: Record, identity: Identity) -> Iterator[str]:
     if record.lora is not None and not record.lora["merge"]:
         base = base_model(record, identity) or public_path(record.settings["model"]["policy"])
         yield f'base = AutoModelForCausalLM.from_pretrained("{base}")'
-        yield 'model = PeftModel.from_pretrained(base, "PATH OR REPO", subfolder="adapter")'
-        yield 'tokenizer = AutoTokenizer.from_pretrained("PATH OR REPO", subfolder="adapter")'
+        yield f'model = PeftModel.from_pretrained(base, "{place}", subfolder="adapter")'
+        yield f'tokenizer = AutoTokenizer.from_pretrained("{place}", subfolder="adapter")'
     else:
-        yield 'model = AutoModelForCausalLM.from_pretrained("PATH OR REPO", dtype="bfloat16")'
-        yield 'tokenizer = AutoTokenizer.from_pretrained("PATH OR REPO")'
+        yield f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="bfloat16")'
+        yield f'tokenizer = AutoTokenizer.from_pretrained("{place}")'
     yield "```"
     system = record.settings["data"]["system_prompt"]
     if system is not None:
@@ -834,6 +841,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.private and not options.push_to_hub:
         parser.error("--private needs --push-to-hub")
     identity = Identity(options.license, options.base_model, tuple(options.datasets))
+    if options.push_to_hub:
+        identity = identity._replace(repository=options.push_to_hub)
     try:
         if options.price is not None and not 0 < options.price < math.inf:
             raise UserError(

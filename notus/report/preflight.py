@@ -160,6 +160,7 @@ class Work(NamedTuple):
     recomputation: float  # checkpointed blocks, and the head's logits, run again
     reference: float  # the reference's forward passes
     evaluation: float  # the policy's forward passes over held-out pairs
+    coupling: float  # those over a step's pairs before it, for a loss that couples them
 
     @property
     def total(self) -> float:
@@ -177,13 +178,15 @@ def run_work(
     reference: str,
     evaluations: int,
     frozen_base: bool = False,
+    couples_pairs: bool = False,
 ) -> Work:
     """FLOPs of a run, after `metrics.model_flops`: 3 x forward for the model itself.
 
     trained: lengths [.., 3] of the pairs of every step; train, held_out: of the data sets. slots:
     of all rows of all steps. Full checkpointing runs the blocks forward once more, "selective" only
     cheap operations. The head computes its logits again in the backward pass. A cached reference
-    runs once over both data sets, an online one with every step and every evaluation. A frozen base
+    runs once over both data sets, an online one with every step and every evaluation. A loss that
+    couples a step's pairs has policy and online reference score them before the step. A frozen base
     has no gradient of its weights: 2 x but for attention; its adapters' own work is left out.
     """
 
@@ -199,7 +202,7 @@ def run_work(
     references = {
         "none": 0.0,
         "cached": once + evaluated,
-        "online": blocks + head + evaluations * evaluated,
+        "online": (1 + couples_pairs) * (blocks + head) + evaluations * evaluated,
     }
     passes = 2 if frozen_base else 3
     return Work(
@@ -208,6 +211,7 @@ def run_work(
         recomputation=again + head,
         reference=references[reference],
         evaluation=evaluations * evaluated,
+        coupling=couples_pairs * (blocks + head),
     )
 
 
@@ -219,9 +223,9 @@ def hours(work: Work, gpus: int, gpu: GPU, utilisation: float) -> float:
 class Question(NamedTuple):
     """A run on some number of GPUs, and all that its answer depends on.
 
-    plan: of as many ranks as GPUs. uses_reference: the loss does.
-    reference_is_base: the frozen base serves as the reference, so that an online one is there
-    anyway.
+    plan: of as many ranks as GPUs. uses_reference: the loss does. reference_is_base: the frozen
+    base serves as the reference, so that an online one is there anyway. couples_pairs: the loss
+    needs a step's log-probs before the step.
     """
 
     config: Config
@@ -232,6 +236,7 @@ class Question(NamedTuple):
     held_out: TokenizedPairs | None
     uses_reference: bool
     reference_is_base: bool
+    couples_pairs: bool = False
 
     @property
     def setup(self) -> Setup:
@@ -330,6 +335,7 @@ class Answers:
             reference=setup.reference,
             evaluations=question.evaluations,
             frozen_base=question.counts.frozen > 0,
+            couples_pairs=question.couples_pairs,
         )
 
     def other_setups(self, setup: Setup) -> Iterator[Setup]:
@@ -371,7 +377,10 @@ def preflight(question: Question, gpu: GPU | None, price: float | None) -> tuple
 
 def size_text(size: int) -> str:
     """Bytes for people."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+    for unit, bytes_each in (("GiB", GIB), ("MiB", 2**20)):
+        if size >= bytes_each / 10:
+            return f"{size / bytes_each:.1f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def hours_text(time: float) -> str:
@@ -465,7 +474,9 @@ def reasons_text(answers: Answers, setup: Setup, budget: Budget, gpu: GPU) -> li
     if setup.shard > 1:
         each = size_text(whole // setup.shard)
         reasons[0] += f", divided over {setup.shard} ranks: {each} each"
-    if setup.reference == "cached":
+    if setup.reference != "none" and question.reference_is_base:
+        reasons.append("the reference is the frozen base itself, so there is no second model")
+    elif setup.reference == "cached":
         reasons.append(
             "the reference's log-probs are computed beforehand, so its model is not there"
         )
@@ -516,6 +527,8 @@ def time_text(answers: Answers, setup: Setup, gpu: GPU, price: float | None) -> 
         f"  about {hours_text(likely)} hours ({hours_text(fast)} to {hours_text(slow)}), "
         f"{hours_text(likely * setup.gpus)} GPU-hours",
     ]
+    if slow < 1 / 60:
+        lines[1] = "  less than a minute of computing"
     if price is not None:
         cost, least, most = (price * setup.gpus * h for h in (likely, fast, slow))
         lines.append(f"  about {cost:,.2f} ({least:,.2f} to {most:,.2f}) at {price:g} per GPU-hour")

@@ -42,6 +42,12 @@ def test_a_run_without_history_has_none(tmp_path):
     assert history.read_history(tmp_path) == []
 
 
+def test_a_damaged_history_is_named(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"event": "start"}\n{"eve\n')
+    with pytest.raises(UserError, match="history.jsonl: a line is not valid JSON"):
+        history.read_history(tmp_path)
+
+
 def test_a_folder_that_is_gone_is_named(one_rank, tmp_path):
     with pytest.raises(UserError, match=r"gone/history.jsonl: cannot be written \(No such file"):
         history.record_end(tmp_path / "gone")

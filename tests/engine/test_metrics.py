@@ -235,8 +235,8 @@ def test_hardware_flops_by_hand():
     attention = 4 * 2 * (3 + 2 * 4 + 1 + 6)
     head = 2 * 2 * 5 * 4
     assert forward_flops(shape, lengths) == (products, attention, head)
-    everything = Work(frozen=False, recomputed=True, online=True)
-    expected = 5 * products * 8 / 6 + 5.5 * attention + 5 * head
+    everything = Work(frozen=False, recomputed=True, scorings=2)
+    expected = 6 * products * 8 / 6 + 6.5 * attention + 6 * head
     assert hardware_flops(shape, lengths, 8, everything) == pytest.approx(expected)
     adapters = hardware_flops(shape, lengths, 6, Work(frozen=True))
     assert adapters == pytest.approx(2 * products + 3.5 * attention + 3 * head)

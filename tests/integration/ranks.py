@@ -197,7 +197,24 @@ def _spoil_steps(first: int) -> None:
     train.step_loss_function = spoilt
 
 
+def _small_parts(refused: int | None = None) -> None:
+    """The reference pass writes every 8 pairs, slowly; there is no space for the `refused`th."""
+    from notus.objective import reference
+
+    append, writes = reference._append, iter(range(1, 1000))
+
+    def slow(*arguments) -> None:
+        time.sleep(0.05)
+        if next(writes) == refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(*arguments)
+
+    reference.PART, reference._append = 8, slow
+
+
 FAULTS = {
+    "small parts": _small_parts,
+    "small parts, the third refused": partial(_small_parts, 3),
     "small files": _small_files,
     "infinite loss": partial(_spoil_pair, 1.0),
     "infinite gradient": partial(_spoil_pair, 0.0),

@@ -70,6 +70,53 @@ def test_a_cached_reference_is_not_run_again(demo, tmp_path, forwards):
     assert start == next(tokens for gradient, tokens, _ in forwards if gradient)
 
 
+def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
+    """Each time, the one before the first step too, the clock starts anew before the next step."""
+    events, evaluate_held_out = [], train.evaluate_held_out
+
+    class Recorded(train.Speed):
+        def restart(self) -> None:
+            events.append("restart")
+            super().restart()
+
+        def count(self, *arguments) -> None:
+            events.append("step")
+            super().count(*arguments)
+
+    def evaluated(*arguments) -> dict[str, float]:
+        events.append("evaluation")
+        return evaluate_held_out(*arguments)
+
+    monkeypatch.setattr(train, "Speed", Recorded)
+    monkeypatch.setattr(train, "evaluate_held_out", evaluated)
+    config = base_config(demo) | {"evaluation": {"every": 1}, "log": {"every": 3}}
+    config["data"] = config["data"] | {"eval": {"holdout": 8}}
+    train_here(config, tmp_path, "train.max_steps=2")
+    assert events.count("evaluation") == 3
+    after = [events[i + 1] for i, event in enumerate(events) if event == "evaluation"]
+    assert after == ["restart"] * 3
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "aot"])
+@pytest.mark.parametrize("log_probs", ["cached", "online"])
+def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_probs):
+    """Work.scorings is the number of passes without gradient in a step of one row."""
+    counted = []
+
+    class Recorded(train.Speed):
+        def count(self, *arguments) -> None:
+            counted.append((self.work.scorings, [gradient for gradient, *_ in forwards]))
+            forwards.clear()
+
+    monkeypatch.setattr(train, "Speed", Recorded)
+    monkeypatch.setattr(Recorded, "report", lambda speed: {})
+    config = base_config(demo) | {"loss": {"name": name}, "reference": {"log_probs": log_probs}}
+    overrides = "train.max_steps=2", "data.tokens_per_microbatch=4096"
+    train_here(config, tmp_path, *overrides)
+    scorings, gradients = counted[1]
+    assert gradients.count(True) == 1 and gradients.count(False) == scorings
+
+
 @pytest.mark.parametrize(
     ("attention", "mode"),
     [
@@ -111,7 +158,7 @@ def test_rows_of_all_lengths_share_a_compilation(
     monkeypatch.setattr(
         attention_module,
         "_in_segments",
-        lambda dense, segments, window: SegmentMask(segments, window, masks=None),
+        lambda layout, window: SegmentMask(layout.segments, window, masks=None),
     )
     torch._dynamo.reset()
     train_here(base_config(demo), tmp_path / "compiled", *arguments, "parallel.compile=true")

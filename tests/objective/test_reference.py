@@ -1,12 +1,16 @@
 """The reference's cache, its audit, and the check of a run's start."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import random_pairs
@@ -136,9 +140,60 @@ def test_a_pass_goes_on_where_it_was_broken_off(setting, monkeypatch, broken_off
     calls.clear()
     again = cached_log_probs(folder, pairs, identity, score_pairs, CPU, show)
     kept = broken_off - (torn and broken_off > 0)
-    assert calls == parts[kept:] and torch.equal(again, whole)
+    audited = [audit_sample(8 * kept).tolist()] if kept else []
+    assert calls == audited + parts[kept:] and torch.equal(again, whole)
     assert shown == [(30, 8 * kept), *map(len, parts[kept:]), "closed"]
     assert not [*folder.glob("*.parts")]
+
+
+@pytest.mark.parametrize("damage", [4.0, 1.0 / 4.0, float("nan")])
+def test_parts_that_do_not_match_the_model_are_refused(setting, monkeypatch, damage):
+    """As when the code of the model was changed since, or a disk lost what was written."""
+    folder, pairs, identity, score_pairs, calls = setting
+    monkeypatch.setattr(reference, "PART", 8)
+    with monkeypatch.context() as refused:
+        refused.setattr(reference, "_write", lambda *arguments: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(UserError):
+            cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    (file,) = folder.glob("*.parts")
+    (np.fromfile(file, np.float32) * np.float32(damage)).tofile(file)
+    calls.clear()
+    with pytest.raises(UserError, match=f"{file.name}: the cached.*differ"):
+        cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    assert calls == [audit_sample(24).tolist()]
+
+
+@pytest.mark.parametrize("refused", ["_read", "_read_parts", "_append", "_write"])
+def test_a_file_system_that_refuses_is_named(setting, monkeypatch, refused):
+    folder, pairs, identity, score_pairs, _ = setting
+
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reference, refused, no_space)
+    with pytest.raises(UserError, match=r"\.(parts|safetensors): cannot.*No space left on device"):
+        cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+
+
+def test_the_library_that_writes_the_cache_is_refused_too(setting, monkeypatch):
+    folder, pairs, identity, score_pairs, _ = setting
+
+    def no_space(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(reference, "save_file", no_space)
+    with pytest.raises(UserError, match=r"\.safetensors: cannot.*No space left on device"):
+        cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+
+
+@pytest.mark.parametrize("about", [b"\xff\xfe", b"[]", b"{", b"null"])
+def test_a_damaged_description_is_computed_again(setting, about):
+    folder, pairs, identity, score_pairs, calls = setting
+    first = cached_log_probs(folder, pairs, identity, score_pairs, CPU)
+    (file,) = folder.glob("*.json")
+    file.write_bytes(about)
+    assert torch.equal(cached_log_probs(folder, pairs, identity, score_pairs, CPU), first)
+    assert calls == [list(range(30))] * 2
 
 
 def test_cached_and_online_agree_and_none_is_zero(setting, tiny_model):

@@ -104,6 +104,22 @@ def test_the_card_that_training_writes(finished):
     assert parsed.data.model_name == "run"
 
 
+def test_a_run_that_was_killed_before_its_card_says_how_to_write_it(finished, capsys):
+    missing = f"python -m notus.report.card {finished} writes it"
+    again = [str(finished.parent / "config.json")]
+    assert train.main(again) == 0
+    said = capsys.readouterr().out
+    assert "nothing left to do" in said and missing not in said
+    written = finished / "final/README.md"
+    text = written.read_text()
+    written.unlink()
+    try:
+        assert train.main(again) == 0
+        assert missing in capsys.readouterr().out
+    finally:
+        written.write_text(text)
+
+
 def test_tables_show_the_numbers_of_the_log(finished):
     text = (finished / "final/README.md").read_text()
     first, *_, last = (line for line in lines_of(finished) if "eval_loss" in line)
@@ -410,7 +426,8 @@ def test_what_a_card_cannot_be_made_of(run, tmp_path, capsys):
     with pytest.raises(UserError, match="metrics.jsonl: no training step is logged there"):
         write_card(run)
     (run / "metrics.jsonl").write_text(whole[:-10])
-    with pytest.raises(UserError, match="metrics.jsonl: a line is not valid JSON"):
+    last = len(whole.splitlines())
+    with pytest.raises(UserError, match=f"metrics.jsonl:{last}: not valid JSON"):
         write_card(run)
     (run / "metrics.jsonl").write_text(whole)
     shutil.rmtree(run / "final")
@@ -466,6 +483,7 @@ def hub(monkeypatch):
 
 def test_pushing_uploads_final_and_nothing_else(run, hub, capsys):
     assert card.main([str(run), "--push-to-hub", "me/mine", "--private"]) == 0
+    assert '.from_pretrained("me/mine"' in (run / "final/README.md").read_text()
     created = dict(hub)["/api/repos/create"]
     assert created["name"] == "mine" and created["organization"] == "me"
     assert created.get("private", created.get("visibility")) in (True, "private")

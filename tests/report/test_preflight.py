@@ -29,6 +29,7 @@ from notus.report.preflight import (
     plan_rows,
     run_work,
     shard_size,
+    size_text,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,8 @@ def test_gpus():
         "NVIDIA A40": "a40",
     }
     assert {name: gpu_of_device(name).name for name in names} == names
-    assert gpu_of_device("Tesla T4") is None
+    for name in ("Tesla T4", "NVIDIA RTX A4000", "NVIDIA GH200 480GB"):
+        assert gpu_of_device(name) is None
     assert gpu_named("H100") is next(gpu for gpu in GPUS if gpu.name == "h100")
     with pytest.raises(UserError, match="--gpu v100: no such GPU is known.*a100-40gb, .*h200"):
         gpu_named("v100")
@@ -132,6 +134,19 @@ def test_work_by_hand():
     attention = 4 * 4096 * 32 * pairs_attended  # both of its factors are activations
     assert adapters.model == pytest.approx(2 * (products + head) + 3 * attention)
     assert adapters.reference == pytest.approx(blocks + head + 3 * (held_blocks + held_head))
+    coupled = run_work(
+        MISTRAL_7B,
+        lengths,
+        lengths,
+        held_out,
+        slots=60,
+        activation_checkpointing="none",
+        reference="online",
+        evaluations=3,
+        couples_pairs=True,
+    )
+    assert coupled.coupling == pytest.approx(blocks + head) and work.coupling == 0
+    assert coupled.reference == pytest.approx(2 * (blocks + head) + 3 * (held_blocks + held_head))
     # 989.4 TFLOP/s at half of the peak, on two of them
     expected = work.total / (2 * 989.4e12 * 0.5) / 3600
     assert hours(work, 2, gpu_named("h100"), 0.5) == pytest.approx(expected)
@@ -360,6 +375,36 @@ def test_a_loss_without_reference(place, capfd):
     assert "with each prompt once" in said and "zeros that stand for a reference" in said
     assert "reference log-probs" not in said and "the reference's" not in said
     assert not re.search(r"FLOP:.*reference", said)
+
+
+def test_the_reference_of_adapters_is_their_base(place, capfd):
+    """Nothing is said of a second model that is not there, online or not."""
+    adapters = [*place, 'model.lora={"rank":8,"alpha":8}', "--gpu", "h100"]
+    for log_probs in ("cached", "online"):
+        assert train.main([*adapters, f"reference.log_probs={log_probs}"]) == 0
+        said = capfd.readouterr().out
+        assert "the reference is the frozen base itself" in said and "its model is not" not in said
+        assert "reference model" not in said
+
+
+def test_a_loss_that_couples_pairs_scores_them_first(place, capfd):
+    for name, coupled in (("sigmoid", False), ("aot", True)):
+        assert train.main([*place, f"loss.name={name}", "--gpu", "h200"]) == 0
+        assert bool(re.search("FLOP: .*, coupling [1-9]", capfd.readouterr().out)) == coupled
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(512, "0.5 KiB"), (300_000, "0.3 MiB"), (2**30 // 5, "0.2 GiB")]
+)
+def test_sizes_are_told_in_units_of_their_size(size, text):
+    assert size_text(size) == text
+
+
+def test_short_runs_are_not_told_in_hours(place, capfd):
+    """A step of few pairs on 256 GPUs: seconds."""
+    assert train.main([*place, "train.max_steps=1", "--gpus", "256", "--gpu", "b200"]) == 0
+    said = capfd.readouterr().out
+    assert "less than a minute of computing" in said and "about < 0.01 hours" not in said
 
 
 # UltraFeedback's, about: prompts, chosen and rejected responses, in tokens.

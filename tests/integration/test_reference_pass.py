@@ -1,0 +1,73 @@
+"""A reference pass that is broken off, on several ranks: it goes on, and nothing is left of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ranks import kill, launch, run_ranks, wait_for
+from runs import base_config
+
+
+@pytest.fixture(scope="module")
+def config(demo, tmp_path_factory) -> str:
+    """The file of a run of one step, over 64 pairs: eight parts."""
+    settings = base_config(demo)
+    settings["train"] = {"pairs_per_step": 8, "max_steps": 1}
+    file = tmp_path_factory.mktemp("reference") / "config.json"
+    file.write_text(json.dumps(settings))
+    return str(file)
+
+
+def log_probs(output: Path) -> torch.Tensor:
+    """What the only cache of a run holds; there must be no parts."""
+    (file,) = (output / "reference").glob("*.safetensors")
+    assert sorted(f.suffix for f in file.parent.iterdir()) == [".json", ".safetensors"]
+    return load_file(file)["log_probs"]
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> torch.Tensor:
+    """The log-probs of a pass on two ranks that nothing interrupts."""
+    output = Path(config).parent / "whole"
+    code, _ = run_ranks([config, f"output_dir={output}"], output.with_suffix(".log"), 2, PARTS)
+    assert code == 0
+    return log_probs(output)
+
+
+PARTS = "small parts"
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_killed_in_the_pass(config, whole, tmp_path, ranks):
+    """After SIGKILL it goes on: to the bit on as many ranks, up to rounding on others."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config, f"output_dir={output}"]
+    processes = launch(arguments, log, 2, PARTS)
+    try:
+        wait_for(lambda: any(f.stat().st_size for f in output.glob("reference/*.parts")))
+    finally:
+        kill(processes)
+    (parts,) = output.glob("reference/*.parts")
+    assert 0 < parts.stat().st_size < 4 * len(whole)
+    code, told = run_ranks(arguments, log, ranks, PARTS)
+    assert code == 0, told
+    found = log_probs(output)
+    if ranks == 2:
+        assert torch.equal(found, whole)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_no_space_in_the_pass(config, whole, tmp_path):
+    """One message, and all ranks end; with space again it goes on after the second part."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config, f"output_dir={output}"]
+    code, told = run_ranks(arguments, log, 2, PARTS + ", the third refused")
+    assert code == 2
+    assert told.count("error: ") == 1 and "Traceback" not in told
+    assert ".parts: cannot be read or written (No space left on device)" in told
+    code, told = run_ranks(arguments, log, 2, PARTS)
+    assert code == 0, told
+    assert torch.equal(log_probs(output), whole)
