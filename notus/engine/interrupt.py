@@ -5,9 +5,9 @@ code 0. SIGUSR1: save and go on. A signal to one process is enough, the ranks ag
 the process that `<output_dir>/lock` names ends the whole run. Another SIGINT kills at once.
 
 torchrun passes SIGTERM and SIGINT on to its processes, and kills them when they have not ended
-after 30 s: where a step and a save take longer, start it with `--shutdown-timeout SECONDS`
-(PyTorch 2.13; TORCH_ELASTIC_SHUTDOWN_TIMEOUT in the environment does the same). Its own exit code
-is then 1, though theirs is 0. SIGUSR1 it does not pass on: it dies of it.
+after 30 s: where a step and a save take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds
+(PyTorch 2.12; before, signal one of the processes instead). Its own exit code is then 1, though
+theirs is 0. SIGUSR1 it does not pass on: it dies of it.
 """
 
 import signal

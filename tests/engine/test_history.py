@@ -1,6 +1,7 @@
 """What history.jsonl says of a run's starts."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_starts_and_ends_are_added(one_rank, tmp_path, monkeypatch):
     assert first["ranks"] == 1 and first["device"].startswith("CPU")
     assert first["data"] == {"train": {"pairs": 7, "counts": {"cut": 2}}}
     assert first["local"] == [str(tmp_path / "data.jsonl")]
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == version("torch")
     assert end["event"] == "end" and first["time"] <= second["time"] <= end["time"]
     assert [path.name for path in tmp_path.glob("*.partial")] == []
 
