@@ -3,7 +3,8 @@
 A microbatch is one row of T token slots that holds many documents side by side. Every slot knows
 its document, its branch within the document (the prompt, or one of the responses that continue
 it), its position, and whether it takes part in attention at all. From these four numbers
-`may_attend` decides for every (query, key) pair; nothing else in the project builds a mask.
+`may_attend` decides for every (query, key) pair. Every backend asks it but FlashAttention, which
+knows causal sequences alone.
 
     backend  device  what it does
     flex     CUDA    FlexAttention over the blocks in which the predicate holds somewhere

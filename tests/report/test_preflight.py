@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,38 +114,29 @@ def test_work_by_hand():
         reference="cached",
         evaluations=3,
     )
+    once = partial(
+        run_work,
+        MISTRAL_7B,
+        lengths,
+        lengths,
+        held_out,
+        slots=60,
+        activation_checkpointing="none",
+        reference="online",
+        evaluations=3,
+    )
     assert work.model == pytest.approx(2 * 3 * (blocks + head))
     assert work.recomputation == pytest.approx(2 * (blocks + head))
     assert work.padding == pytest.approx(0.25 * 2 * 4 * blocks)
     assert work.reference == pytest.approx(blocks + head + held_blocks + held_head)
     assert work.evaluation == pytest.approx(3 * (held_blocks + held_head))
     assert work.total == pytest.approx(sum(work))
-    adapters = run_work(
-        MISTRAL_7B,
-        lengths,
-        lengths,
-        held_out,
-        slots=60,
-        activation_checkpointing="none",
-        reference="online",
-        evaluations=3,
-        frozen_base=True,
-    )
+    adapters = once(frozen_base=True)
     products = 2 * 32 * (BLOCK - 2 * 4096) * 60
     attention = 4 * 4096 * 32 * pairs_attended  # both of its factors are activations
     assert adapters.model == pytest.approx(2 * (products + head) + 3 * attention)
     assert adapters.reference == pytest.approx(blocks + head + 3 * (held_blocks + held_head))
-    coupled = run_work(
-        MISTRAL_7B,
-        lengths,
-        lengths,
-        held_out,
-        slots=60,
-        activation_checkpointing="none",
-        reference="online",
-        evaluations=3,
-        couples_pairs=True,
-    )
+    coupled = once(couples_pairs=True)
     assert coupled.coupling == pytest.approx(blocks + head) and work.coupling == 0
     assert coupled.reference == pytest.approx(2 * (blocks + head) + 3 * (held_blocks + held_head))
     # 989.4 TFLOP/s at half of the peak, on two of them
