@@ -3,11 +3,13 @@
 Started by torchrun on any number of nodes, or as a single process; both take the same path.
 """
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -34,6 +36,8 @@ Result = TypeVar("Result")
 
 # Rank 0 may hash or download for minutes while others wait in a collective.
 TIMEOUT = timedelta(minutes=60)
+
+SECONDS_AT_EXIT = 0.2
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def start(device: str = "auto") -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    _wait_at_exit()
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -90,6 +95,17 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@cache
+def _wait_at_exit() -> None:
+    """When this process ends, give gloo's threads time to let go of the last collective's tensors.
+
+    For that they need Python: one that comes too late, on a busy machine, aborts the process
+    (pytorch/pytorch pull request 179291). destroy_process_group waits for them only where nothing
+    else holds the group, and once there has been a DTensor, something does.
+    """
+    atexit.register(time.sleep, SECONDS_AT_EXIT)
 
 
 def check_host_memory(parameters: int, ranks: Ranks) -> None:

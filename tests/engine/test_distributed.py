@@ -1,5 +1,8 @@
 """What can be said of ranks and memory without starting several processes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -32,3 +35,25 @@ def test_only_this_machine_s_share_counts(monkeypatch):
 def test_the_first_rank_alone_speaks(rank, printed, capsys):
     Ranks(rank, 2, CPU).say("once")
     assert capsys.readouterr().out == printed
+
+
+LATE_THREAD = """
+import threading, time
+from notus.engine import distributed
+
+def let_go():
+    time.sleep(0.05)
+    print("let go", flush=True)
+
+distributed.start("cpu")
+threading.Thread(target=let_go, daemon=True).start()
+distributed.stop()
+"""
+
+
+def test_a_thread_that_is_late_still_finds_python_at_the_end():
+    """As one of gloo's is; without a moment's wait the process would be gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_THREAD], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "let go\n"), done.stderr

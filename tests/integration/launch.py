@@ -10,9 +10,10 @@ sys.modules["matplotlib"] = None  # as if it were not there: curves take longer 
 import train  # noqa: E402
 
 # Joining torchrun's group a second time would meet the keys of the first: stay in it between runs.
-train.distributed.stop = lambda: None
+stop, train.distributed.stop = train.distributed.stop, lambda: None
 
 for arguments in json.loads(Path(sys.argv[1]).read_text()):
     code = train.main(arguments)
     if code:
         sys.exit(code)
+stop()

@@ -43,6 +43,8 @@ for count in (5, 1):
     )
     (out / f"{count}-{ranks.rank}.json").write_text(json.dumps(responses))
 
-distributed.stop = lambda: None
+stop, distributed.stop = distributed.stop, lambda: None  # the command would leave the group
 given = ["generate", str(model_folder), "--prompts", str(prompt_file), "--max-new-tokens", "4"]
-sys.exit(command.main([*given, "--out", str(out / "out.jsonl"), "--name", "out"]))
+code = command.main([*given, "--out", str(out / "out.jsonl"), "--name", "out"])
+stop()
+sys.exit(code)
