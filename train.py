@@ -9,7 +9,6 @@ README.md says where to change what.
 """
 
 import argparse
-import gc
 import math
 import os
 import sys
@@ -380,7 +379,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if run is not None and run_to_end(config, ranks, run, options.profile):
                 source, output = run.source, run.output
                 del run  # the models that now answer need the memory
-                gc.collect()
                 show_result(config, ranks, source, output)
     except UserError as error:
         # Before the ranks have met, the first process of each machine speaks.

@@ -11,13 +11,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from notus.errors import UserError
@@ -112,7 +108,8 @@ def transformers_backend(
     says of sampling is left aside; its stop tokens count beside the tokenizer's.
     """
     logging.disable_progress_bar()  # one bar a rank for a second's loading
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.to(device).eval()
     stops = stop_tokens(folder, tokenizer)
     pad = tokenizer.eos_token_id  # never attended to
     model.generation_config = GenerationConfig(

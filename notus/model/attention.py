@@ -16,7 +16,9 @@ knows causal sequences alone.
 Shapes: T slots, N query heads, K key/value heads, H head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from itertools import pairwise
 
@@ -49,8 +51,11 @@ AttentionMask = Tensor | BlockMask | SegmentMask
 # Since torch 2.12 fewer key than query heads must be allowed by name.
 _GROUPED_QUERIES = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
-# Uncompiled, FlexAttention stores the whole score matrix; inside a compiled block this is inlined.
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention as a kernel of its own; not at import, which would take a second longer."""
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -134,7 +139,9 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
         return _attend_in_segments(q_TNH, k_TKH, v_TKH, mask)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))  # [1, heads, T, H]
     if isinstance(mask, BlockMask):
-        flex = _compiled_flex_attention if q.is_cuda else flex_attention
+        flex = flex_attention
+        if q.is_cuda and not torch.compiler.is_compiling():  # uncompiled it stores all scores
+            flex = _compiled_flex_attention()
         out = flex(q, k, v, block_mask=mask, enable_gqa=True)
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
