@@ -143,72 +143,50 @@ def open_run(
     agree(lambda: check_backend(config.parallel.kernels, ranks.device))
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
     inputs = open_inputs(config, ranks, weights=True)
-    loss, source, shape = inputs.loss, inputs.source, inputs.shape
+    loss, shape, pairs, held_out = inputs.loss, inputs.shape, inputs.pairs, inputs.held_out
     agree(lambda: attention_backend(config, shape, ranks.device))
-    reference_path, reference_folder = inputs.reference_path, inputs.reference_folder
-    pairs, origins, held_out = inputs.pairs, inputs.origins, inputs.held_out
     plan = plan_run(config, pairs, ranks.count)
     output = Path(config.output_dir)
     settings = to_dict(config) | {"loss": loss.settings}
-    agree(lambda: continuation.check_output_dir(output, settings, resume))
-    given = Path(resume) if model_only else None
-    start = agree(lambda: continuation.recorded_start(output, given))
-    if continuation.holds_run(output):
-        agree(lock.take)
-    found = checkpoint.find_checkpoint(
-        output / "checkpoints", "auto" if model_only else resume, ranks.say
+    found, start = find_beginning(
+        output, settings, ranks, lock, resume=resume, model_only=model_only
     )
-    if given and not found:
-        checkpoint.check_sound(given)
-    if given and not start:
-        start = checkpoint.weights_identity(given)
-    unit = config.train.unit
     ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
-        f"epoch; {shape.num_parameters:,} parameters on {ranks.count} x {ranks.device.type}",
+        f"{plan.steps:,} steps of {plan.pairs_per_step} {config.train.unit}, "
+        f"{plan.steps_per_epoch:,} per epoch; {shape.num_parameters:,} parameters on "
+        f"{ranks.count} x {ranks.device.type}",
     )
-    if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
+    if idle := idle_text(plan.pairs_per_step, ranks.count, config.train.unit):
         ranks.say(idle)
     if (output / "final").exists():
-        ranks.say(f"{output / 'final'} holds the model of this run: nothing left to do")
-        if not (output / "final" / "README.md").is_file():  # killed after the export
-            ranks.say(f"its model card is missing: python -m notus.report.card {output} writes it")
+        say_finished(output, ranks)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(shape.num_parameters, ranks)
+    source, reference_folder = inputs.source, inputs.reference_folder
     if inputs.adapter:
         agree(lambda: continuation.make_output_dir(output))
         agree(lock.take)
         source = agree(lambda: merged_policy(inputs, output, ranks))
         if config.model.reference is None:
             reference_folder = source
+    reference_is_source = loss.uses_reference and reference_folder.resolve() == source.resolve()
 
-    identity = weights_identity(reference_path, reference_folder) if loss.uses_reference else None
+    identity = None
+    if loss.uses_reference:
+        identity = weights_identity(inputs.reference_path, reference_folder)
     common = continuation.common_ground(settings, shape, pairs, identity, start, plan.steps)
-    hashed = loss.uses_reference and reference_folder.resolve() == source.resolve()
-    if config.model.lora is not None and not hashed:  # no checkpoint holds the adapters' base
+    if config.model.lora is not None and not reference_is_source:
+        # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
         common["base_sha256"] = weights_identity(config.model.policy, source)["sha256"]
     if found:
         agree(lambda: checkpoint.check_checkpoint(found, common))
     policy = build_model(config, shape, mesh, ranks, frozen=False)
     agree(lambda: load_weights(policy, source, others=adapter_parameters(policy)))
     initialize_adapters(policy, config.train.seed)
-    agree(lambda: continuation.make_output_dir(output))
-    agree(lock.take)
-    agree(lambda: continuation.write_settings(output, settings, start))
-    agree(lambda: continuation.check_shared(output))
-    agree(
-        lambda: history.record_start(
-            output,
-            continues=found.name if found else None,
-            device=ranks.device,
-            data=inputs.counts,
-            paths=[
-                *(config.model.policy, reference_path),
-                *(source.path for source in data_sources(config)),
-            ],
-        )
-    )
+    claim_output_dir(output, settings, ranks, lock, start=start)
+    record_start(config, inputs, ranks, found)
+
     sets = [pairs] if held_out is None else [pairs, held_out]
     references, following = [no_reference(data, ranks.device) for data in sets], None
     if loss.uses_reference:
@@ -230,7 +208,7 @@ def open_run(
     elif start:
         agree(lambda: checkpoint.load_trained(Path(start["path"]), policy))
         ranks.say(f"the policy begins with the weights of {start['path']}")
-    elif loss.uses_reference and reference_folder.resolve() == source.resolve():
+    elif reference_is_source:
         check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
     return Run(
         output=output,
@@ -238,7 +216,7 @@ def open_run(
         loss=loss,
         plan=plan,
         pairs=pairs,
-        origins=origins,
+        origins=inputs.origins,
         held_out=held_out,
         policy=policy,
         reference=references[0],
@@ -256,6 +234,79 @@ def open_run(
             "steps_per_epoch": plan.steps_per_epoch,
             "ranks": ranks.count,
         },
+    )
+
+
+def find_beginning(
+    output: Path,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    lock: OutputLock,
+    *,
+    resume: str,
+    model_only: bool,
+) -> tuple[Path | None, dict[str, str] | None]:
+    """The checkpoint to go on from, and what start.json says of the weights the policy began with.
+
+    resume, model_only: as for `open_run`. The first is None without a checkpoint, the second for a
+    run that began with the policy's folder. The lock is taken if output_dir holds a run.
+    Collective. Raises UserError, alike on all ranks, for an output_dir or a checkpoint that cannot
+    be used.
+    """
+    agree(lambda: continuation.check_output_dir(output, settings, resume))
+    given = Path(resume) if model_only else None
+    start = agree(lambda: continuation.recorded_start(output, given))
+    if continuation.holds_run(output):
+        agree(lock.take)
+    found = checkpoint.find_checkpoint(
+        output / "checkpoints", "auto" if model_only else resume, ranks.say
+    )
+    if given and not found:
+        checkpoint.check_sound(given)
+    if given and not start:
+        start = checkpoint.weights_identity(given)
+    return found, start
+
+
+def say_finished(output: Path, ranks: Ranks) -> None:
+    """That output_dir holds the model of the finished run, and what its folder may lack."""
+    final = output / "final"
+    ranks.say(f"{final} holds the model of this run: nothing left to do")
+    if not (final / "README.md").is_file():  # killed after the export
+        ranks.say(f"its model card is missing: python -m notus.report.card {output} writes it")
+
+
+def claim_output_dir(
+    output: Path,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    lock: OutputLock,
+    *,
+    start: dict[str, str] | None,
+) -> None:
+    """Make output_dir, lock it, and write down what runs in it.
+
+    start: as from `find_beginning`. Collective. Raises UserError, alike on all ranks, for a folder
+    that cannot be made, that another run has taken, or that not all machines see.
+    """
+    agree(lambda: continuation.make_output_dir(output))
+    agree(lock.take)
+    agree(lambda: continuation.write_settings(output, settings, start))
+    agree(lambda: continuation.check_shared(output))
+
+
+def record_start(config: Config, inputs: Inputs, ranks: Ranks, found: Path | None) -> None:
+    """Add this start to the run's history; found: the checkpoint it goes on from. Collective."""
+    sources = (source.path for source in data_sources(config))
+    paths = [config.model.policy, inputs.reference_path, *sources]
+    agree(
+        lambda: history.record_start(
+            Path(config.output_dir),
+            continues=found.name if found else None,
+            device=ranks.device,
+            data=inputs.counts,
+            paths=paths,
+        )
     )
 
 

@@ -101,9 +101,10 @@ def stop() -> None:
 def _wait_at_exit() -> None:
     """When this process ends, give gloo's threads time to let go of the last collective's tensors.
 
-    For that they need Python: one that comes too late, on a busy machine, aborts the process
-    (pytorch/pytorch pull request 179291). destroy_process_group waits for them only where nothing
-    else holds the group, and once there has been a DTensor, something does.
+    For that they need Python's lock: one that comes too late, on a busy machine, aborts the process
+    (pytorch/pytorch issue 190489). destroy_process_group waits for them only where nothing else
+    holds the group, and once there has been a DTensor, something does. A wait makes it unlikely;
+    only PyTorch can exclude it.
     """
     atexit.register(time.sleep, SECONDS_AT_EXIT)
 

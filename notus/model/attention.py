@@ -140,7 +140,8 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))  # [1, heads, T, H]
     if isinstance(mask, BlockMask):
         flex = flex_attention
-        if q.is_cuda and not torch.compiler.is_compiling():  # uncompiled it stores all scores
+        # A compiled block takes it in; elsewhere it must be compiled alone, or stores all scores.
+        if q.is_cuda and not torch.compiler.is_compiling():
             flex = _compiled_flex_attention()
         out = flex(q, k, v, block_mask=mask, enable_gqa=True)
     else:

@@ -192,6 +192,115 @@ def block_bytes_at_work(shape: ModelShape, width: int, mode: str, compiled: bool
     return recomputed + gradients
 
 
+def _gathered_and_trained(load: Load) -> tuple[Units, Units]:
+    """The parameters of each unit: all that is gathered, and those that have gradients."""
+    units = units_of(load.shape)
+    if not load.counts.frozen:
+        return units, units
+    # Adapters sit in the blocks, and nothing else is trained.
+    adapters = load.counts.trainable // load.shape.num_hidden_layers
+    return units._replace(block=units.block + adapters), Units(adapters, 0, 0)
+
+
+class _Sharded(NamedTuple):
+    """What is divided over the ranks; all but the gradients is held all the time."""
+
+    parameters: Line
+    state: Line
+    reference: Line
+    gradients: Line
+
+
+def _sharded(load: Load) -> _Sharded:
+    trainable, frozen, _ = load.counts
+    states = load.state_width * OPTIMIZER_STATES[load.optimizer] * trainable
+    weights = 4 * trainable + load.frozen_width * frozen
+    reference = load.reference_width * (frozen or trainable)
+    return _Sharded(
+        parameters=Line("parameters", weights // load.shard),
+        state=Line(f"{load.optimizer} state", states // load.shard),
+        reference=Line("reference model", reference // load.shard),
+        gradients=Line("gradients (float32)", 4 * trainable // load.shard),
+    )
+
+
+class _BlockActivations(NamedTuple):
+    """Bytes of one block's activations: kept for its backward pass, and needed by that pass."""
+
+    kept: int
+    at_work: int
+
+
+def _block_activations(load: Load) -> _BlockActivations:
+    mode, width = load.activation_checkpointing, load.compute_width
+    kept = block_bytes_kept(load.shape, width, mode, load.compiled)
+    work = block_bytes_at_work(load.shape, width, mode, load.compiled)
+    if mode == "selective":  # which keeps the results of the adapters' products too
+        kept += width * load.counts.adapter_results
+    if load.on_cpu:  # attention keeps the mask as numbers, in every block
+        kept += width * load.slots if mode == "none" else 0
+        work += width * load.slots if mode != "none" else 0
+    return _BlockActivations(kept * load.slots, work * load.slots)
+
+
+class _GatheredLines(NamedTuple):
+    """Whole parameters while a block works, while the head does, and while gradients are reduced.
+
+    A unit goes through a buffer, and the next one's buffer fills meanwhile.
+    """
+
+    at_block: tuple[Line, ...]
+    at_head: tuple[Line, ...]
+    at_reduction: tuple[Line, ...]
+
+
+def _gathered_lines(load: Load, units: Units) -> _GatheredLines:
+    width, (trainable, frozen, _) = load.compute_width, load.counts
+    if load.keep_gathered:
+        model = Line("gathered model, kept for the step", width * (frozen + trainable))
+        return _GatheredLines((model,), (model,), (model,))
+    buffer = 0 if load.shard == 1 else width * units.block
+    root = Line("gathered embedding", width * units.root)
+    block = Line("gathered block and the prefetched one", width * units.block + buffer)
+    head = Line("gathered head and the prefetched block", width * units.head + buffer)
+    return _GatheredLines((root, block), (root, head), (root, Line("prefetched block", buffer)))
+
+
+def _reduction(load: Load, parameters: int) -> Line:
+    """The gradients, their float32 copy and its share; alone a whole output and a copy more."""
+    shared = (4 + load.compute_width) * parameters + 4 * parameters // load.shard
+    size = 12 * parameters if load.shard == 1 else shared
+    return Line("float32 gradients being reduced", size)
+
+
+class _HeadLines(NamedTuple):
+    """The head's chunk of rows with a gradient, the same without one, and its own gradient."""
+
+    trained: Line
+    scored: Line
+    gradient: Line
+
+
+def _head_lines(load: Load) -> _HeadLines:
+    """The head goes through its rows in chunks, and adds up its gradient in float32.
+
+    Of its operands a GPU rounds the logits' gradient (Triton in place) and the CPU widens the
+    weight.
+    """
+    width, hidden, words = load.compute_width, load.shape.hidden_size, load.shape.vocab_size
+    most_rows = TRITON_CHUNK_ROWS if load.triton else max(1, CHUNK_LOGITS // words)
+    rows = min(load.scored, most_rows)
+    widened = 4 * words * hidden if load.on_cpu and width < 4 else 0
+    rounded = 0 if load.triton or load.on_cpu or width == 4 else width * words * rows
+    logits = Line("logits of one chunk of rows", 4 * words * rows + widened)
+    gradient = 4 * words * hidden + (width * words * hidden if width < 4 else 0)
+    return _HeadLines(
+        trained=logits._replace(size=logits.size + rounded + 4 * hidden * rows),
+        scored=logits._replace(size=0) if load.triton else logits,  # fused without gradient
+        gradient=Line("gradient of the head", 0 if load.counts.frozen else gradient),
+    )
+
+
 def memory_budget(load: Load) -> Budget:
     """What one rank holds at the fullest moments of a step.
 
@@ -200,159 +309,70 @@ def memory_budget(load: Load) -> Budget:
     that of the embedding's; the optimiser's step; and scoring without gradient.
     """
     shape, width, slots = load.shape, load.compute_width, load.slots
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    vocabulary = shape.vocab_size * hidden
-    trainable, frozen, adapter_results = load.counts
-    shards, alone = load.shard, load.shard == 1
-    units = trained = units_of(shape)
-    if frozen:  # adapters sit in the blocks, and nothing else is trained
-        trained = Units(trainable // layers, 0, 0)
-        units = units._replace(block=units.block + trained.block)
-
-    # Held all the time
-    whole = frozen or trainable
-    states = load.state_width * OPTIMIZER_STATES[load.optimizer] * trainable
-    weights = Line("parameters", (4 * trainable + load.frozen_width * frozen) // shards)
-    state = Line(f"{load.optimizer} state", states // shards)
-    gradients = Line("gradients (float32)", 4 * trainable // shards)
-    reference = Line("reference model", load.reference_width * whole // shards)
-    sharded = (weights, state, reference)
+    mode = load.activation_checkpointing
+    layers, hidden, inner = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
+    units, trained = _gathered_and_trained(load)
+    sharded, block, head = _sharded(load), _block_activations(load), _head_lines(load)
+    gathered = _gathered_lines(load, units)
+    on_host = sharded if load.cpu_offload else ()
     masks = slots * slots if load.on_cpu else 0
     resident = (
-        *(line for line in sharded if not load.cpu_offload),
+        *(() if on_host else (sharded.parameters, sharded.state, sharded.reference)),
         Line("reference log-probs (float32)", 4 * load.kept_log_probs),
         # int64 tokens and rows, the layout, and two float32 tables
         Line("microbatch and rotary tables", slots * (32 + 8 * shape.head_dim) + masks),
     )
-    gradients_here = gradients._replace(size=0 if load.cpu_offload else gradients.size)
-
-    # Kept from the forward pass
-    mode, compiled = load.activation_checkpointing, load.compiled
-    kept = block_bytes_kept(shape, width, mode, compiled)
-    work = block_bytes_at_work(shape, width, mode, compiled)
-    if mode == "selective":  # which keeps the results of the adapters' products too
-        kept += width * adapter_results
-    if load.on_cpu:  # attention keeps the mask as numbers, in every block
-        kept += width * slots if mode == "none" else 0
-        work += width * slots if mode != "none" else 0
-    recomputed = "" if mode == "none" else "recomputed activations and "
+    gradients = sharded.gradients._replace(size=0 if on_host else sharded.gradients.size)
     activations = Line(
-        f"activations of {layers} blocks ({mode} checkpointing)", layers * kept * slots
+        f"activations of {layers} blocks ({mode} checkpointing)", layers * block.kept
     )
-    scored = Line("hidden states of scored tokens", load.scored * hidden * (4 + 4 * width))
-
-    # Gathered: a unit goes through a buffer, and the next one's buffer fills meanwhile.
-    buffer = 0 if alone else width * units.block
-    if load.keep_gathered:
-        model = Line(
-            "gathered model, kept for the step",
-            width * (whole + trainable * (frozen > 0)),
-        )
-        at_block = at_head = at_reduction = (model,)
-    else:
-        root = Line("gathered embedding", width * units.root)
-        at_block = (
-            root,
-            Line("gathered block and the prefetched one", width * units.block + buffer),
-        )
-        at_head = (
-            root,
-            Line("gathered head and the prefetched block", width * units.head + buffer),
-        )
-        at_reduction = (root, Line("prefetched block", buffer))
-
-    def reduction(parameters: int) -> Line:
-        """The gradients, their float32 copy and its share; alone a whole output and a copy more."""
-        size = 12 * parameters if alone else (4 + width) * parameters + 4 * parameters // shards
-        return Line("float32 gradients being reduced", size)
-
-    # The head goes through its rows in chunks, and adds up its gradient in float32. Of its operands
-    # a GPU rounds the logits' gradient (Triton in place) and the CPU widens the weight.
-    most_rows = TRITON_CHUNK_ROWS if load.triton else max(1, CHUNK_LOGITS // shape.vocab_size)
-    rows = min(load.scored, most_rows)
-    widened = 4 * vocabulary if load.on_cpu and width < 4 else 0
-    rounded = 0 if load.triton or load.on_cpu or width == 4 else width * shape.vocab_size * rows
-    logits = Line("logits of one chunk of rows", 4 * shape.vocab_size * rows + widened)
-    logits_scored = logits._replace(size=0) if load.triton else logits  # fused without gradient
-    logits_trained = logits._replace(size=logits.size + rounded + 4 * hidden * rows)
-    head_gradient = 0 if frozen else 4 * vocabulary + (width * vocabulary if width < 4 else 0)
-    last_product = min(trained.block, hidden * shape.intermediate_size)
+    other_activations = activations._replace(size=(layers - 1) * block.kept)
+    recomputed = "" if mode == "none" else "recomputed activations and "
+    last_product = min(trained.block, hidden * inner)
     # Those of the unit before: their reduction may not have ended.
     in_flight = Line("float32 gradients being reduced", 4 * max(trained.block, trained.head))
-    phases = (
-        Phase(
-            "backward pass of the head",
-            (
-                gradients_here,
-                activations,
-                scored,
-                *at_head,
-                logits_trained,
-                Line("gradient of the head", head_gradient),
-            ),
+    # RMSprop takes the square roots of all its averages at once; AdamW is fused, and with bfloat16
+    # state one parameter is updated after another.
+    at_once = load.optimizer == "rmsprop" and load.state_width == 4
+    roots = sharded.state.size if at_once and not (on_host or load.on_cpu) else 0
+    moments = {
+        "backward pass of the head": (
+            gradients,
+            activations,
+            Line("hidden states of scored tokens", load.scored * hidden * (4 + 4 * width)),
+            *gathered.at_head,
+            head.trained,
+            head.gradient,
         ),
-        Phase(
-            "backward pass of a block",
-            (
-                gradients_here,
-                activations,
-                Line(f"{recomputed}gradients, of one block", work * slots),
-                *at_block,
-                Line("gradient of the last product's weight", width * last_product),
-                in_flight,
-            ),
+        "backward pass of a block": (
+            gradients,
+            activations,
+            Line(f"{recomputed}gradients, of one block", block.at_work),
+            *gathered.at_block,
+            Line("gradient of the last product's weight", width * last_product),
+            in_flight,
         ),
-        Phase(
-            "end of a block's backward pass",
-            (
-                gradients_here,
-                activations._replace(size=(layers - 1) * kept * slots),
-                Line("activations of the first norm", (4 + 4 * width) * hidden * slots),
-                *at_block,
-                Line("gradients of a block's parameters", width * trained.block),
-                in_flight,
-            ),
+        "end of a block's backward pass": (
+            gradients,
+            other_activations,
+            Line("activations of the first norm", (4 + 4 * width) * hidden * slots),
+            *gathered.at_block,
+            Line("gradients of a block's parameters", width * trained.block),
+            in_flight,
         ),
-        Phase(
-            "reduction of a block's gradients",
-            (
-                gradients_here,
-                activations._replace(size=(layers - 1) * kept * slots),
-                *at_reduction,
-                reduction(trained.block),
-            ),
+        "reduction of a block's gradients": (
+            gradients,
+            other_activations,
+            *gathered.at_reduction,
+            _reduction(load, trained.block),
         ),
-        Phase(
-            "reduction of the embedding's gradients",
-            (gradients_here, reduction(trained.root)),
+        "reduction of the embedding's gradients": (gradients, _reduction(load, trained.root)),
+        "optimiser step": (gradients, Line("square roots of the averages", roots)),
+        "scoring without gradient": (
+            *gathered.at_block,
+            Line("activations of one block", 3 * width * (inner + hidden) * load.scoring_slots),
+            head.scored,
         ),
-        Phase(
-            "optimiser step",
-            (
-                gradients_here,
-                # RMSprop takes the square roots of all its averages at once; AdamW is fused, and
-                # with bfloat16 state one parameter is updated after another.
-                Line(
-                    "square roots of the averages",
-                    state.size
-                    if load.optimizer == "rmsprop"
-                    and load.state_width == 4
-                    and not (load.cpu_offload or load.on_cpu)
-                    else 0,
-                ),
-            ),
-        ),
-        Phase(
-            "scoring without gradient",
-            (
-                *at_block,
-                Line(
-                    "activations of one block",
-                    3 * width * (shape.intermediate_size + hidden) * load.scoring_slots,
-                ),
-                logits_scored,
-            ),
-        ),
-    )
-    offloaded = (*sharded, gradients) if load.cpu_offload else ()
-    return Budget(resident, phases, host=sum(line.size for line in offloaded))
+    }
+    phases = tuple(Phase(name, lines) for name, lines in moments.items())
+    return Budget(resident, phases, host=sum(line.size for line in on_host))

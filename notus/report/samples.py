@@ -265,11 +265,11 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
     rows = held_out_rows(output / "metrics.jsonl")
     shown = ""
     if (samples := config.evaluation.samples) is not None:
-        gc.collect()  # cycles still hold the trained model, whose memory these need
         prompts = read_prompts(samples.prompts)
         reference = model_folder(config.model.reference) if config.model.reference else source
 
         def answers(folder: Path) -> list[str]:
+            gc.collect()  # cycles still hold the model before, whose memory this one needs
             return write_responses(
                 folder,
                 prompts,

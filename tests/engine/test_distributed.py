@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,9 +43,10 @@ import threading, time
 from notus.engine import distributed
 
 def let_go():
-    time.sleep(0.05)
+    time.sleep(0.1)
     print("let go", flush=True)
 
+distributed.SECONDS_AT_EXIT = 2  # where the thread itself may come late
 distributed.start("cpu")
 threading.Thread(target=let_go, daemon=True).start()
 distributed.stop()
@@ -54,6 +56,10 @@ distributed.stop()
 def test_a_thread_that_is_late_still_finds_python_at_the_end():
     """As one of gloo's is; without a moment's wait the process would be gone."""
     done = subprocess.run(
-        [sys.executable, "-c", LATE_THREAD], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", LATE_THREAD],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "let go\n"), done.stderr
