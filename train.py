@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from notus.agreement import agree
 from notus.config import Config, load_config, to_dict
 from notus.data.packing import slots_of
 from notus.data.planning import random_seed
 from notus.engine import checkpoint, continuation, distributed, history
 from notus.engine.checkpoint import Progress, Saver
-from notus.engine.distributed import Ranks, accumulate, agree
+from notus.engine.distributed import Ranks, accumulate
 from notus.engine.evaluation import evaluate
 from notus.engine.hardware import gpu_named
 from notus.engine.interrupt import Interrupts

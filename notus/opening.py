@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
+from notus.agreement import agree
 from notus.config import Config, Holdout, Source, to_dict
 from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
@@ -24,7 +25,7 @@ from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, t
 from notus.data.tokenized import WORTH_KEEPING, tokenize_once, tokens_file
 from notus.engine import checkpoint, continuation, distributed, history
 from notus.engine.checkpoint import Progress
-from notus.engine.distributed import Ranks, agree, divide
+from notus.engine.distributed import Ranks, divide
 from notus.engine.lock import OutputLock
 from notus.engine.optim import make_optimizer
 from notus.engine.progress import progress

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors
+    errors agreement
     config
     data.rows data.ratings data.decontamination data.curation_report data.curation
     data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing

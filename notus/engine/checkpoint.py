@@ -50,8 +50,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from notus.agreement import agree
 from notus.engine.continuation import differences, write_json
-from notus.engine.distributed import TIMEOUT, agree
+from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.metrics import warn
 from notus.errors import UserError

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from notus.agreement import agree
 from notus.engine.rendezvous import fresh_store
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
@@ -127,24 +128,6 @@ def check_host_memory(parameters: int, ranks: Ranks) -> None:
             "train on the CPU; start on a machine with GPUs and a CUDA build of PyTorch, or check "
             "everything else here with --dry-run"
         )
-
-
-def agree(function: Callable[[], Result]) -> Result:
-    """Call `function` on every rank; a UserError on any rank is raised on all of them.
-
-    Without this, ranks that found nothing wrong would wait for the failed one in a collective.
-    """
-    result, problem = None, None
-    try:
-        result = function()
-    except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise UserError(found)
-    return result
 
 
 def divide(items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> list[Result]:

@@ -26,6 +26,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from notus.agreement import agree
 from notus.data.preferences import Message
 from notus.data.tokenization import load_tokenizer
 from notus.engine import distributed
@@ -570,7 +571,7 @@ def generate(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _together(ranks: Ranks, function: Callable[[], Result]) -> Result:
     """Call `function`; a UserError on any rank is raised on all of them."""
-    return distributed.agree(function) if dist.is_initialized() else function()
+    return agree(function) if dist.is_initialized() else function()
 
 
 def settings_file(out: Path) -> Path:

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from notus.agreement import agree
 from notus.config import Curation, Source
 from notus.data.packing import slots_of
 from notus.data.preferences import Pair, load_preferences
 from notus.data.ratings import RULES
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.engine import distributed
-from notus.engine.distributed import Ranks, agree, divide
+from notus.engine.distributed import Ranks, divide
 from notus.engine.evaluation import all_log_probs, summarize
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM, ModelShape

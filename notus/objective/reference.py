@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from notus.agreement import agree
 from notus.data.packing import Microbatch
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
@@ -210,20 +211,20 @@ def _append(file: Path, log_probs: Tensor) -> None:
 
 
 def _on_first_rank(path: Path, action: Callable[[], Result]) -> Result | None:
-    """Call `action` on rank 0, whose result has no other rank; collective.
+    """What `action` gives, on rank 0; None on the others, where it is not called. Collective.
 
-    Raises UserError on all ranks when the file system refuses: they would wait for it otherwise.
+    Raises UserError on all ranks when the file system refuses `path`.
     """
-    result, problem = None, [None]
-    if dist.get_rank() == 0:
+
+    def attempt() -> Result | None:
+        if dist.get_rank() != 0:
+            return None
         try:
-            result = action()
+            return action()
         except OSError as error:
-            problem = [f"{path}: cannot be read or written ({error.strerror})"]
-    dist.broadcast_object_list(problem, 0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    return result
+            raise UserError(f"{path}: cannot be read or written ({error.strerror})") from None
+
+    return agree(attempt)
 
 
 def _audit(

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
+from notus.agreement import agree
 from notus.config import Config
 from notus.data.packing import PADDING, PROMPT, Layout
 from notus.data.planning import plan
 from notus.engine import distributed
-from notus.engine.distributed import Ranks, agree
+from notus.engine.distributed import Ranks
 from notus.errors import UserError
 from notus.evals.decoding import Request, next_tokens
 from notus.evals.generation import (
