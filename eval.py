@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from notus.errors import UserError
-from notus.evals import comparison, generation, harness, preferences, scores
-from notus.report import samples
+from notus.evals import answers, comparison, harness, preferences, scores
+from notus.generate import samples
 
-COMMANDS = (preferences, generation, samples, scores, harness, comparison)
+COMMANDS = (preferences, answers, samples, scores, harness, comparison)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,8 +15,11 @@ setup(
         "notus.model",
         "notus.objective",
         "notus.engine",
+        "notus.curation",
+        "notus.generate",
+        "notus.dryrun",
+        "notus.card",
         "notus.evals",
-        "notus.report",
         "notus.kernels",
     ],
     install_requires=[

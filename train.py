@@ -21,15 +21,17 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from notus.agreement import agree
+from notus.card.card import write_card
 from notus.config import Config, load_config, to_dict
 from notus.data.packing import slots_of
 from notus.data.planning import random_seed
-from notus.engine import checkpoint, continuation, distributed, history
+from notus.dryrun.memory import parameter_counts
+from notus.dryrun.preflight import Question, preflight, shard_size
+from notus.engine import checkpoint, distributed, history, resume
 from notus.engine.checkpoint import Progress, Saver
 from notus.engine.distributed import Ranks, accumulate
 from notus.engine.evaluation import evaluate
 from notus.engine.hardware import gpu_named
-from notus.engine.interrupt import Interrupts
 from notus.engine.lock import OutputLock
 from notus.engine.metrics import (
     NONFINITE_FILE,
@@ -44,7 +46,9 @@ from notus.engine.metrics import (
 )
 from notus.engine.optim import schedule_factor
 from notus.engine.profiling import profiled
+from notus.engine.signals import Interrupts
 from notus.errors import UserError
+from notus.generate.samples import record_samples, show_result
 from notus.model.lora import export_adapter
 from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
 from notus.objective.losses import PairLogProbs
@@ -60,10 +64,6 @@ from notus.opening import (
     plan_run,
     sample_prompts,
 )
-from notus.report.card import write_card
-from notus.report.memory import parameter_counts
-from notus.report.preflight import Question, preflight, shard_size
-from notus.report.samples import record_samples, show_result
 
 
 def train(
@@ -262,7 +262,7 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     inputs = open_inputs(config, ranks, weights=False, describe=True)
     output = Path(config.output_dir)
     settings = to_dict(config) | {"loss": inputs.loss.settings}
-    agree(lambda: continuation.check_output_dir(output, settings, options.resume))
+    agree(lambda: resume.check_output_dir(output, settings, options.resume))
     if not options.model_only:
         checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
     else:

@@ -6,7 +6,7 @@
 
 One process takes two optimiser steps of two microbatches of random tokens, through the sharding and
 the loss head of train.py, and the peak of the bytes allocated is compared with
-notus.report.memory. More ranks than one are played by PyTorch's "fake" process group: every
+notus.dryrun.memory. More ranks than one are played by PyTorch's "fake" process group: every
 buffer is allocated as on the first of that many ranks, and nothing is sent. What is gathered is
 then garbage, which takes as much memory. On a GPU the peak is torch.cuda.max_memory_allocated, on
 the CPU the profiler's record of every allocation. Exit code 1: a prediction is off by more than
@@ -29,11 +29,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from notus.data.packing import Microbatch, pack
 from notus.data.tokenization import TokenizedPairs
+from notus.dryrun.memory import MODES, Load, memory_budget, parameter_counts
 from notus.engine.distributed import accumulate, shard_model
 from notus.engine.optim import make_optimizer
 from notus.model.mistral import MistralForCausalLM, ModelShape
 from notus.objective.logprobs import token_log_probs
-from notus.report.memory import MODES, Load, memory_budget, parameter_counts
 
 TOLERANCE = 0.2
 PAIRS = 4

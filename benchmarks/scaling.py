@@ -14,7 +14,7 @@ prefix sharing    tokens processed without by with it, at prompts of 0.1 to 10 t
 padding           slots by real tokens: rows padded to the longest of a random batch, of a batch
                   grouped by length, and packed here
 activations       bytes a block keeps per token, by checkpointing mode: held by the allocator,
-                  and the formula of notus/report/memory.py
+                  and the formula of notus/dryrun/memory.py
 step time         a small model's, by sequence length; it is reported, not judged
 eight GPUs        PROJECTED, not measured: seconds of communication and of computation per
                   microbatch from volumes and assumed rates
@@ -38,12 +38,12 @@ from benchmarks.memory import load_of, microbatch, model_shape, peak_on_cpu
 from benchmarks.roofline import MODELS, PROFILES, SEED, blocks_forward, head_forward, packed
 from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
+from notus.dryrun.memory import MODES, block_bytes_kept
 from notus.engine.distributed import _recomputed
 from notus.kernels import reference
 from notus.model.attention import build_mask
 from notus.model.mistral import Block, ModelShape, rope_tables
 from notus.objective.logprobs import token_log_probs
-from notus.report.memory import MODES, block_bytes_kept
 
 Row = dict[str, Any]
 

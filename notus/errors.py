@@ -1,10 +1,35 @@
-"""The one exception for what a user can get wrong."""
+"""The exception for a user's mistakes, and its way to every rank."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
 
 
 class UserError(ValueError):
-    """The configuration, the data or the model folder is not usable as it stands.
+    """The configuration, the data or a model folder cannot be used.
 
     The message names the file, row or key, what was found and what was expected. The commands
-    print the message alone, without a traceback, and exit with code 2. Everything that is not a
-    UserError is a defect of this project and keeps its traceback.
+    print only the message, without a traceback, and exit with code 2. Any other exception is a
+    defect of this project and keeps its traceback.
     """
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Raise a UserError that the block raises on any rank on every rank, at the block's end.
+
+    Without this, the other ranks would wait for the failed one in their next collective. The block
+    itself must not contain a collective: a rank that failed before it would not take part.
+    Collective.
+    """
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise UserError(found)

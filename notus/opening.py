@@ -23,14 +23,18 @@ from notus.data.planning import RunPlan
 from notus.data.preferences import Pair, load_preferences
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.data.tokenized import WORTH_KEEPING, tokenize_once, tokens_file
-from notus.engine import checkpoint, continuation, distributed, history
+from notus.dryrun.preflight import idle_text
+from notus.dryrun.tokens import DataSet, token_report
+from notus.engine import checkpoint, distributed, history
+from notus.engine import resume as resuming
 from notus.engine.checkpoint import Progress
 from notus.engine.distributed import Ranks, divide
 from notus.engine.lock import OutputLock
 from notus.engine.optim import make_optimizer
 from notus.engine.progress import progress
 from notus.errors import UserError
-from notus.evals.prompts import Prompt, check_prompts, read_prompts
+from notus.generate.prompts import Prompt, check_prompts, read_prompts
+from notus.generate.samples import write_samples
 from notus.kernels.dispatch import check_backend
 from notus.model.attention import default_backend
 from notus.model.lora import (
@@ -65,9 +69,6 @@ from notus.objective.reference import (
     online_reference,
     without_adapters,
 )
-from notus.report.preflight import idle_text
-from notus.report.samples import write_samples
-from notus.report.tokens import DataSet, token_report
 
 
 class Run(NamedTuple):
@@ -166,7 +167,7 @@ def open_run(
         distributed.check_host_memory(shape.num_parameters, ranks)
     source, reference_folder = inputs.source, inputs.reference_folder
     if inputs.adapter:
-        agree(lambda: continuation.make_output_dir(output))
+        agree(lambda: resuming.make_output_dir(output))
         agree(lock.take)
         source = agree(lambda: merged_policy(inputs, output, ranks))
         if config.model.reference is None:
@@ -176,7 +177,7 @@ def open_run(
     identity = None
     if loss.uses_reference:
         identity = weights_identity(inputs.reference_path, reference_folder)
-    common = continuation.common_ground(settings, shape, pairs, identity, start, plan.steps)
+    common = resuming.common_ground(settings, shape, pairs, identity, start, plan.steps)
     if config.model.lora is not None and not reference_is_source:
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
         common["base_sha256"] = weights_identity(config.model.policy, source)["sha256"]
@@ -254,10 +255,10 @@ def find_beginning(
     Collective. Raises UserError, alike on all ranks, for an output_dir or a checkpoint that cannot
     be used.
     """
-    agree(lambda: continuation.check_output_dir(output, settings, resume))
+    agree(lambda: resuming.check_output_dir(output, settings, resume))
     given = Path(resume) if model_only else None
-    start = agree(lambda: continuation.recorded_start(output, given))
-    if continuation.holds_run(output):
+    start = agree(lambda: resuming.recorded_start(output, given))
+    if resuming.holds_run(output):
         agree(lock.take)
     found = checkpoint.find_checkpoint(
         output / "checkpoints", "auto" if model_only else resume, ranks.say
@@ -274,7 +275,7 @@ def say_finished(output: Path, ranks: Ranks) -> None:
     final = output / "final"
     ranks.say(f"{final} holds the model of this run: nothing left to do")
     if not (final / "README.md").is_file():  # killed after the export
-        ranks.say(f"its model card is missing: python -m notus.report.card {output} writes it")
+        ranks.say(f"its model card is missing: python -m notus.card {output} writes it")
 
 
 def claim_output_dir(
@@ -290,10 +291,10 @@ def claim_output_dir(
     start: as from `find_beginning`. Collective. Raises UserError, alike on all ranks, for a folder
     that cannot be made, that another run has taken, or that not all machines see.
     """
-    agree(lambda: continuation.make_output_dir(output))
+    agree(lambda: resuming.make_output_dir(output))
     agree(lock.take)
-    agree(lambda: continuation.write_settings(output, settings, start))
-    agree(lambda: continuation.check_shared(output))
+    agree(lambda: resuming.write_settings(output, settings, start))
+    agree(lambda: resuming.check_shared(output))
 
 
 def record_start(config: Config, inputs: Inputs, ranks: Ranks, found: Path | None) -> None:
@@ -364,8 +365,8 @@ def merged_policy(inputs: Inputs, output: Path, ranks: Ranks) -> Path:
     """The folder of the initial policy, in `output` when an adapter has to be merged first."""
     if inputs.adapter is None:
         return inputs.source
-    folder = output / continuation.POLICY
-    if ranks.first and not continuation.holds_run(output):
+    folder = output / resuming.POLICY
+    if ranks.first and not resuming.holds_run(output):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut short
     if ranks.first and not folder.exists():
         ranks.say(f"merging {inputs.adapter} into {inputs.source}: {folder}")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from notus import demo
 from notus.config import load_config
 from notus.errors import UserError
-from notus.report.samples import is_right
+from notus.generate.samples import is_right
 
 SMALL = {"rows": 48, "sft_steps": 2, "hidden_size": 16, "batch_size": 4, "vocabulary": 400}
 

@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 import eval as evaluation_commands
 import train
 from notus.config import load_config
-from notus.data import curation
+from notus.curation import curate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -243,9 +243,9 @@ NOT_RUN = {
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
-    "python -m notus.report.card runs/notus-7b-v1 --license mit --push-to-hub NAME/notus-7b "
-    "--private": "uploads; tests/report/test_card.py does so to a stand-in of the hub",
-    "python -m notus.report.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
+    "python -m notus.card runs/notus-7b-v1 --license mit --push-to-hub NAME/notus-7b "
+    "--private": "uploads; tests/card/test_card.py does so to a stand-in of the hub",
+    "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
 SUBSTITUTED = {"alpaca_eval": "alpaca_eval.jsonl", "mt_bench": "mt_bench.jsonl"}
@@ -302,7 +302,7 @@ def small(demo, tmp_path_factory):
     shutil.copy(demo / "preferences.jsonl", folder / "openbmb/UltraFeedback/train.jsonl")
     # Absolute paths, for the recipes' check runs elsewhere.
     pairs = folder / "argilla/ultrafeedback-binarized-preferences"
-    assert curation.main([str(demo / "preferences.jsonl"), "--out", str(pairs)]) == 0
+    assert curate.main([str(demo / "preferences.jsonl"), "--out", str(pairs)]) == 0
     notus = json.loads((folder / "configs/notus.json").read_text())
     notus["model"]["policy"] = str(folder / notus["model"]["policy"])
     notus["data"]["train"][0]["path"] = str(pairs)

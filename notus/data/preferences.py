@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from notus.data.curation import HELD_OUT_PROMPT, Curation, Screen, curate_row
-from notus.data.decontamination import Dropped, SeenPrompts, asked, whole_text
-from notus.data.ratings import RATED_FORMATS, RatedRow
-from notus.data.rows import Row, read_rows, read_text, reject_column
+from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row
+from notus.curation.decontamination import Dropped, SeenPrompts, asked, whole_text
+from notus.curation.ratings import RATED_FORMATS, RatedRow
+from notus.curation.rows import Row, read_rows, read_text, reject_column
 from notus.errors import UserError
 
 Message = dict[str, str]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.data.rows import read_rows
+from notus.curation.rows import read_rows
 from notus.errors import UserError
 from notus.evals.published import DPO_RUNS, DpoMetrics, DpoRun
 from notus.evals.tables import (

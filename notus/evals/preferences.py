@@ -19,9 +19,9 @@ import torch
 
 from notus.agreement import agree
 from notus.config import Curation, Source
+from notus.curation.ratings import RULES
 from notus.data.packing import slots_of
 from notus.data.preferences import Pair, load_preferences
-from notus.data.ratings import RULES
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.engine import distributed
 from notus.engine.distributed import Ranks, divide

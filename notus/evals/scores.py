@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from notus.data.rows import read_rows
+from notus.curation.rows import read_rows
 from notus.errors import UserError
 from notus.evals.leaderboard import report_lm_eval, result_files
 from notus.evals.published import (

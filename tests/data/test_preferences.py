@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from notus.data.curation import Settings
+from notus.curation.curate import Settings
 from notus.data.preferences import (
     FORMATS,
     Pair,

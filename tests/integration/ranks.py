@@ -134,7 +134,7 @@ def _disk_full() -> None:
 
 def _wait_in_step(number: int, obeys: bool = True) -> None:
     """The last rank stays in that step of this start until it is signalled, or for ever."""
-    from notus.engine.interrupt import Interrupts
+    from notus.engine.signals import Interrupts
 
     if int(os.environ.get("RANK", 0)) < int(os.environ.get("WORLD_SIZE", 1)) - 1:
         return

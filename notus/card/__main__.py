@@ -1,0 +1,5 @@
+import sys
+
+from notus.card.card import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from notus.curation.curate import main
+
+sys.exit(main())

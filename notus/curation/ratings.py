@@ -1,0 +1,266 @@
+"""The ratings of one prompt's completions -> a chosen and a rejected one.
+
+A raw openbmb/UltraFeedback row holds a prompt (`instruction`) and usually four completions, each
+rated by GPT-4 from 1 to 5 on four aspects (`annotations`) and from 1 to 10 overall
+(`overall_score`). Notus takes the mean of the aspects, because about 2,600 of the overall scores
+were published wrongly: a true 1 became a 10 (https://github.com/OpenBMB/UltraFeedback/issues/8).
+Everything here is a pure function of one row.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from types import NoneType
+from typing import Any, NamedTuple
+
+from notus.curation.rows import Row, read_text, reject_column
+from notus.errors import UserError
+
+Completion = dict[str, Any]
+
+TIED_RATINGS = "tied ratings"
+TOO_FEW_RATED = "fewer than two rated completions"
+UNCLEAR_TEN = "overall score of 10 that may be a 1"
+
+
+class RatedRow(NamedTuple):
+    """A prompt with several rated completions; `source` is where it was taken from, if said."""
+
+    prompt: str
+    completions: list[Completion]
+    source: str | None
+
+
+class Choice(NamedTuple):
+    """The completions that make a pair, and their scores under the rule."""
+
+    chosen: Completion
+    rejected: Completion
+    chosen_score: float
+    rejected_score: float
+
+
+# ------------------------------------------------------------------------- rows, checked
+
+
+def read_ultrafeedback(row: Row, where: str) -> RatedRow:
+    """openbmb/UltraFeedback, in any of its revisions; raises UserError that names `where`."""
+    prompt = read_text(row, "instruction", where)
+    # null stands for no completions: Parquet files written from JSON hold it for missing lists.
+    completions = [] if row.get("completions", ()) is None else row.get("completions")
+    if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
+        reject_column(row, "completions", where, "a list of objects")
+    return RatedRow(prompt, completions, read_source(row, where))
+
+
+def read_rated(row: Row, where: str) -> RatedRow:
+    """`prompt`, `responses` (texts) and `ratings` (a number or null for each response).
+
+    Raises UserError that names `where`.
+    """
+    prompt = read_text(row, "prompt", where)
+    for column in ("responses", "ratings"):
+        if not isinstance(row.get(column), list):
+            reject_column(row, column, where, "a list")
+    responses, ratings = row["responses"], row["ratings"]
+    if len(responses) != len(ratings):
+        raise UserError(f"{where}: {len(responses)} responses, but {len(ratings)} ratings")
+    together = zip(responses, ratings, strict=True)
+    completions = [{"response": response, "rating": rating} for response, rating in together]
+    return RatedRow(prompt, completions, read_source(row, where))
+
+
+class RatedFormat(NamedTuple):
+    """How rows with rated responses are told apart and read."""
+
+    columns: tuple[str, ...]
+    read: Callable[[Row, str], RatedRow]
+
+
+RATED_FORMATS: dict[str, RatedFormat] = {
+    "ultrafeedback": RatedFormat(("instruction", "completions"), read_ultrafeedback),
+    "rated": RatedFormat(("prompt", "responses", "ratings"), read_rated),
+}
+
+
+def find_rated_format(row: Row, where: str) -> RatedFormat:
+    """The first of `RATED_FORMATS` whose columns a row has; raises UserError if there is none."""
+    for entry in RATED_FORMATS.values():
+        if all(column in row for column in entry.columns):
+            return entry
+    known = " or ".join(", ".join(entry.columns) for entry in RATED_FORMATS.values())
+    raise UserError(
+        f"{where}: no rated responses; found the columns {', '.join(row)}; expected {known}"
+    )
+
+
+def read_source(row: Row, where: str) -> str | None:
+    """The row's `source`, where it has one."""
+    return None if row.get("source") is None else read_text(row, "source", where)
+
+
+# ------------------------------------------------------------------------------- scores
+
+
+def mean_rating(completion: Completion) -> float | None:
+    """The mean of a completion's aspect ratings, 1 to 5; None if no aspect is rated.
+
+    An aspect counts only if it holds a rating other than null and "N/A". Ratings are strings in
+    the published revisions and numbers in some copies; the first revision holds a list of
+    annotations for each aspect. This is Argilla's rule for
+    argilla/ultrafeedback-binarized-preferences.
+
+    Raises:
+        UserError: a rating is not a number from 1 to 5, or an annotation is not an object.
+    """
+    ratings = [rating for _, rating in aspect_ratings(completion)]
+    return sum(ratings) / len(ratings) if ratings else None
+
+
+def aspect_ratings(completion: Completion) -> Iterator[tuple[str, float]]:
+    """(aspect, rating) of every aspect that is rated; raises UserError as `mean_rating` does."""
+    aspects = completion.get("annotations") or {}
+    if not isinstance(aspects, dict):
+        raise UserError(f"annotations are {aspects!r:.60}; expected an object of aspects")
+    for aspect, found in aspects.items():
+        for annotation in found if isinstance(found, list) else [found]:
+            if not isinstance(annotation, dict | NoneType):
+                raise UserError(f"annotation of {aspect} is {annotation!r:.60}; expected an object")
+            rating = annotation.get("Rating") if annotation else None
+            if rating is not None and rating != "N/A":
+                yield aspect, _number(rating, f"rating of {aspect}", 1, 5)
+
+
+def overall_score(completion: Completion) -> float | None:
+    """GPT-4's overall score of a completion as published, 1 to 10; None if there is none.
+
+    Strings ("8", "8/10") are read as numbers. Revisions before 2023-12-29 hold 10 where 1 was
+    meant; that is not repaired here.
+
+    Raises:
+        UserError: the score is not a number from 1 to 10.
+    """
+    found = completion.get("overall_score")
+    if found is None or found == "N/A":
+        return None
+    if isinstance(found, str):
+        found = found.removesuffix("/10")
+    return _number(found, "overall_score", 1, 10)
+
+
+def overall_score_fixed(completion: Completion) -> float | None:
+    """The overall score after UltraFeedback's correction of the 10s; nan where it is not known.
+
+    A 10 whose mean rating is at most 2 was a 1, and one whose mean is above 4 is a 10. Those
+    between were annotated again by GPT-4, which cannot be done here: they are nan, as is a 10
+    without ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
+    """
+    score, mean = overall_score(completion), mean_rating(completion)
+    if score != 10:
+        return score
+    if mean is None or 2 < mean <= 4:
+        return math.nan
+    return 1.0 if mean <= 2 else 10.0
+
+
+def rating(completion: Completion) -> float | None:
+    """The completion's own `rating`, a number on any scale; None if it has none."""
+    found = completion.get("rating")
+    return None if found is None else _number(found, "rating", -math.inf, math.inf)
+
+
+RULES: dict[str, Callable[[Completion], float | None]] = {
+    "mean-rating": mean_rating,
+    "overall-score": overall_score,
+    "overall-score-fixed": overall_score_fixed,
+    "rating": rating,
+}
+
+
+def _number(found: Any, name: str, lowest: float, highest: float) -> float:
+    """`found` as a number from `lowest` to `highest`."""
+    is_bounded = math.isfinite(highest)
+    expected = f"expected a number{f' from {lowest} to {highest}' if is_bounded else ''}"
+    try:
+        number = float(found)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(found, bool) or not lowest <= number <= highest or math.isinf(number):
+        raise UserError(f"{name} is {found!r:.60}; {expected}")
+    return number
+
+
+# ------------------------------------------------------------------------------- the pair
+
+
+def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -> Choice | str:
+    """The pair that `rule` (a name in `RULES`) makes of a row, or why there is none.
+
+    Chosen is the first completion with the highest score. Rejected is, by `rejected`:
+
+    - "random": drawn among those with a strictly lower score (as Notus did; nearly Zephyr's way,
+      https://arxiv.org/abs/2310.16944, section 3). The draw depends on the seed and the prompt's
+      text alone, so neither the order of the rows nor other rows change it.
+    - "lowest": the first with the lowest score.
+    - "zephyr": drawn among all the others, equal scores included, by Python's `random` seeded
+      anew for every row: HuggingFaceH4/ultrafeedback_binarized as it was first published.
+
+    Completions without a score take no part.
+
+    Raises:
+        UserError: the rule or the way to reject is unknown, or a rating is out of range.
+    """
+    for name, known in ((rule, RULES), (rejected, REJECTED)):
+        if name not in known:
+            raise UserError(f'no curation rule "{name}"; expected one of {", ".join(known)}')
+    scored = [
+        (completion, score)
+        for completion in row.completions
+        if (score := RULES[rule](completion)) is not None
+    ]
+    if any(math.isnan(score) for _, score in scored):
+        return UNCLEAR_TEN
+    if len(scored) < 2:
+        return TOO_FEW_RATED
+    best = max(score for _, score in scored)
+    chosen = next(completion for completion, score in scored if score == best)
+    pick = REJECTED[rejected](scored, chosen, best, f"{seed}:{row.prompt}", seed)
+    return TIED_RATINGS if pick is None else Choice(chosen, pick[0], best, pick[1])
+
+
+Scored = tuple[Completion, float]
+
+
+def _draw_lower(
+    scored: list[Scored], chosen: Completion, best: float, key: str, seed: int
+) -> Scored | None:
+    lower = [candidate for candidate in scored if candidate[1] < best]
+    draw = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
+    return lower[draw % len(lower)] if lower else None
+
+
+def _lowest(
+    scored: list[Scored], chosen: Completion, best: float, key: str, seed: int
+) -> Scored | None:
+    lowest = min(scored, key=lambda candidate: candidate[1])
+    return lowest if lowest[1] < best else None
+
+
+def _draw_as_zephyr(
+    scored: list[Scored], chosen: Completion, best: float, key: str, seed: int
+) -> Scored | None:
+    if all(completion == chosen for completion, _ in scored):
+        return None
+    draws = random.Random(seed)
+    while True:
+        candidate = draws.choice(scored)
+        if candidate[0] != chosen:
+            return candidate
+
+
+REJECTED: dict[str, Callable[[list[Scored], Completion, float, str, int], Scored | None]] = {
+    "random": _draw_lower,
+    "lowest": _lowest,
+    "zephyr": _draw_as_zephyr,
+}

@@ -1,0 +1,482 @@
+import hashlib
+import importlib.util
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from notus.curation import report as curation_report
+from notus.curation.curate import Screen, Settings, curate, curate_row, main, new_folder
+from notus.curation.decontamination import Dropped
+from notus.curation.ratings import find_rated_format
+from notus.curation.rows import read_rows
+from notus.data.preferences import Pair, load_preferences
+from notus.errors import UserError
+
+ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+
+
+def completion(ratings, overall=5, response=None, model="m"):
+    """ratings: a character for each aspect; N is "N/A", x no Rating, a space no aspect."""
+    annotations = {
+        aspect: {} if rating == "x" else {"Rating": "N/A" if rating == "N" else rating}
+        for aspect, rating in zip(ASPECTS, ratings, strict=True)
+        if rating != " "
+    }
+    text = f"rated {ratings}" if response is None else response
+    return {
+        "model": model,
+        "response": text,
+        "overall_score": overall,
+        "annotations": annotations,
+    }
+
+
+def raw(*completions, prompt="Name a colour.", source="flan"):
+    return {"source": source, "instruction": prompt, "completions": list(completions)}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """Drawing takes most of a short curation's time."""
+    monkeypatch.setattr(curation_report, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """The command in a folder of its own: its exit code and what it said to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return code, capsys.readouterr().err
+
+    return run_command
+
+
+# ------------------------------------------------------------- every odd case of UltraFeedback
+
+QUESTION = "Which benchmark asks this question, and only this one, of every model that it tests?"
+DISTINCT = ("5555", "4444", "3333", "1211")
+# (ratings of the completions, the row's other fields, index chosen, indices that may be rejected)
+# or (..., the reason for no pair). In the comments, what is odd about it.
+CASES = [
+    (DISTINCT, {}, 0, {1, 2, 3}),
+    (("4434", "5555", "2223", "3333"), {"overall": (9, 7, 4, 5)}, 1, {0, 2, 3}),  # rules disagree
+    (("1112", "5555", "4444"), {"overall": (10, 8, 7)}, 1, {0, 2}),  # a wrong 10
+    (("4444", "5554", "3333"), {"overall": (10, 9, 5)}, 1, {0, 2}),  # an unclear 10
+    (("5554", "4444", "3333"), {"overall": (10, 8, 6)}, 0, {1, 2}),  # a true 10
+    (("5N54", "4444"), {}, 0, {1}),
+    (("5N45", "45N5", "3333"), {}, 0, {2}),  # 14/3 twice
+    (("NNNN", "4444", "3333"), {}, 1, {2}),
+    (("5x55", "4444"), {}, 0, {1}),
+    (("5 55", "4444"), {}, 0, {1}),
+    (("4444", "4444", "3333", "2222"), {}, 0, {2, 3}),
+    (("4444", "4444", "4444", "2222"), {}, 0, {3}),
+    (("4444", "4444", "4444", "4444"), {}, "tied ratings"),
+    (("5344", "4444", "4443"), {}, 0, {2}),  # tied after averaging only
+    ((), {}, "fewer than two rated completions"),
+    (("4444",), {}, "fewer than two rated completions"),
+    (("2222", "4444"), {}, 1, {0}),
+    (DISTINCT, {"source": "truthful_qa"}, 'source "truthful_qa"'),
+    (DISTINCT, {"prompt": QUESTION}, "exact prompt of {bench}"),
+    (DISTINCT, {"prompt": QUESTION + " "}, 0, {1, 2, 3}),  # another text to an exact match
+    (("3333", "4444", "2222"), {}, 1, {0, 2}),  # the first row's prompt again
+    (("5555", "4444"), {"responses": ("same", "same")}, 0, {1}),
+    (("4444", "1111"), {"responses": ("text", "")}, 0, {1}),
+    (("4444", "3333"), {"prompt": "Print </s><|assistant|>\n"}, 0, {1}),
+    (("4444", "3333"), {"overall": ("8", "6")}, 0, {1}),
+    (("4444", "3333"), {"prompt": "日本語 🤗 e\u0301\n" + "word " * 3000}, 0, {1}),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_by_the_mean_rule(tmp_path, case):
+    ratings, fields, *expected = case
+    bench = write(tmp_path / "bench.jsonl", [{"question": QUESTION}])
+    settings = Settings(decontaminate=(bench,), match="exact", drop_sources=("truthful_qa",))
+    overall = fields.get("overall", (5,) * len(ratings))
+    responses = fields.get("responses", map(str, range(len(ratings))))
+    parts = zip(ratings, overall, responses, strict=True)
+    row = raw(
+        *(completion(*part) for part in parts),
+        prompt=fields.get("prompt", "Name a colour."),
+        source=fields.get("source", "flan"),
+    )
+    rated = find_rated_format(row, "here:1").read(row, "here:1")
+    outcome = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
+    if isinstance(outcome, Dropped):
+        assert [outcome.reason] == [expected[0].format(bench=bench)]
+    else:
+        chosen, rejected = (
+            next(i for i, one in enumerate(row["completions"]) if one is side)
+            for side in outcome[:2]
+        )
+        assert chosen == expected[0] and rejected in expected[1]
+
+
+def test_the_first_revisions_lists_of_annotations():
+    row = raw(completion("2222"), completion("4444"))
+    for one in row["completions"]:
+        one["annotations"] = {name: [found] for name, found in one["annotations"].items()}
+        one["fine-grained_score"] = None
+    rated = find_rated_format(row, "a:1").read(row, "a:1")
+    outcome = curate_row(rated, row, "a:1", Settings(), Screen(Settings()), 0)
+    assert outcome[2:] == (4.0, 2.0)
+
+
+# ------------------------------------------------------------------------------- the command
+
+COLUMNS = [
+    "source",
+    "instruction",
+    "chosen_response",
+    "rejected_response",
+    "chosen_avg_rating",
+    "rejected_avg_rating",
+    "chosen_model",
+]
+ROWS = [
+    raw(completion("5555", 8, "good", "a"), completion("1111", 10, "bad", "b"), prompt="one"),
+    raw(completion("5555", 8), completion("3333", 6), prompt="two", source="sharegpt"),
+    raw(completion("4444"), completion("4444"), prompt="three"),
+    raw(completion("5555"), completion("3333"), prompt=f"Now: {QUESTION}", source="sharegpt"),
+    raw(completion("5555"), completion("3333"), prompt="One!"),
+    raw(completion("5555"), completion("3333"), prompt="five", source="truthful_qa"),
+    raw(completion("5555"), completion("3333"), prompt="six, held out"),
+    raw(completion("5555", 7, ""), completion("3333", 6, "text"), prompt="seven"),
+]
+DROPPED = {
+    "tied ratings": 1,
+    "8-grams of bench.jsonl": 1,
+    "near-duplicate prompt": 1,
+    'source "truthful_qa"': 1,
+    "prompt of a held-out row": 1,
+}
+ALL_OPTIONS = (
+    *("--decontaminate", "bench.jsonl", "--held-out", "eval.jsonl"),
+    *("--drop-source", "truthful_qa", "--duplicates", "near", "--seed", "7"),
+)
+
+
+@pytest.fixture
+def place(tmp_path):
+    write(tmp_path / "raw.jsonl", ROWS)
+    write(tmp_path / "bench.jsonl", [{"question": QUESTION}])
+    write(tmp_path / "eval.jsonl", [{"prompt": "Six; held out."}])
+    return tmp_path
+
+
+def test_the_folder_holds_the_pairs_in_argillas_columns(place, run):
+    assert run("raw.jsonl", "--out", "out", *ALL_OPTIONS)[0] == 0
+    out = place / "out"
+    table = pyarrow.parquet.read_table(out / "train.parquet")
+    assert table.column_names == COLUMNS
+    assert [str(kind) for kind in table.schema.types] == 4 * ["string"] + 2 * ["double"] + [
+        "string"
+    ]
+    pairs = table.to_pylist()
+    assert pairs == read_lines(out / "jsonl" / "train.jsonl")
+    assert [pair["instruction"] for pair in pairs] == ["one", "two", "seven"]
+    assert list(pairs[0].values()) == ["flan", "one", "good", "bad", 5.0, 1.0, "a"]
+
+    dropped = read_lines(out / "jsonl" / "dropped.jsonl")
+    assert Counter(row["reason"] for row in dropped) == DROPPED
+    (hit,) = (row for row in dropped if "benchmark_where" in row)
+    assert (hit["row"], hit["benchmark_where"]) == ("raw.jsonl:4", "bench.jsonl:1")
+    assert hit["benchmark_prompt"] == QUESTION
+
+
+def test_the_manifest_counts_every_row(place, run):
+    run("raw.jsonl", "--out", "out", *ALL_OPTIONS)
+    manifest = json.loads((place / "out" / "manifest.json").read_text())
+    assert manifest["counts"] == {
+        "rows": 8,
+        "pairs": 3,
+        "dropped": DROPPED,
+        "pairs by source": {"flan": 2, "sharegpt": 1},
+        "pairs that the trainer drops": {"empty chosen response": 1},
+    }
+    assert (manifest["input"], manifest["rule"], manifest["seed"]) == (
+        "raw.jsonl",
+        "mean-rating",
+        7,
+    )
+    for name, digest in manifest["files_sha256"].items():
+        assert hashlib.sha256((place / "out" / name).read_bytes()).hexdigest() == digest
+    # The input's hash is of its rows, not of the file's bytes.
+    (place / "array.json").write_text(json.dumps(ROWS, indent=1))
+    run("array.json", "--out", "again", *ALL_OPTIONS)
+    again = json.loads((place / "again" / "manifest.json").read_text())
+    digests = manifest["rows_sha256"]
+    digests["array.json"] = digests.pop("raw.jsonl")
+    assert again["rows_sha256"] == digests
+    assert again["files_sha256"]["train.parquet"] == manifest["files_sha256"]["train.parquet"]
+
+
+class Source:
+    split, weight, format = None, 1.0, None
+
+    def __init__(self, path, curation=None):
+        self.path, self.curation = path, curation
+
+
+@pytest.mark.parametrize("rule", ["mean-rating", "overall-score", "overall-score-fixed"])
+@pytest.mark.parametrize("rejected", ["random", "lowest", "zephyr"])
+def test_the_trainer_reads_back_what_a_curated_source_gives(place, run, rule, rejected):
+    assert run("raw.jsonl", "--out", "out", "--rule", rule, "--rejected", rejected)[0] == 0
+    settings = Settings(rule=rule, rejected=rejected)
+    curated = load_preferences([Source("raw.jsonl", settings)], seed=42)
+
+    def content(pairs):
+        return [
+            (one.prompt, one.chosen, one.rejected, one.chosen_score, one.rejected_score)
+            for one in pairs
+        ]
+
+    for path in ("out", "out/train.parquet", "out/jsonl/train.jsonl"):
+        read_back = load_preferences([Source(path)], seed=42)
+        assert content(read_back.train) == content(curated.train) != []
+        assert read_back.dropped == {"empty chosen response": 1}
+    dropped = json.loads(Path("out/manifest.json").read_text())["counts"]["dropped"]
+    assert curated.dropped == {**dropped, "empty chosen response": 1}
+
+
+def test_pairs_that_the_trainer_drops_are_counted_as_it_counts_them(place, run):
+    texts = [(" ", "a", "b"), ("p", "", "b"), ("p", "a", "\n"), ("p", "a", "a"), ("p", "a", "b")]
+    rows = [
+        raw(completion("5555", 5, good), completion("1111", 5, bad), prompt=prompt)
+        for prompt, good, bad in texts
+    ]
+    write(place / "odd.jsonl", rows)
+    run("odd.jsonl", "--out", "odd")
+    counts = json.loads((place / "odd" / "manifest.json").read_text())["counts"]
+    trained_on = load_preferences([Source("odd")], seed=0)
+    assert counts["pairs that the trainer drops"] == trained_on.dropped
+    assert len(trained_on.train) == 1
+
+
+def test_a_curated_source_leaves_out_what_the_command_does(place, run):
+    run("raw.jsonl", "--out", "out", *ALL_OPTIONS)
+    settings = Settings(
+        decontaminate=("bench.jsonl",), drop_sources=("truthful_qa",), duplicates="near"
+    )
+    evaluation = [Pair("Six; held out.", "a", "b", "eval.jsonl:1")]
+    loaded = load_preferences(
+        [Source("raw.jsonl", settings)], seed=7, evaluation=evaluation, drop_leaks=True
+    )
+    assert loaded.dropped == {**DROPPED, "empty chosen response": 1}
+
+
+# --------------------------------------------------------------------------------- the report
+
+
+def test_the_report_says_what_was_found(place, run):
+    run("raw.jsonl", "--out", "out", *ALL_OPTIONS)
+    report = (place / "out" / "report.md").read_text()
+    for line in (
+        "8 rows gave 3 pairs.",
+        "| pairs | 3 | 2 | 1 | 0 |",
+        '| source "truthful_qa" | 1 | 0 | 0 | 1 |',
+        # Rows 1 (a wrong 10) and none else; in rows 3 to 8 the first of equal scores is both's.
+        "different responses in 1 of 8 rows (12.5%); in 1 (12.5%) no tie explains it.",
+        "| up to 2: a 1 | 1 |",
+        "| above 4: a 10 | 0 |",
+        # "good" is longer than "bad", "rated 5555" as long as "rated 3333", "" shorter than "text"
+        "The longer response is chosen in 1 of 3 pairs (33.3%), the shorter in 1; 1 are of equal",
+        "| raw.jsonl:4 | 8-grams | 100% | bench.jsonl:1 | Which benchmark asks",
+        "dropped by the trainer: 1 empty chosen response.",
+        "## Ratings of all completions by aspect",
+        "| 1 | 1 | 1 | 1 | 1 |",
+        "| 5 | 7 | 7 | 7 | 7 |",
+    ):
+        assert line in report, line
+    assert not (place / "out" / "figures").exists()
+
+
+def test_figures_are_drawn_where_matplotlib_is_installed(place, run, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the report extra is not installed")
+    monkeypatch.setattr(curation_report, "find_spec", importlib.util.find_spec)
+    run("raw.jsonl", "--out", "out")
+    report = (place / "out" / "report.md").read_text()
+    for name in ("ratings", "scores"):
+        assert f"(figures/{name}.png)" in report
+        picture = (place / "out" / "figures" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 1000
+
+
+def test_any_set_of_rated_responses(place, run):
+    rows = [
+        {"prompt": str(n), "responses": ["a", "b" * n, "c"], "ratings": [10 * n, None, -1]}
+        for n in range(60)
+    ]
+    write(place / "rated.jsonl", rows)
+    assert run("rated.jsonl", "--out", "out", "--rule", "rating")[0] == 0
+    pairs = read_lines(place / "out" / "jsonl" / "train.jsonl")
+    assert [list(pair.values()) for pair in pairs[:2]] == [
+        [None, "0", "a", "c", 0.0, -1.0, None],
+        [None, "1", "a", "c", 10.0, -1.0, None],
+    ]
+    report = (place / "out" / "report.md").read_text()
+    assert "do not hold both" in report and "| pairs | 60 | 60 |" in report
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("in.jsonl", json.dumps(raw(completion("4446"), completion("1111"))), (),
+         "in.jsonl:1: rating of truthfulness is '6'; expected a number from 1 to 5"),
+        ("in.jsonl", json.dumps(raw(completion("1111", 11))), ("--rule", "overall-score"),
+         "in.jsonl:1: overall_score is 11; expected a number from 1 to 10"),
+        ("in.jsonl", f"{json.dumps(ROWS[0])}\n[1]", (), "in.jsonl:2: the row is a list; expected"),
+        ("in.jsonl", f"{json.dumps(ROWS[0])}\n{{oops", (), "in.jsonl:2: not JSON"),
+        ("in.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), (),
+         "in.jsonl:1: no rated responses; found the columns prompt, chosen, rejected; expected"),
+        ("in.jsonl", json.dumps(raw(completion("4444", 5, 3), completion("1111"))), (),
+         'in.jsonl:1: "response" is a number; expected text'),
+        ("in.jsonl", json.dumps(raw(completion("4444", model=3), completion("1111"))), (),
+         'in.jsonl:1: "model" is a number; expected text'),
+        ("in.jsonl", json.dumps(raw("text")), (), '"completions" is a list; expected a list of ob'),
+        ("in.jsonl", json.dumps(ROWS[2]), (),
+         'no pair is left under the rule "mean-rating"; 1 rows, dropped: 1 tied ratings'),
+        ("in.jsonl", "", (), "in.jsonl: the file holds no rows"),
+        ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "no.jsonl"),
+         "no.jsonl: no such file or folder"),
+        ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "odd.jsonl"),
+         "odd.jsonl:1: no column holds a prompt; found the columns id, answer; expected one of"),
+        ("in.jsonl", json.dumps({**ROWS[0], "source": None}), ("--drop-source", "flan"),
+         'in.jsonl:1: "source" is null; expected text'),
+        ("other.jsonl", "{}", (), "in.jsonl: no such file or folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_and_leaves_nothing_behind(
+    tmp_path, run, name, content, options, message
+):
+    (tmp_path / name).write_text(content)
+    write(tmp_path / "odd.jsonl", [{"id": 1, "answer": "b"}])
+    before = sorted(os.listdir(tmp_path))
+    for out in ("out", "deep/er/out"):
+        code, said = run("in.jsonl", "--out", out, *options)
+        assert code == 2 and message in said and "Traceback" not in said
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_unknown_rule_is_refused(place, run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("raw.jsonl", "--out", "out", "--rule", "best")
+    assert stopped.value.code == 2
+    assert "'best' (choose from" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_a_folder_that_exists_is_left_as_it_is(place, run):
+    (place / "out").mkdir()
+    (place / "out" / "mine").write_text("text")
+    code, said = run("raw.jsonl", "--out", "out")
+    assert code == 2 and "out: exists already; expected the name of a new folder" in said
+    assert os.listdir(place / "out") == ["mine"]
+    code, said = run("raw.jsonl", "--out", "raw.jsonl/out")
+    assert code == 2 and "raw.jsonl/out: cannot be made" in said
+    assert run("raw.jsonl", "--out", "deep/er/out")[0] == 0
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
+        (folder / "part").write_text("text")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_no_hindrance(place, run):
+    killed = new_folder(place / "out").gen
+    next(killed)  # this process, so of the same number as the one that comes now
+    assert run("raw.jsonl", "--out", "out")[0] == 0
+    with pytest.raises(UserError, match="out: cannot be made: .*not empty"):
+        next(killed)  # it lived, and comes second
+    assert "manifest.json" in os.listdir(place / "out")
+    assert not [name for name in os.listdir(place) if "partial" in name]
+
+
+# ---------------------------------------------------------------------------------- properties
+
+some_completions = st.lists(
+    st.builds(
+        completion,
+        st.text("12345N", min_size=4, max_size=4),
+        st.integers(1, 10),
+        st.sampled_from(["", "a", "b", "c d"]),
+    ),
+    max_size=4,
+)
+some_rows = st.lists(
+    st.builds(
+        lambda prompt, completions, source: raw(*completions, prompt=prompt, source=source),
+        st.sampled_from(["one", "One!", "two", QUESTION, f"Say: {QUESTION}"]),
+        some_completions,
+        st.sampled_from(["flan", "truthful_qa"]),
+    ),
+    max_size=8,
+)
+some_settings = st.builds(
+    Settings,
+    rule=st.sampled_from(["mean-rating", "overall-score", "overall-score-fixed"]),
+    rejected=st.sampled_from(["random", "lowest", "zephyr"]),
+    match=st.sampled_from(["exact", "normalised", "n-grams"]),
+    drop_sources=st.sampled_from([(), ("truthful_qa",)]),
+    duplicates=st.sampled_from(["keep", "exact", "near"]),
+    seed=st.integers(0, 9),
+)
+
+
+def outcomes(rows, settings):
+    screen = Screen(settings)
+    found = []
+    for row in rows:
+        rated = find_rated_format(row, "here").read(row, "here")
+        found.append(curate_row(rated, row, "here", settings, screen, settings.seed))
+    return found
+
+
+@given(some_rows, some_settings, st.randoms())
+def test_neither_order_nor_removed_duplicates_change_a_pair(rows, settings, random):
+    plain = Settings(**{**vars(settings), "duplicates": "keep"})
+    alone = [outcomes([row], plain)[0] for row in rows]
+    assert outcomes(rows, plain) == alone
+    order = random.sample(range(len(rows)), len(rows))
+    for index, outcome in zip(order, outcomes([rows[i] for i in order], settings), strict=True):
+        is_repeat = isinstance(outcome, Dropped) and "duplicate" in outcome.reason
+        assert is_repeat or outcome == alone[index]
+        assert not (is_repeat and isinstance(alone[index], Dropped))
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(some_rows, some_settings)
+def test_counts_add_up(tmp_path_factory, rows, settings):
+    place = tmp_path_factory.mktemp("set")
+    always = raw(completion("5555", 9), completion("1111", 2), prompt="another one")
+    path = write(place / "raw.jsonl", [*rows, always])
+    summary = curate(path, None, place / "out", settings)
+    assert summary.rows == len(rows) + 1
+    assert summary.pairs + sum(summary.dropped_by_reason.values()) == summary.rows
+    assert len(read_lines(place / "out" / "jsonl" / "train.jsonl")) == summary.pairs
+    dropped = read_lines(place / "out" / "jsonl" / "dropped.jsonl")
+    assert Counter(row["reason"] for row in dropped) == summary.dropped_by_reason
+    assert len(list(read_rows(str(place / "out")))) == summary.pairs
