@@ -31,15 +31,13 @@ from notus.engine import checkpoint, distributed, history, resume
 from notus.engine.checkpoint import Progress, Saver
 from notus.engine.distributed import Ranks, accumulate
 from notus.engine.evaluation import evaluate
-from notus.engine.hardware import gpu_named
+from notus.engine.flops import Work, gpu_named
 from notus.engine.lock import OutputLock
+from notus.engine.log import NONFINITE_FILE, MetricsLog
 from notus.engine.metrics import (
-    NONFINITE_FILE,
-    MetricsLog,
     Speed,
     Totals,
     Verdict,
-    Work,
     judge_step,
     nonfinite_pairs,
     pair_metrics,

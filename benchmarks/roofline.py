@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.memory import model_shape
-from notus.engine.metrics import model_flops, peak_flops
+from notus.engine.flops import model_flops, peak_flops
 from notus.model.mistral import ModelShape
 
 MODELS = {

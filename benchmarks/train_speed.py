@@ -81,7 +81,8 @@ from notus.data.tokenization import (
     sentencepiece_backend,
     tokenize_pairs,
 )
-from notus.engine.metrics import model_flops, peak_flops, peak_memory_bytes
+from notus.engine.flops import model_flops, peak_flops
+from notus.engine.metrics import peak_memory_bytes
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM, ModelShape
 

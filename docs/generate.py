@@ -32,7 +32,7 @@ from notus.dryrun.preflight import (  # noqa: E402
     needs,
     usable,
 )
-from notus.engine.hardware import GIB, gpu_named  # noqa: E402
+from notus.engine.flops import GIB, gpu_named  # noqa: E402
 from notus.opening import plan_run  # noqa: E402
 
 HEAD = """# Configuration

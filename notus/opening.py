@@ -30,8 +30,8 @@ from notus.engine import resume as resuming
 from notus.engine.checkpoint import Progress
 from notus.engine.distributed import Ranks, divide
 from notus.engine.lock import OutputLock
+from notus.engine.log import progress
 from notus.engine.optim import make_optimizer
-from notus.engine.progress import progress
 from notus.errors import UserError
 from notus.generate.prompts import Prompt, check_prompts, read_prompts
 from notus.generate.samples import write_samples

@@ -20,9 +20,8 @@ ORDER = """
     kernels
     model.attention model.mistral model.weights model.lora
     objective.losses objective.logprobs objective.reference
-    engine.hardware engine.progress
-    engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
-    engine.signals engine.lock engine.resume engine.history engine.host_memory
+    engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
+    engine.log engine.signals engine.lock engine.resume engine.history engine.host_memory
     engine.checkpoint engine.profiling
     generate.prompts generate.decoding
     evals

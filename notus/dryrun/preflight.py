@@ -16,8 +16,7 @@ from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import MODES, OPTIMIZER_STATES, Budget, Counts, Line, Load, memory_budget
-from notus.engine.hardware import GIB, GPU, GPUS
-from notus.engine.metrics import forward_flops, model_flops
+from notus.engine.flops import GIB, GPU, GPUS, forward_flops, model_flops
 from notus.errors import UserError
 from notus.model.mistral import ModelShape
 

@@ -1,11 +1,11 @@
 """What runs the loop: ranks, optimiser, measurement, checkpoints.
 
-hardware      GPUs: peak speed and memory
-progress      a progress bar or lines
 rendezvous    how restarted ranks find each other
 distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
-metrics       what a run reports
+flops         FLOPs of a step, and the GPUs that are known
+metrics       what a run measures
+log           where it is written: metrics.jsonl, TensorBoard, the console
 evaluation    the held-out metrics
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir

@@ -53,7 +53,7 @@ from torch.optim import Optimizer
 from notus.agreement import agree
 from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
-from notus.engine.metrics import warn
+from notus.engine.log import warn
 from notus.engine.resume import differences, write_json
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM

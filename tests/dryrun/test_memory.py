@@ -15,7 +15,7 @@ from notus.dryrun.memory import (
 )
 from notus.dryrun.preflight import usable
 from notus.engine.distributed import _recomputed
-from notus.engine.hardware import gpu_named
+from notus.engine.flops import gpu_named
 from notus.model.lora import LoraSettings
 from notus.model.mistral import Block, rope_tables
 

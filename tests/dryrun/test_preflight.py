@@ -27,8 +27,7 @@ from notus.dryrun.preflight import (
     shard_size,
     size_text,
 )
-from notus.engine.hardware import GPUS, gpu_named, gpu_of_device
-from notus.engine.metrics import model_flops
+from notus.engine.flops import GPUS, gpu_named, gpu_of_device, model_flops
 from notus.errors import UserError
 from notus.model import weights
 from notus.model.weights import open_model

@@ -13,17 +13,9 @@ from conftest import random_pairs
 from notus.data.packing import pack, slots_of
 from notus.data.planning import Plan
 from notus.engine import metrics
-from notus.engine.metrics import (
-    MetricsLog,
-    Speed,
-    Totals,
-    Work,
-    forward_flops,
-    hardware_flops,
-    model_flops,
-    pair_metrics,
-    peak_flops,
-)
+from notus.engine.flops import Work, forward_flops, hardware_flops, model_flops, peak_flops
+from notus.engine.log import MetricsLog
+from notus.engine.metrics import Speed, Totals, pair_metrics
 from notus.model.mistral import ModelShape
 from notus.objective.logprobs import token_log_probs
 from notus.objective.losses import PairLogProbs, build_loss

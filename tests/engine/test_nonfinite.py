@@ -8,13 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from notus.engine.metrics import (
-    LinesFile,
-    MetricsLog,
-    Totals,
-    judge_step,
-    nonfinite_pairs,
-)
+from notus.engine.log import LinesFile, MetricsLog
+from notus.engine.metrics import Totals, judge_step, nonfinite_pairs
 
 INF, NAN = float("inf"), float("nan")
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import pytest
 from tqdm import tqdm
 
-from notus.engine.metrics import MetricsLog
-from notus.engine.progress import ProgressLines, progress
+from notus.engine.log import MetricsLog, ProgressLines, progress
 
 
 def steps_at(times: list[float], total: int, initial: int) -> None:

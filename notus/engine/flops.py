@@ -1,0 +1,138 @@
+"""FLOPs: what training needs, what it executes, and what each kind of GPU can do."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from notus.errors import UserError
+from notus.model.mistral import ModelShape
+
+
+class Work(NamedTuple):
+    """What a step computes, beyond a forward and a full backward pass of the policy.
+
+    frozen: the base's weights take no gradient (low-rank adapters). recomputed: blocks compute
+    their forward pass again in the backward pass. scorings: forward passes without gradient, of a
+    reference that runs beside the policy, and of both before a step whose loss couples its pairs.
+    """
+
+    frozen: bool = False
+    recomputed: bool = False
+    scorings: int = 0
+
+
+FULL_TRAINING = Work()
+
+
+def forward_flops(shape: ModelShape, lengths: np.ndarray) -> tuple[float, float, float]:
+    """FLOPs of one forward pass over these pairs: the blocks' products, attention, the head.
+
+    lengths: int64 [pairs, 3]. Counts each real token once (prompts shared by both responses), exact
+    causal attention, and the head on scored tokens only; no padding.
+    """
+    prompt, chosen, rejected = lengths.astype(np.float64).T
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    block = hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.intermediate_size
+    attended = (
+        _triangle(prompt) + prompt * (chosen + rejected) + _triangle(chosen) + _triangle(rejected)
+    )
+    return (
+        float(2 * layers * block * (prompt + chosen + rejected).sum()),
+        float(4 * layers * queries * attended.sum()),
+        float(2 * hidden * shape.vocab_size * (chosen + rejected).sum()),
+    )
+
+
+def model_flops(shape: ModelShape, lengths: np.ndarray, frozen: bool = False) -> float:
+    """FLOPs that training on these pairs needs: 3 x `forward_flops`, backward being twice as much.
+
+    No recomputation, reference or padding. frozen: a product whose weight has no gradient counts
+    2 x; the adapters' own are left out.
+    """
+    products, attention, head = forward_flops(shape, lengths)
+    return (2 if frozen else 3) * (products + head) + 3 * attention
+
+
+def hardware_flops(shape: ModelShape, lengths: np.ndarray, slots: int, work: Work) -> float:
+    """FLOPs that a step with these pairs executes in `slots` slots, padding and all.
+
+    On top of `model_flops`: the head's second forward pass, the scores that flash attention's
+    backward pass computes again (half of its forward pass), and `work`. Attention over padding is
+    left out, as kernels skip its blocks, and so is that of a prompt's second copy, and what weights
+    pairs in the head.
+    """
+    products, attention, head = forward_flops(shape, lengths)
+    products *= slots / lengths.sum()
+    more = work.recomputed + work.scorings
+    passes = 2 if work.frozen else 3
+    return (
+        (passes + more) * products + (3.5 + more) * attention + (passes + 1 + work.scorings) * head
+    )
+
+
+def _triangle(length: np.ndarray) -> np.ndarray:
+    return length * (length + 1) / 2
+
+
+class GPU(NamedTuple):
+    """One kind of GPU.
+
+    name: what the user calls it. parts: words that are all in PyTorch's name of the device.
+    peak_flops: dense bfloat16 with float32 accumulation, FLOP/s, of the maker's data sheet (half of
+    the figure "with sparsity"). memory: bytes that the driver offers, less than the name says.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    peak_flops: float
+    memory: int
+
+
+GIB = 2**30
+
+# A device is the first that fits, so the narrower names come first.
+GPUS = (
+    GPU("a100-40gb", ("A100", "40GB"), 312e12, int(39.4 * GIB)),
+    GPU("a100-80gb", ("A100",), 312e12, int(79.1 * GIB)),
+    GPU("h100-pcie", ("H100 PCIe",), 756e12, int(79.1 * GIB)),
+    GPU("h100-nvl", ("H100 NVL",), 835e12, int(93.1 * GIB)),
+    GPU("h100", ("H100",), 989.4e12, int(79.1 * GIB)),
+    GPU("h200-nvl", ("H200 NVL",), 835e12, int(139.7 * GIB)),
+    GPU("h200", ("H200",), 989.4e12, int(139.7 * GIB)),
+    GPU("b200", ("B200",), 2250e12, int(178.3 * GIB)),
+    GPU("l40s", ("L40S",), 362e12, int(44.4 * GIB)),
+    GPU("a40", ("A40",), 149.7e12, int(44.4 * GIB)),
+    GPU("rtx-a6000", ("RTX A6000",), 154.8e12, int(47.4 * GIB)),
+    GPU("rtx-4090", ("RTX 4090",), 165.2e12, int(23.5 * GIB)),
+    GPU("rtx-3090", ("RTX 3090",), 71e12, int(23.6 * GIB)),
+)
+
+
+def gpu_named(name: str) -> GPU:
+    """The GPU that the user calls `name`, in any case. Raises UserError that lists the known."""
+    for gpu in GPUS:
+        if gpu.name == name.lower():
+            return gpu
+    known = ", ".join(gpu.name for gpu in GPUS)
+    raise UserError(f"--gpu {name}: no such GPU is known; expected one of {known}")
+
+
+def gpu_of_device(device_name: str) -> GPU | None:
+    """The GPU whose PyTorch device name this is, or None if it is not in GPUS."""
+    fitting = (
+        gpu
+        for gpu in GPUS
+        if all(re.search(rf"\b{re.escape(part)}\b", device_name) for part in gpu.parts)
+    )
+    return next(fitting, None)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of this device's data sheet, or None if it is not in GPUS."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    gpu = gpu_of_device(name)
+    return None if gpu is None else gpu.peak_flops
