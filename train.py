@@ -3,13 +3,12 @@
     torchrun --nproc_per_node 8 train.py configs/notus.json [section.key=value ...]
     python train.py configs/demo.json                        # one process, the same path
 
-`train` is the loop, the line that a pair of responses travels: pairs -> plan -> packed microbatch
--> response log-probs -> loss -> step. What the configuration names is opened by notus/opening.py.
-README.md says where to change what.
+`train` is the loop, the path of a pair of responses: pairs -> plan -> packed microbatch -> response
+log-probs -> loss -> step. notus/build.py builds what the configuration names, notus/start.py opens
+and ends a run. README.md says where to change what.
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,206 +19,123 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from notus.agreement import agree
-from notus.card.card import write_card
-from notus.config import Config, load_config, to_dict
-from notus.data.packing import slots_of
+from notus.build import (
+    answer_samples,
+    check_loss,
+    make_scorer,
+    sample_prompts,
+    set_learning_rate,
+)
+from notus.config import load_config
 from notus.data.planning import random_seed
-from notus.dryrun.memory import parameter_counts
-from notus.dryrun.preflight import Question, preflight, shard_size
-from notus.engine import checkpoint, distributed, history, resume
-from notus.engine.checkpoint import Progress, Saver
-from notus.engine.distributed import Ranks, accumulate
+from notus.engine import distributed
+from notus.engine.checkpoint import Saver
+from notus.engine.distributed import accumulate
 from notus.engine.evaluation import evaluate
-from notus.engine.flops import Work, gpu_named
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
-from notus.engine.metrics import (
-    Speed,
-    Totals,
-    Verdict,
-    judge_step,
-    nonfinite_pairs,
-    pair_metrics,
-)
-from notus.engine.optim import schedule_factor
+from notus.engine.metrics import Meter, Verdict
 from notus.engine.profiling import profiled
 from notus.engine.signals import Interrupts
 from notus.errors import UserError
 from notus.generate.samples import record_samples, show_result
-from notus.model.lora import export_adapter
 from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
 from notus.objective.losses import PairLogProbs
 from notus.objective.reference import follow
-from notus.opening import (
-    Run,
-    answer_samples,
-    check_loss,
-    lora_settings,
-    make_scorer,
-    open_inputs,
-    open_run,
-    plan_run,
-    sample_prompts,
-)
+from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 
 
-def train(
-    config: Config,
-    ranks: Ranks,
-    run: Run,
-    saver: Saver,
-    interrupts: Interrupts,
-    step_done: Callable[[], None],
-) -> bool:
-    """The loop: from the pairs of each step to the weight update.
-
-    step_done: called after each step, for a profiler. Returns whether all steps were done: False
-    when a signal ended it, after a save.
-    """
-    policy, reference, loss, plan, pairs = run.policy, run.reference, run.loss, run.plan, run.pairs
-    tokens = slots_of(pairs.lengths, prefix_sharing=False)  # as two sequences: 2P + C + R
-    tokens_seen = sum(int(tokens[plan.pairs_of(done)].sum()) for done in range(run.progress.step))
-    log = agree(
-        lambda: MetricsLog(run.output, step=run.progress.step, total=plan.steps, active=ranks.first)
-    )
-    totals = Totals()
-    totals.restore(run.progress.totals, ranks.device)
-    skipped, stopped = run.progress.skipped, False
+def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[], None]) -> bool:
+    """The loop: from a step's pairs to the weight update. False if a signal ended it early."""
+    config, ranks, policy, reference = run.config, run.ranks, run.policy, run.reference
+    loss, plan, meter, log = run.loss, run.plan, open_meter(run), open_log(run)
+    stopped = False
     if run.progress.step == 0:
-        log.write(0, evaluate_held_out(config, ranks, run))
-    online = loss.uses_reference and config.reference.log_probs == "online"
-    work = Work(
-        frozen=config.model.lora is not None,
-        recomputed=config.parallel.activation_checkpointing == "full",
-        scorings=online + loss.couples_pairs * (1 + online),
-    )
-    speed = Speed(policy.shape, ranks.count, ranks.device, work)
+        log.write(0, evaluate_held_out(run))
 
     for step in range(run.progress.step, plan.steps):
-        chosen = plan.pairs_of(step)
-        division = plan.division(chosen)
-        mean_chosen_length = float(pairs.lengths[chosen, 1].mean())
-        pair_losses = step_loss_function(config, ranks, run, chosen)
+        chosen = plan.pairs_of(step)  # the step's pairs, the same on any number of ranks
+        division = plan.division(chosen)  # their places on ranks and in microbatches
+        coupled = couple_pairs(run, chosen) if loss.couples_pairs else None
+        mean_length = float(run.pairs.lengths[chosen, 1].mean())
         policy.train()  # dropout in adapters; scoring turns it off
         torch.manual_seed(random_seed(config.train.seed, step, ranks.rank))
-        step_loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        step_totals, seen = Totals(), []
-        batches = pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)
+
+        batches = pack_plan(division, run.pairs, config.data.prefix_sharing, ranks.device)
         for batch in accumulate(policy, batches, len(division.bins), config.parallel.keep_gathered):
-            reference_log_probs = reference.of_batch(batch)
-            log_probs = token_log_probs(policy, batch, loss.uses_weights)
-            scored = pair_log_probs(
-                log_probs, reference_log_probs, batch.lengths, mean_chosen_length
-            )
-            losses = pair_losses(scored, batch.pairs)
+            policy_S = token_log_probs(policy, batch, loss.uses_weights)
+            reference_S = reference.of_batch(batch)
+            scored = pair_log_probs(policy_S, reference_S, batch.lengths, mean_length)
+            losses = coupled(scored, batch.pairs) if coupled else loss(scored)  # [B]
             # The step's gradient is the mean over its pairs, whatever the packing and the number
             # of ranks: FSDP sums over ranks and never divides, so this is the only division.
             (losses.sum() / len(chosen)).backward()
-            step_loss += losses.detach().sum()
-            step_totals.add(pair_metrics(losses.detach(), scored, loss))
-            seen.append((batch.pairs, losses.detach()))
+            meter.add(batch, losses, scored)
 
-        grad_norm = clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
-        verdict = judge_step(step_loss, grad_norm.full_tensor(), len(chosen), *interrupts.take())
-        totals.add_step(step_totals, verdict.finite)
-        rate = config.optimizer.learning_rate * schedule_factor(
-            step,
-            total=plan.steps,
-            name=config.schedule.name,
-            warmup_ratio=config.schedule.warmup_ratio,
-        )
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        done = step + 1
+        norm = clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm).full_tensor()
+        verdict = meter.end_step(norm, chosen, division, *interrupts.take())
+        rate = set_learning_rate(config, plan, run.optimizer, step)
+        done, last = step + 1, step + 1 == plan.steps
         if verdict.finite:
             run.optimizer.step()
-            skipped = 0
         else:
-            skipped += 1
-            report_skipped(config, ranks, run, log, done, verdict, chosen, seen, skipped)
+            report_skipped(run, log, meter, done, verdict, chosen)
         run.optimizer.zero_grad()
 
         # once in a while: let the reference follow (TR-DPO)
         if is_due(done, config.reference.sync_every):
             follow(run.following, policy, config.reference.sync_share)
-        tokens_seen += int(tokens[chosen].sum())
-        speed.count(pairs.lengths[chosen], int(plan.slot_counts[chosen].sum()), division)
         metrics: dict[str, float] = {}
-
         # once in a while: log
-        if done == plan.steps or is_due(done, config.log.every):
-            metrics |= totals.means() | speed.report()
-            metrics |= {
-                "grad_norm": verdict.grad_norm,
-                "learning_rate": rate,
-                "epoch": done / plan.steps_per_epoch,
-                "num_tokens": tokens_seen,
-            }
+        if last or is_due(done, config.log.every):
+            own = {"grad_norm": verdict.grad_norm, "learning_rate": rate}
+            metrics |= meter.report() | own | {"epoch": done / plan.steps_per_epoch}
         # once in a while: evaluate
-        if done == plan.steps or is_due(done, config.evaluation.every):
-            metrics |= evaluate_held_out(config, ranks, run)
-            show_samples(config, ranks, run, log, done)
-            speed.restart()
+        if last or is_due(done, config.evaluation.every):
+            metrics |= evaluate_held_out(run)
+            show_samples(run, log, done)
+            meter.restart_clock()
         log.write(done, metrics)
-        step_done()
-        # once in a while, and when a signal asks for it: save, behind the next steps
-        asked = verdict.save or verdict.stop
-        if asked or done == plan.steps or is_due(done, config.checkpoint.every):
-            progress = Progress(done, totals.snapshot(), skipped)
-            saver.save(policy, run.optimizer, run.following, progress)
-            speed.restart()
-        if verdict.stop:
-            stopped = True
-            ranks.say(f"stopped by a signal after {done:,} steps; started again, it goes on")
+        profiler()
+        # once in a while, and when a signal asks for it: save, in the background
+        if last or verdict.save or verdict.stop or is_due(done, config.checkpoint.every):
+            saver.save(policy, run.optimizer, run.following, meter.progress(done))
+            meter.restart_clock()
+        if stopped := verdict.stop:
+            ranks.say(f"stopped by a signal after {done:,} steps; the same command resumes the run")
             break
     log.close()
     return not stopped
 
 
-def report_skipped(
-    config: Config,
-    ranks: Ranks,
-    run: Run,
-    log: MetricsLog,
-    done: int,
-    verdict: Verdict,
-    chosen: np.ndarray,
-    seen: list[tuple[Tensor, Tensor]],
-    skipped: int,
-) -> None:
-    """Record which pairs made step `done` not finite: those with such a loss, or else all.
+def couple_pairs(run: Run, chosen: np.ndarray) -> Callable[[PairLogProbs, Tensor], Tensor]:
+    """A loss that couples the step's pairs, made additive by a pass without gradient."""
+    weights = run.loss.uses_weights
+    score_pairs = make_scorer(run.config, run.policy, run.pairs, run.ranks, weights)
+    policy, reference = score_pairs(chosen), run.reference.of_pairs(chosen)
+    return couple_step(run.loss, policy, reference, run.pairs, chosen)
 
-    Raises UserError after train.max_nonfinite such steps in a row, `skipped` counting this one.
+
+def report_skipped(
+    run: Run, log: MetricsLog, meter: Meter, done: int, verdict: Verdict, chosen: np.ndarray
+) -> None:
+    """Record the pairs that made step `done` non-finite: those with such a loss, or else all.
+
+    Collective. Raises UserError after train.max_nonfinite such steps in a row.
     """
-    pairs = nonfinite_pairs(seen) or sorted(chosen.tolist())
+    pairs = meter.nonfinite_pairs() or sorted(chosen.tolist())
     path = run.output / NONFINITE_FILE
     values = {"loss": f"{verdict.loss:g}", "grad_norm": f"{verdict.grad_norm:g}"}
     what = " and ".join(f"{name} {value}" for name, value in values.items())
-    if ranks.first:
+    if run.ranks.first:
         named = [{"index": index, "where": run.origins[index]} for index in pairs]
         log.nonfinite.add({"step": done, **values, "pairs": named})
-    ranks.say(f"step {done:,}: {what}: no update; {len(pairs):,} pairs are named in {path}")
-    if skipped >= config.train.max_nonfinite:
+    run.ranks.say(f"step {done:,}: {what}: no update; {path} names {len(pairs):,} pairs")
+    if meter.skipped >= run.config.train.max_nonfinite:
         raise UserError(
-            f"step {done:,}: {what}, the last of {skipped} steps in a row without an update "
+            f"step {done:,}: {what}, the last of {meter.skipped} steps in a row without an update "
             f"(train.max_nonfinite); {path} names the pairs, the first is {run.origins[pairs[0]]}"
         )
-
-
-def step_loss_function(
-    config: Config, ranks: Ranks, run: Run, chosen: np.ndarray
-) -> Callable[[PairLogProbs, Tensor], Tensor]:
-    """From a microbatch's log-probs and pair indices to its losses [B], within one step.
-
-    Most losses look at one pair at a time. One that sorts the step's pairs needs them all first,
-    in a pass without gradient.
-    """
-    if not run.loss.couples_pairs:
-        return lambda scored, indices: run.loss(scored)
-    score_pairs = make_scorer(config, run.policy, run.pairs, ranks, run.loss.uses_weights)
-    policy, reference = score_pairs(chosen), run.reference.of_pairs(chosen)
-    return couple_step(run.loss, policy, reference, run.pairs, chosen)
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -227,113 +143,43 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def evaluate_held_out(config: Config, ranks: Ranks, run: Run) -> dict[str, float]:
-    """The eval_ metrics of the policy as it is now; none without held-out pairs."""
+def evaluate_held_out(run: Run) -> dict[str, float]:
+    """The eval_ metrics of the policy in its current state; empty without held-out pairs."""
     if run.held_out is None:
         return {}
-    score_pairs = make_scorer(config, run.policy, run.held_out, ranks, run.loss.uses_weights)
+    weights = run.loss.uses_weights
+    score_pairs = make_scorer(run.config, run.policy, run.held_out, run.ranks, weights)
     reference = run.held_out_reference.of_pairs(range(len(run.held_out)))
     return evaluate(score_pairs, run.held_out, reference, run.loss)
 
 
-def show_samples(config: Config, ranks: Ranks, run: Run, log: MetricsLog, done: int) -> None:
-    """The policy's answers as it is now beside the reference's: samples.md and TensorBoard."""
-    if config.evaluation.samples is None:
+def show_samples(run: Run, log: MetricsLog, done: int) -> None:
+    """Show the policy's current answers next to the reference's: samples.md and TensorBoard."""
+    if run.config.evaluation.samples is None:
         return
-    answers = answer_samples(config, ranks, run.policy, run.source)
-    if ranks.first:
-        prompts = sample_prompts(config)
+    answers = answer_samples(run.config, run.ranks, run.policy, run.source)
+    if run.ranks.first:
+        prompts = sample_prompts(run.config)
         texts = run.reference_answers, answers
         log.show(lambda board: record_samples(run.output, board, done, prompts, *texts))
 
 
-def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
-    """Check everything, report what the run would be; the exit code, 1 if it does not fit."""
-    gpu = None if options.gpu is None else gpu_named(options.gpu)
-    if options.gpus is not None and options.gpus < 1:
-        raise UserError(f"--gpus {options.gpus}: expected at least 1")
-    if options.price is not None and not 0 < options.price < math.inf:
-        raise UserError(f"--price {options.price:g}: expected the price of one GPU for one hour")
-    shard, replicate = config.parallel.shard, config.parallel.replicate
-    gpus = options.gpus or max(ranks.count, (shard or 1) * replicate)
-    shard_size(gpus, shard, replicate)
-    inputs = open_inputs(config, ranks, weights=False, describe=True)
-    output = Path(config.output_dir)
-    settings = to_dict(config) | {"loss": inputs.loss.settings}
-    agree(lambda: resume.check_output_dir(output, settings, options.resume))
-    if not options.model_only:
-        checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
-    else:
-        checkpoint.check_sound(Path(options.resume))
-    counts = parameter_counts(inputs.shape, lora_settings(config))
-    merged = inputs.adapter is not None and config.model.reference is not None
-    same_model = inputs.reference_folder.resolve() == inputs.source.resolve() and not merged
-    report, fits = preflight(
-        Question(
-            config=config,
-            shape=inputs.shape,
-            counts=counts,
-            plan=plan_run(config, inputs.pairs, gpus),
-            pairs=inputs.pairs,
-            held_out=inputs.held_out,
-            uses_reference=inputs.loss.uses_reference,
-            reference_is_base=counts.frozen > 0 and same_model,
-            couples_pairs=inputs.loss.couples_pairs,
-        ),
-        gpu,
-        options.price,
-    )
-    ranks.say(report)
-    return 0 if fits else 1
+def run_to_end(run: Run, profile: int | None) -> bool:
+    """Train, save and export. False if a signal ended the run early.
 
-
-def run_to_end(config: Config, ranks: Ranks, run: Run, profile: int | None) -> bool:
-    """Train, save and export; whether the run is finished, and not stopped by a signal.
-
-    Raises UserError when its last checkpoint could not be saved.
+    Raises UserError when the last checkpoint could not be saved.
     """
-    saver = Saver(
-        run.output / "checkpoints",
-        keep=config.checkpoint.keep,
-        source=run.source,
-        facts=run.facts,
-        previous=run.progress.step,
-    )
-    trace = profiled(run.output / "profile", profile, ranks.rank)
-    with Interrupts() as interrupts, saver, trace as step_done:
-        finished = train(config, ranks, run, saver, interrupts, step_done)
+    saver = open_saver(run)
+    trace = profiled(run.output / "profile", profile, run.ranks.rank)
+    with Interrupts() as interrupts, saver, trace as profiler:
+        finished = train(run, saver, interrupts, profiler)
         unsaved = saver.wait()
-    if finished:
-        export(config, run)
-        ranks.say(f"wrote {run.output / 'final'}")
-    agree(lambda: history.record_end(run.output))
-    if finished:
-        agree(lambda: write_card(run.output) if ranks.first else None)
-    if unsaved:
-        raise UserError(f"the last checkpoint was not saved: {unsaved}")
+    finish(run, finished, unsaved)
     return finished
 
 
-def export(config: Config, run: Run) -> None:
-    """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
-    final, lora = run.output / "final", lora_settings(config)
-    if lora is None:
-        checkpoint.export(final, run.policy, run.source)
-        return
-    agree(
-        lambda: export_adapter(
-            final,
-            run.policy,
-            lora,
-            base_name=config.model.policy if run.source.parent != run.output else str(run.source),
-            base=run.source,
-            merged=config.model.lora.merge,
-        )
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for a user's mistake."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; exits with code 2 for options that contradict each other."""
     parser = argparse.ArgumentParser(description="Direct preference optimisation.")
     parser.add_argument("config", help="a JSON file, see configs/ and notus/config.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -348,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model-only",
         action="store_true",
-        help="a new run, whose policy begins with the weights of the checkpoint --resume names",
+        help="a new run whose policy starts from the weights of the checkpoint --resume names",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.model_only and options.resume in ("auto", "never"):
@@ -358,29 +204,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned = (options.gpus, options.gpu, options.price)
     if not options.dry_run and planned != (None, None, None):
         parser.error("--gpus, --gpu and --price need --dry-run")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for a user's mistake."""
+    options = parse(arguments)
     ranks = None
     try:
         config = load_config(options.config, options.overrides)
         check_loss(config, options)
         ranks = distributed.start("cpu" if options.dry_run else config.parallel.device)
         if options.dry_run:
+            from notus.dryrun.preflight import dry_run
+
             return dry_run(config, ranks, options)
         if config.parallel.device == "auto" and ranks.device.type == "cpu":
             ranks.say(f"no CUDA device was found (PyTorch {torch.__version__}): using the CPU")
         with OutputLock(Path(config.output_dir)) as lock:
             run = open_run(
-                config,
-                ranks,
-                lock,
-                resume=options.resume,
-                model_only=options.model_only,
+                config, ranks, lock, resume=options.resume, model_only=options.model_only
             )
-            if run is not None and run_to_end(config, ranks, run, options.profile):
+            if run is not None and run_to_end(run, options.profile):
                 source, output = run.source, run.output
-                del run  # the models that now answer need the memory
+                del run  # its models need the memory that the answering ones take
                 show_result(config, ranks, source, output)
     except UserError as error:
-        # Before the ranks have met, the first process of each machine speaks.
+        # Before the ranks have met, the first process of each machine prints it.
         if ranks.first if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2

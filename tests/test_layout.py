@@ -30,6 +30,7 @@ ORDER = """
     card
     demo
     opening
+    build start
     train eval
 """
 RANKS = {
@@ -38,7 +39,18 @@ RANKS = {
     for place, name in enumerate(names.split())
 }
 # All others take plain arguments.
-READ_CONFIG = ("config", "evals", "dryrun", "card", "generate", "opening", "train", "eval")
+READ_CONFIG = (
+    "config",
+    "evals",
+    "dryrun",
+    "card",
+    "generate",
+    "opening",
+    "build",
+    "start",
+    "train",
+    "eval",
+)
 
 SOURCES = sorted([*ROOT.glob("notus/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("*.py")])
 SOURCES = [path for path in SOURCES if path.name not in ("setup.py", "__main__.py")]

@@ -54,6 +54,7 @@ from notus.agreement import agree
 from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
+from notus.engine.metrics import Progress
 from notus.engine.resume import differences, write_json
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
@@ -65,18 +66,6 @@ MODEL, ADAPTER = "model", "adapter"
 
 Plain = dict[str, Any]
 Item = TypeVar("Item")
-
-
-class Progress(NamedTuple):
-    """Where a run stands, beside its weights and the optimiser's state.
-
-    step: optimiser steps done. totals: sums of metrics since the last report, over all ranks.
-    skipped: how many of the last steps in a row were not applied, being not finite.
-    """
-
-    step: int
-    totals: dict[str, list[float]]
-    skipped: int
 
 
 class Written(NamedTuple):

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from notus.data.packing import slots_of
-from notus.data.planning import Plan
+from notus.data.packing import Microbatch, slots_of
+from notus.data.planning import Plan as Division
+from notus.data.planning import RunPlan as Plan
 from notus.engine.flops import FULL_TRAINING, Work, hardware_flops, model_flops, peak_flops
 from notus.model.mistral import ModelShape
 from notus.objective.losses import Loss, PairLogProbs
@@ -174,7 +175,7 @@ class Speed:
         self._pairs = self._tokens = self._slots = self._filled = 0.0
         self._needed = self._executed = 0.0  # FLOPs
 
-    def count(self, lengths: np.ndarray, filled: int, division: Plan) -> None:
+    def count(self, lengths: np.ndarray, filled: int, division: Division) -> None:
         """One step: its pairs' lengths [pairs, 3], the slots they fill, and their division."""
         self._pairs += len(lengths)
         self._tokens += int(slots_of(lengths, prefix_sharing=False).sum())
@@ -199,6 +200,84 @@ class Speed:
             report["perf/hfu"] = self._executed / seconds / (peak * self.ranks)
         self.restart()
         return report
+
+
+class Progress(NamedTuple):
+    """The place of a run in its plan, apart from weights and optimiser state.
+
+    step: optimiser steps done. totals: each rank's sums of metrics since the last report, by name.
+    skipped: how many of the last steps in a row had no update because they were not finite.
+    """
+
+    step: int
+    totals: dict[str, list[list[float]]]
+    skipped: int
+
+
+class Meter:
+    """The measurements of a run: sums that stay on the device until they are logged, and speed.
+
+    lengths: int64 [pairs, 3], the training pairs' tokens. progress: the place the run starts from.
+    skipped: steps in a row, up to now, without an update.
+    """
+
+    def __init__(
+        self, loss: Loss, plan: Plan, lengths: np.ndarray, speed: Speed, progress: Progress
+    ) -> None:
+        self._loss, self._plan, self._lengths, self._speed = loss, plan, lengths, speed
+        self._tokens = slots_of(lengths, prefix_sharing=False)  # as two sequences: 2P + C + R
+        done = range(progress.step)
+        self._tokens_seen = sum(int(self._tokens[plan.pairs_of(step)].sum()) for step in done)
+        self.skipped = progress.skipped
+        self._totals = Totals()
+        self._totals.restore(progress.totals, speed.device)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._step_loss = torch.zeros((), dtype=torch.float64, device=self._speed.device)
+        self._step_totals = Totals()
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, batch: Microbatch, losses: Tensor, scored: PairLogProbs) -> None:
+        """Add a microbatch with its losses [B], without waiting for the device."""
+        losses = losses.detach()
+        self._step_loss += losses.sum()
+        self._step_totals.add(pair_metrics(losses, scored, self._loss))
+        self._seen.append((batch.pairs, losses))
+
+    def end_step(
+        self, grad_norm: Tensor, chosen: np.ndarray, division: Division, stop: bool, save: bool
+    ) -> Verdict:
+        """The verdict of all ranks on the step: one reduction, the step's only wait for the device.
+
+        grad_norm: 0-d, of the whole gradient. chosen: the step's pairs. stop, save: whether a
+        signal has asked this rank for it. Collective.
+        """
+        verdict = judge_step(self._step_loss, grad_norm, len(chosen), stop, save)
+        self._totals.add_step(self._step_totals, verdict.finite)
+        self.skipped = 0 if verdict.finite else self.skipped + 1
+        self._tokens_seen += int(self._tokens[chosen].sum())
+        filled = int(self._plan.slot_counts[chosen].sum())
+        self._speed.count(self._lengths[chosen], filled, division)
+        self._last_seen = self._seen
+        self._begin_step()
+        return verdict
+
+    def nonfinite_pairs(self) -> list[int]:
+        """The last step's pairs, on all ranks, whose loss is not finite. Collective."""
+        return nonfinite_pairs(self._last_seen)
+
+    def report(self) -> dict[str, float]:
+        """Means and speed since the last report, and all tokens so far. Collective."""
+        return self._totals.means() | self._speed.report() | {"num_tokens": self._tokens_seen}
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last report (an evaluation, a save) out of the speed."""
+        self._speed.restart()
+
+    def progress(self, done: int) -> Progress:
+        """The place of the run after `done` steps, for a checkpoint. Collective."""
+        return Progress(done, self._totals.snapshot(), self.skipped)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,348 @@
+"""What each section of the configuration names, built: one function or two for each section.
+
+These functions are where the configuration ends: they hand plain arguments to the libraries below.
+After adding a key, pass it on here.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from notus.config import Config
+from notus.data.packing import slots_of
+from notus.data.planning import RunPlan as Plan
+from notus.data.tokenization import TokenizedPairs, load_tokenizer
+from notus.engine import distributed
+from notus.engine.distributed import Ranks
+from notus.engine.flops import Work
+from notus.engine.log import progress
+from notus.engine.optim import make_optimizer, schedule_factor
+from notus.errors import UserError, agreed
+from notus.generate.prompts import Prompt, read_prompts
+from notus.generate.samples import write_samples
+from notus.model.attention import default_backend
+from notus.model.lora import (
+    LoraSettings,
+    add_adapters,
+    check_fits,
+    is_adapter,
+    read_adapter,
+    tokenizer_folder,
+)
+from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
+from notus.model.weights import load_weights, model_folder, open_model
+from notus.objective.logprobs import Scorer, scorer
+from notus.objective.losses import Loss, build_loss
+from notus.objective.reference import (
+    Reference,
+    cache_identity,
+    cached_log_probs,
+    cached_reference,
+    no_reference,
+    online_reference,
+    without_adapters,
+)
+
+# --------------------------------------------------------------------------------- loss
+
+
+def make_loss(config: Config) -> Loss:
+    """The configured loss; supervised fine-tuning has only one."""
+    return build_loss({"name": "sft"} if config.train.objective == "sft" else config.loss.section)
+
+
+def check_loss(config: Config, options: argparse.Namespace) -> None:
+    """Check the `loss` section and what depends on it. Raises UserError that names its origin."""
+    try:
+        loss = make_loss(config)
+    except UserError as error:
+        overrides = [word for word in options.overrides if word.startswith("loss")]
+        origin = f"command line, {' '.join(overrides)}" if overrides else options.config
+        raise UserError(f"{origin}: {error}") from None
+    if loss.uses_reference and config.reference.log_probs == "none":
+        raise UserError(
+            f'reference.log_probs: found "none", but the loss {loss.name} compares the policy with '
+            'a reference; expected "cached" or "online"'
+        )
+    if not loss.uses_reference and config.model.reference is not None:
+        raise UserError(f"model.reference: has no effect, because {loss.name} uses no reference")
+    if not loss.uses_reference and config.reference.log_probs == "online":
+        raise UserError(
+            f'reference.log_probs: "online" has no effect, because {loss.name} uses no reference; '
+            "leave it out"
+        )
+
+
+# --------------------------------------------------------------------------------- model
+
+
+class Models(NamedTuple):
+    """The models of a run as folders on disk; no weights are loaded.
+
+    source: the initial policy, or its base where `adapter` must be merged into it first.
+    reference_path: as configured. tokenizer: the folder of the tokenizer.
+    """
+
+    source: Path
+    shape: ModelShape
+    adapter: Path | None
+    reference_path: str
+    reference: Path
+    tokenizer: Path
+
+    @property
+    def reference_is_policy(self) -> bool:
+        """Whether the reference is the initial policy, weight for weight."""
+        return self.reference.resolve() == self.source.resolve()
+
+
+def find_models(config: Config, *, weights: bool) -> Models:
+    """The folders of policy and reference, downloaded if they are hub ids.
+
+    weights: whether the weights must be there too. Raises UserError for a model that cannot be
+    used, or a reference with another vocabulary than the policy's.
+    """
+    path = config.model.policy
+    folder, adapter = model_folder(path, weights), None
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        if adapter.base_name is None:
+            raise UserError(
+                f"{path}: its adapter_config.json names no base; expected a path or hub id"
+            )
+    source, shape = open_model(path if adapter is None else adapter.base_name, weights)
+    if adapter is not None:
+        check_fits(adapter, shape)
+    reference_path, reference = path, source
+    if config.model.reference:
+        reference_path = config.model.reference
+        reference, other = open_model(reference_path, weights)
+        if other.vocab_size != shape.vocab_size:
+            raise UserError(
+                f"model.reference: {reference_path} has a vocabulary of {other.vocab_size} tokens, "
+                f"the policy one of {shape.vocab_size}; expected the same"
+            )
+    return Models(
+        source=source,
+        shape=shape,
+        adapter=None if adapter is None else folder,
+        reference_path=reference_path,
+        reference=reference,
+        tokenizer=source if adapter is None else tokenizer_folder(source, folder),
+    )
+
+
+def lora_settings(config: Config) -> LoraSettings | None:
+    """The adapters' settings; None where every parameter is trained."""
+    lora = config.model.lora
+    if lora is None:
+        return None
+    return LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.rslora)
+
+
+def build_model(
+    config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
+) -> MistralForCausalLM:
+    """A sharded model without weights: float32 if they will change, else compute_dtype."""
+    compute_dtype = getattr(torch, config.model.compute_dtype)
+    lora = None if frozen else lora_settings(config)
+    constant = frozen and config.reference.sync_every is None
+    with torch.device("meta"):
+        model = MistralForCausalLM(
+            shape, config.parallel.kernels, attention_backend(config, shape, ranks.device)
+        )
+        model.to(compute_dtype if constant or lora else torch.float32)
+        model.requires_grad_(not frozen)
+        if lora:
+            add_adapters(model, lora)
+    distributed.shard_model(
+        model,
+        mesh,
+        ranks.device,
+        compute_dtype=compute_dtype,
+        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
+        compile_blocks=compiles(config, ranks.device),
+        cpu_offload=config.parallel.cpu_offload,
+        dropout=lora is not None and lora.dropout > 0,
+    )
+    return model.eval()
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether transformer blocks are compiled."""
+    wanted = config.parallel.compile
+    return device.type == "cuda" if wanted == "auto" else wanted
+
+
+def attention_backend(config: Config, shape: ModelShape, device: torch.device) -> str:
+    """The attention backend. Raises UserError for one that cannot train on the device."""
+    wanted, compiled = config.parallel.attention, compiles(config, device)
+    if wanted == "auto":
+        return default_backend(device, shape.head_dim, compiled)
+    reason = None
+    if device.type == "cuda":
+        if wanted == "varlen" and config.model.compute_dtype == "float32":
+            reason = 'with model.compute_dtype "float32": FlashAttention computes in bfloat16'
+        elif wanted == "flex" and shape.head_dim < 16:
+            reason = f"for heads of {shape.head_dim}, which its kernels do not hold"
+    elif wanted == "flex":
+        reason = "on the CPU, where it has no backward pass"
+    elif wanted == "varlen" and compiled:
+        reason = "with parallel.compile on the CPU, where segments are not compiled"
+    if reason:
+        raise UserError(f'parallel.attention: found "{wanted}" {reason}; expected another')
+    return wanted
+
+
+# --------------------------------------------------------------------------------- data
+
+
+def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
+    """The pairs of every step, and their division over `ranks` ranks and microbatches."""
+    return Plan(
+        slots_of(pairs.lengths, config.data.prefix_sharing),
+        pairs_per_step=config.train.pairs_per_step,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        ranks=ranks,
+        budget=config.data.tokens_per_microbatch,
+    )
+
+
+# --------------------------------------------------------------------------------- reference
+
+
+def make_scorer(
+    config: Config,
+    model: MistralForCausalLM,
+    pairs: TokenizedPairs,
+    ranks: Ranks,
+    sum_squares: bool = False,
+) -> Scorer:
+    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
+    return scorer(
+        model,
+        pairs,
+        budget=config.data.tokens_per_microbatch,
+        prefix_sharing=config.data.prefix_sharing,
+        device=ranks.device,
+        sum_squares=sum_squares,
+    )
+
+
+def build_references(
+    config: Config,
+    models: Models,
+    policy: MistralForCausalLM,
+    identity: dict[str, str] | None,
+    mesh: DeviceMesh,
+    ranks: Ranks,
+    sets: list[TokenizedPairs],
+) -> tuple[list[Reference], MistralForCausalLM]:
+    """The reference over each data set of `sets`, and the model that it is.
+
+    identity: the reference's, or None for a loss that uses none. `policy` must hold its initial
+    weights: it is the reference while both are the same folder, and with adapters, which are
+    turned off, it stays the reference.
+    """
+    if identity is None:
+        return [no_reference(pairs, ranks.device) for pairs in sets], policy
+    model = policy
+    online = config.reference.log_probs == "online"
+    if not models.reference_is_policy or (online and config.model.lora is None):
+        with agreed():
+            shape = read_shape(models.reference)
+        model = build_model(config, shape, mesh, ranks, frozen=True)
+        with agreed():
+            load_weights(model, models.reference)
+    references = []
+    for pairs in sets:
+        score_pairs = without_adapters(model, make_scorer(config, model, pairs, ranks))
+        if online:
+            references.append(online_reference(model, score_pairs))
+        else:
+            flat = cached_log_probs(
+                Path(config.output_dir) / "reference",
+                pairs,
+                cache_identity(
+                    pairs, identity, model.shape, getattr(torch, config.model.compute_dtype)
+                ),
+                score_pairs,
+                ranks.device,
+                show=partial(progress, unit="reference: pair") if ranks.first else None,
+            )
+            references.append(cached_reference(flat, pairs))
+    return references, model
+
+
+# --------------------------------------------------------------------------------- optimizer
+
+
+def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
+    """The configured optimiser over the policy's trained parameters, sharded and float32."""
+    return make_optimizer(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        name=config.optimizer.name,
+        learning_rate=config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        betas=config.optimizer.betas,
+        alpha=config.optimizer.alpha,
+        eps=config.optimizer.eps,
+        state_dtype=getattr(torch, config.optimizer.state_dtype),
+    )
+
+
+def set_learning_rate(config: Config, plan: Plan, optimizer: Optimizer, step: int) -> float:
+    """Set the learning rate of optimiser step `step`, counted from 0, and return it."""
+    factor = schedule_factor(
+        step,
+        total=plan.steps,
+        name=config.schedule.name,
+        warmup_ratio=config.schedule.warmup_ratio,
+    )
+    rate = config.optimizer.learning_rate * factor
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+# --------------------------------------------------------------------------------- log, evaluation
+
+
+def step_work(config: Config, loss: Loss) -> Work:
+    """What a step computes beyond forward and backward passes of the policy, for its FLOPs."""
+    online = loss.uses_reference and config.reference.log_probs == "online"
+    return Work(
+        frozen=config.model.lora is not None,
+        recomputed=config.parallel.activation_checkpointing == "full",
+        scorings=online + loss.couples_pairs * (1 + online),
+    )
+
+
+def sample_prompts(config: Config) -> list[Prompt]:
+    """The prompts of evaluation.samples that are shown."""
+    return read_prompts(config.evaluation.samples.prompts)[: config.evaluation.samples.count]
+
+
+def answer_samples(
+    config: Config, ranks: Ranks, model: MistralForCausalLM, source: Path
+) -> list[str]:
+    """The model's answers to the prompts of evaluation.samples that are shown. Collective."""
+    samples = config.evaluation.samples
+    return write_samples(
+        model.eval(),
+        load_tokenizer(source),
+        sample_prompts(config),
+        max_new_tokens=samples.max_new_tokens,
+        temperature=samples.temperature,
+        seed=config.train.seed,
+        system_prompt=config.data.system_prompt,
+        device=ranks.device,
+    )
