@@ -13,7 +13,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from notus.config import Config
+from notus.config import Config, Holdout
+from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import slots_of
 from notus.data.planning import RunPlan as Plan
 from notus.data.tokenization import TokenizedPairs, load_tokenizer
@@ -200,6 +201,37 @@ def attention_backend(config: Config, shape: ModelShape, device: torch.device) -
 
 
 # --------------------------------------------------------------------------------- data
+
+
+def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset]:
+    """The data sets "train" and, if pairs are held out, "eval". Collective, as `load_datasets`."""
+    with agreed():
+        tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
+    wanted = config.data.eval
+    holdout = wanted if isinstance(wanted, Holdout) else None
+    datasets = load_datasets(
+        config.data.train,
+        () if holdout else wanted or (),
+        tokenizer,
+        tokenization={
+            "style": config.data.tokenization,
+            "truncation": config.data.truncation,
+            "max_length": config.data.max_length,
+            "max_prompt_length": config.data.max_prompt_length,
+            "system_prompt": config.data.system_prompt,
+        },
+        prefix_sharing=config.data.prefix_sharing,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        map_over_ranks=distributed.divide,
+        seed=config.train.seed,
+        holdout=holdout.holdout if holdout else 0,
+        holdout_seed=holdout.seed if holdout else None,
+        drop_leaks=config.data.leaks == "drop",
+        responses_only=config.train.objective == "sft",
+    )
+    for name, data in datasets.items():
+        ranks.say(f"{name} data: {len(data.pairs):,} {config.train.unit}{data.notes}")
+    return datasets
 
 
 def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from notus import build
 from notus.build import Models
 from notus.config import Config, to_dict
+from notus.data.dataset import Dataset
 from notus.data.planning import RunPlan as Plan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.preflight import idle_text
@@ -39,7 +40,6 @@ from notus.model.weights import load_weights, weights_identity
 from notus.objective.logprobs import pack_plan, pair_log_probs, token_log_probs
 from notus.objective.losses import Loss
 from notus.objective.reference import Reference, check_start
-from notus.opening import read_data
 
 
 class Run(NamedTuple):
@@ -89,9 +89,8 @@ def open_run(
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
     loss = build.make_loss(config)
     models = find_models(config, ranks)
-    pairs, origins, held_out, counts = read_data(
-        config, models.tokenizer, models.shape, ranks, False
-    )
+    data = build.load_data(config, models, ranks)
+    pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build.build_plan(config, pairs, ranks.count)
     output = Path(config.output_dir)
     settings = to_dict(config) | {"loss": loss.settings}
@@ -121,7 +120,7 @@ def open_run(
         load_weights(policy, models.source, others=adapter_parameters(policy))
     initialize_adapters(policy, config.train.seed)
     claim_output_dir(output, settings, lock, begin)
-    record_start(config, models, ranks, begin, counts)
+    record_start(config, models, ranks, begin, data)
 
     if identity:
         ranks.say(f"reference log-probs: {config.reference.log_probs}")
@@ -151,7 +150,7 @@ def open_run(
         loss=loss,
         plan=plan,
         pairs=pairs,
-        origins=origins,
+        origins=data["train"].origins,
         held_out=held_out,
         policy=policy,
         reference=references[0],
@@ -270,7 +269,7 @@ def claim_output_dir(
 
 
 def record_start(
-    config: Config, models: Models, ranks: Ranks, begin: Beginning, counts: dict[str, Any]
+    config: Config, models: Models, ranks: Ranks, begin: Beginning, data: dict[str, Dataset]
 ) -> None:
     """Add this start to the run's history. Collective."""
     held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
@@ -280,7 +279,10 @@ def record_start(
             Path(config.output_dir),
             continues=begin.checkpoint.name if begin.checkpoint else None,
             device=ranks.device,
-            data=counts,
+            data={
+                name: {"pairs": len(dataset.pairs), "counts": dataset.counts}
+                for name, dataset in data.items()
+            },
             paths=[config.model.policy, models.reference_path, *sources],
         )
 

@@ -16,7 +16,8 @@ ORDER = """
     errors agreement files strict
     config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
-    data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing
+    data.preferences data.special_tokens data.tokenization data.planning data.packing
+    data.dataset
     kernels
     model.attention model.mistral model.weights model.lora
     objective.losses objective.logprobs objective.reference
@@ -26,11 +27,11 @@ ORDER = """
     generate.prompts generate.decoding
     evals
     generate.samples
+    build
     dryrun
     card
     demo
-    opening
-    build start
+    start
     train eval
 """
 RANKS = {
@@ -45,7 +46,6 @@ READ_CONFIG = (
     "dryrun",
     "card",
     "generate",
-    "opening",
     "build",
     "start",
     "train",

@@ -3,7 +3,7 @@
 preferences     rows of many formats become pairs
 special_tokens  special tokens that a row's text spells out
 tokenization    pairs become token ids through the chat template
-tokenized       the token cache on disk
 planning        which pairs a step trains on, and how ranks and microbatches share them
 packing         pairs become rows of token slots, a prompt shared by its two responses
+dataset         sources become the data sets of a run, shared by training and evaluation
 """

@@ -146,12 +146,15 @@ class _Branches(NamedTuple):
     remark: str | None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, from tokenizer.json as it stands or tokenizer.model.
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, from an unchanged tokenizer.json or from tokenizer.model.
+
+    vocab_size: the model's, if the tokenizer is to be checked against it.
 
     Not AutoTokenizer: for Llama-type tokenizers transformers 5 rebuilds the normaliser, and from a
     tokenizer.model also the merges, after which runs of spaces split otherwise than in training.
-    Raises UserError when the folder has neither file or names no end-of-sequence token.
+    Raises UserError when the folder has neither file, when it names no end-of-sequence token, and
+    when the tokenizer has more tokens than the model.
     """
     try:
         if (folder / "tokenizer.json").is_file():
@@ -166,6 +169,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
+            f"{vocab_size}; expected at least as many"
+        )
     return tokenizer
 
 

@@ -20,13 +20,13 @@ import torch
 from notus.agreement import agree
 from notus.config import Curation, Source
 from notus.curation.ratings import RULES
-from notus.data.packing import slots_of
-from notus.data.preferences import Pair, load_preferences
-from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
+from notus.data.dataset import Dataset, load_datasets
+from notus.data.preferences import Pair
+from notus.data.tokenization import TokenizedPairs, load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks, divide
 from notus.engine.evaluation import all_log_probs, summarize
-from notus.errors import UserError
+from notus.errors import UserError, agreed
 from notus.model.mistral import MistralForCausalLM, ModelShape
 from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import scorer
@@ -323,8 +323,9 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
                 f"--reference {options.reference}: its vocabulary has {reference[1].vocab_size} "
                 f"tokens, the model's {shape.vocab_size}; expected the same"
             )
-    kept, tokens, notes = _read(options, source, shape)
-    ranks.say(f"{len(kept):,} pairs{notes}")
+    data = _load(options, source, shape)
+    kept, tokens = data.kept, data.pairs
+    ranks.say(f"{len(kept):,} pairs{data.notes}")
 
     policy_flat = _log_probs(options, ranks, source, shape, tokens, loss.uses_weights)
     reference_flat = torch.zeros_like(policy_flat if policy_flat.dim() == 1 else policy_flat[0])
@@ -361,46 +362,32 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
     ranks.say(f"\n{report}\nwrote {options.out}")
 
 
-def _read(
-    options: argparse.Namespace, source: Path, shape: ModelShape
-) -> tuple[list[Pair], TokenizedPairs, str]:
-    """The pairs that can be scored, their tokens, and what became of the others, in words."""
-    tokenizer = agree(lambda: load_tokenizer(source))
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
-            f"{shape.vocab_size}; expected at least as many"
-        )
+def _load(options: argparse.Namespace, folder: Path, shape: ModelShape) -> Dataset:
+    """The pairs to score, tokenized with the tokenizer in `folder`. Collective."""
+    with agreed():
+        tokenizer = load_tokenizer(folder, shape.vocab_size)
     curation = None if options.rule is None else Curation(rule=options.rule)
     sources = [
         Source(path=path, split=options.split, format=options.format, curation=curation)
         for path in options.data
     ]
-    found = agree(lambda: load_preferences(sources, seed=0))
-
-    def tokenize(share: Sequence[Pair]) -> Tokenized:
-        return tokenize_pairs(
-            share,
-            tokenizer,
-            style=options.tokenization,
-            truncation="pair",
-            max_length=options.max_length,
-            max_prompt_length=options.max_prompt_length,
-            system_prompt=options.system_prompt,
-        )
-
-    result = Tokenized.join(divide(found.train, tokenize))
-    counts = {f"dropped: {reason}": n for reason, n in found.dropped.items()} | result.counts
-    notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
-    if not len(result.pairs):
-        raise UserError(f"--data: no pair is left after tokenization{notes}")
-    longest = int(slots_of(result.pairs.lengths, True).max())
-    if longest > options.tokens_per_microbatch:
-        raise UserError(
-            f"--tokens-per-microbatch: found {options.tokens_per_microbatch}, but a pair takes "
-            f"{longest}; raise it, or lower --max-length"
-        )
-    return [found.train[i] for i in result.kept], result.pairs, notes
+    tokenization = {
+        "style": options.tokenization,
+        "truncation": "pair",
+        "max_length": options.max_length,
+        "max_prompt_length": options.max_prompt_length,
+        "system_prompt": options.system_prompt,
+    }
+    return load_datasets(
+        sources,
+        (),
+        tokenizer,
+        tokenization=tokenization,
+        prefix_sharing=True,
+        tokens_per_microbatch=options.tokens_per_microbatch,
+        map_over_ranks=divide,
+        seed=0,
+    )["train"]
 
 
 def _log_probs(

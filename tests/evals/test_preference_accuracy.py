@@ -158,7 +158,7 @@ def test_without_a_reference_log_probs_decide(demo, data, expected, tmp_path, ca
     [
         (["--loss", "ipo"], "--loss ipo: needs --reference"),
         (["--reference", "nowhere"], "nowhere: no such model folder here"),
-        (["--tokens-per-microbatch", "9"], "--tokens-per-microbatch: found 9, but a pair takes"),
+        (["--tokens-per-microbatch", "9"], "tokens, but tokens_per_microbatch is 9;"),
         (["--format", "hh"], "heldout.jsonl"),
     ],
 )

@@ -186,7 +186,7 @@ def test_unknown_section(place, capfd):
         ("parallel.replicate=2", ("parallel.replicate (2)", "is 2, but 1 process")),
         (
             "data.tokens_per_microbatch=4",
-            ("pairs.jsonl:1: the pair takes", "data.tokens_per_microbatch is 4", "data.max_length"),
+            ("pairs.jsonl:1: the pair takes", "tokens_per_microbatch is 4", "max_length"),
         ),
         ("model.policy=nowhere", ("nowhere: no such model folder", "hub is out of reach")),
         ("model.policy=some/thing", ("some/thing: no such model folder", "hub is out of reach")),
@@ -289,7 +289,7 @@ def test_no_pair_is_short_enough(place, capfd):
     data = {"train": [{"path": "pairs.jsonl"}], "truncation": "drop", "max_length": 1}
     edit("config.json", data=data)
     message = refuse(capfd)
-    check(message, "data.train: no pair is left", "8 dropped: longer than max_length")
+    check(message, "train data: no pair is left", "8 dropped: longer than max_length")
 
 
 @pytest.mark.parametrize(

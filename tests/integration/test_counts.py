@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 import train
-from notus import opening
+from notus import build
 from notus.config import load_config
 from notus.data.packing import PADDING
 from notus.model import attention as attention_module
@@ -153,7 +153,7 @@ def test_rows_of_all_lengths_share_a_compilation(
     plain = metrics(tmp_path / "plain/run")
     forwards.clear()
     monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
-    monkeypatch.setattr(opening, "attention_backend", lambda *arguments: attention)
+    monkeypatch.setattr(build, "attention_backend", lambda *arguments: attention)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(
         attention_module,

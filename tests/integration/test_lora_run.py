@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import train
-from notus import opening
+from notus import build
 from notus.config import load_config
 from notus.data.planning import pairs_of_step
 from notus.model.lora import adapter_parameters, adapters_off
@@ -292,7 +292,7 @@ def observed(demo, tmp_path_factory):
         with adapters_off(run.policy):
             found.off = train.make_scorer(config, run.policy, run.pairs, found.ranks)(range(9))
         mesh = train.distributed.make_mesh(found.ranks, None, 1)
-        base = opening.build_model(config, run.policy.shape, mesh, found.ranks, frozen=True)
+        base = build.build_model(config, run.policy.shape, mesh, found.ranks, frozen=True)
         load_weights(base, run.source)
         found.base = train.make_scorer(config, base, run.pairs, found.ranks)(range(9))
         original_export(config, run)

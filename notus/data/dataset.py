@@ -1,0 +1,128 @@
+"""Data sets: sources -> pairs -> tokens, for training and for `eval.py preferences`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from notus.data.packing import slots_of
+from notus.data.preferences import Pair, Source, load_preferences
+from notus.data.tokenization import Tokenized, TokenizedPairs, tokenize_pairs
+from notus.errors import UserError, agreed
+
+# Gives each rank a contiguous share of the pairs and returns all ranks' results, in order.
+MapOverRanks = Callable[
+    [Sequence[Pair], Callable[[Sequence[Pair]], Tokenized]], Sequence[Tokenized]
+]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as text and as tokens.
+
+    rows: its pairs as they were read; in supervised fine-tuning prompts with one response,
+    `chosen`. tokenized: their tokens. dropped: how many rows were dropped while reading, by reason;
+    a holdout's are counted with the training data's.
+    """
+
+    rows: Sequence[Pair]
+    tokenized: Tokenized
+    dropped: Mapping[str, int]
+
+    @property
+    def pairs(self) -> TokenizedPairs:
+        """The tokens."""
+        return self.tokenized.pairs
+
+    @cached_property
+    def kept(self) -> list[Pair]:
+        """The pairs that have tokens, in the order of `pairs`."""
+        return [self.rows[place] for place in self.tokenized.kept]
+
+    @property
+    def origins(self) -> list[str]:
+        """The file and line that each pair comes from, for messages."""
+        return [pair.where for pair in self.kept]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows were dropped, cut or remarkable, by reason."""
+        return {f"dropped: {reason}": n for reason, n in self.dropped.items()} | (
+            self.tokenized.counts
+        )
+
+    @property
+    def notes(self) -> str:
+        """`counts` as the end of a sentence."""
+        return "".join(f"; {n:,} {reason}" for reason, n in self.counts.items())
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether there are rejected responses."""
+        return bool(self.pairs.lengths[:, 2].any())
+
+    @property
+    def unit(self) -> str:
+        """The unit of the data set's size."""
+        return "pairs" if self.in_pairs else "responses"
+
+
+def load_datasets(
+    train: Sequence[Source],
+    evaluation: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    tokenization: Mapping[str, Any],
+    prefix_sharing: bool,
+    tokens_per_microbatch: int,
+    map_over_ranks: MapOverRanks,
+    seed: int,
+    holdout: int = 0,
+    holdout_seed: int | None = None,
+    drop_leaks: bool = False,
+    responses_only: bool = False,
+) -> dict[str, Dataset]:
+    """The data sets "train" and, of `evaluation` sources or `holdout` rows, "eval".
+
+    tokenization: the keyword arguments of `tokenize_pairs`. The last five: as for
+    `load_preferences`. Collective.
+
+    Raises:
+        UserError: on every rank, if a source cannot be read, a pair cannot be tokenized, no pair is
+            left, or one takes more than tokens_per_microbatch.
+    """
+    with agreed():
+        other = None
+        if evaluation:
+            other = load_preferences(evaluation, seed=seed, responses_only=responses_only)
+        found = load_preferences(
+            train,
+            seed=seed,
+            holdout=holdout,
+            holdout_seed=holdout_seed,
+            evaluation=other.train if other else (),
+            drop_leaks=drop_leaks,
+            responses_only=responses_only,
+        )
+    read = {"train": (found.train, found.dropped)}
+    if other:
+        read["eval"] = other.train, other.dropped
+    elif holdout:
+        read["eval"] = found.holdout, {}
+
+    tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **tokenization)
+    datasets = {}
+    for name, (rows, dropped) in read.items():
+        tokenized = Tokenized.join(map_over_ranks(rows, tokenize))
+        data = datasets[name] = Dataset(rows, tokenized, dropped)
+        if not len(data.pairs):
+            raise UserError(f"{name} data: no pair is left after tokenization{data.notes}")
+        slots = slots_of(data.pairs.lengths, prefix_sharing)
+        if slots.max() > tokens_per_microbatch:
+            raise UserError(
+                f"{data.kept[slots.argmax()].where}: the pair takes {slots.max()} tokens, but "
+                f"tokens_per_microbatch is {tokens_per_microbatch}; raise it, or lower max_length"
+            )
+    return datasets
