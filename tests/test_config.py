@@ -568,7 +568,12 @@ def test_reads_are_found() -> None:
 
 
 def test_every_field_is_read() -> None:
-    paths = [ROOT / "train.py", ROOT / "eval.py", ROOT / "notus" / "build.py", ROOT / "notus" / "start.py"]
+    paths = [
+        ROOT / "train.py",
+        ROOT / "eval.py",
+        ROOT / "notus" / "build.py",
+        ROOT / "notus" / "start.py",
+    ]
     for room in ("dryrun", "card", "generate"):
         paths += (ROOT / "notus" / room).glob("*.py")
     for name in ("data/preferences.py", "curation/curate.py"):  # take sources as they are

@@ -28,24 +28,29 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def generator() -> ModuleType:
-    """docs/generate.py, which is no module of a package."""
-    specification = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
-    generate = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(generate)
-    return generate
+def script(name: str) -> ModuleType:
+    """docs/<name>.py, which belongs to no package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_a_row_is_generated():
+    drawn = (ROOT / "docs/packed_row.svg").read_text()
+    assert drawn == script("packed_row").picture(), "run python docs/packed_row.py"
 
 
 def test_the_configuration_page_is_generated():
     written = (ROOT / "docs/configuration.md").read_text()
-    assert written == generator().configuration(), "run python docs/generate.py"
+    assert written == script("generate").configuration(), "run python docs/generate.py"
     assert not re.findall(r"^.*\|\s+\|$", written, re.M)  # a key without a word of its meaning
 
 
 @pytest.mark.slow
 def test_the_hardware_page_is_generated():
     written = (ROOT / "docs/hardware.md").read_text()
-    assert written == generator().hardware(), "run python docs/generate.py"
+    assert written == script("generate").hardware(), "run python docs/generate.py"
 
 
 def test_the_readme_says_what_the_hardware_page_says():
@@ -58,7 +63,7 @@ def test_the_readme_says_what_the_hardware_page_says():
 
 def test_lengths_of_the_hardware_page():
     """Drawn pairs have the stated quantiles, but for what is cut: no pair is over 1,024 tokens."""
-    generate = generator()
+    generate = script("generate")
     lengths = generate.ultrafeedback_like(20_000, 1024).lengths
     assert (lengths[:, 0] + lengths[:, 1:].max(1)).max() == 1024
     for column, name in enumerate(generate.LENGTHS):
