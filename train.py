@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from notus.agreement import agree
 from notus.card.card import write_card
 from notus.config import Config, load_config, to_dict
-from notus.data.packing import slots_of
+from notus.data.packing import pack_division, slots_of
 from notus.data.planning import random_seed
 from notus.dryrun.memory import parameter_counts
 from notus.dryrun.preflight import Question, preflight, shard_size
@@ -50,7 +50,8 @@ from notus.engine.signals import Interrupts
 from notus.errors import UserError
 from notus.generate.samples import record_samples, show_result
 from notus.model.lora import export_adapter
-from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
+from notus.objective.logprobs import pair_log_probs, score, token_log_probs
+from notus.objective.loss import couple_step
 from notus.objective.losses import PairLogProbs
 from notus.objective.reference import follow
 from notus.opening import (
@@ -58,10 +59,10 @@ from notus.opening import (
     answer_samples,
     check_loss,
     lora_settings,
-    make_scorer,
     open_inputs,
     open_run,
     plan_run,
+    rows_of,
     sample_prompts,
 )
 
@@ -107,7 +108,7 @@ def train(
         torch.manual_seed(random_seed(config.train.seed, step, ranks.rank))
         step_loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         step_totals, seen = Totals(), []
-        batches = pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)
+        batches = pack_division(division, pairs, ranks.rank, rows_of(config, ranks))
         for batch in accumulate(policy, batches, len(division.bins), config.parallel.keep_gathered):
             reference_log_probs = reference.of_batch(batch)
             log_probs = token_log_probs(policy, batch, loss.uses_weights)
@@ -219,8 +220,9 @@ def step_loss_function(
     """
     if not run.loss.couples_pairs:
         return lambda scored, indices: run.loss(scored)
-    score_pairs = make_scorer(config, run.policy, run.pairs, ranks, run.loss.uses_weights)
-    policy, reference = score_pairs(chosen), run.reference.of_pairs(chosen)
+    rows = rows_of(config, ranks)
+    policy = score(run.policy, run.pairs, chosen, rows, run.loss.uses_weights)
+    reference = run.reference.of_pairs(chosen)
     return couple_step(run.loss, policy, reference, run.pairs, chosen)
 
 
@@ -233,9 +235,10 @@ def evaluate_held_out(config: Config, ranks: Ranks, run: Run) -> dict[str, float
     """The eval_ metrics of the policy as it is now; none without held-out pairs."""
     if run.held_out is None:
         return {}
-    score_pairs = make_scorer(config, run.policy, run.held_out, ranks, run.loss.uses_weights)
-    reference = run.held_out_reference.of_pairs(range(len(run.held_out)))
-    return evaluate(score_pairs, run.held_out, reference, run.loss)
+    pairs, rows = range(len(run.held_out)), rows_of(config, ranks)
+    reference = run.held_out_reference.of_pairs(pairs)
+    policy = score(run.policy, run.held_out, pairs, rows, run.loss.uses_weights)
+    return evaluate(policy, reference, run.held_out, run.loss)
 
 
 def show_samples(config: Config, ranks: Ranks, run: Run, log: MetricsLog, done: int) -> None:

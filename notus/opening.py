@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.agreement import agree
 from notus.config import Config, Holdout, Source, to_dict
-from notus.data.packing import slots_of
-from notus.data.planning import RunPlan
+from notus.data.packing import Rows, pack_division, slots_of
+from notus.data.planning import Plan
 from notus.data.preferences import Pair, load_preferences
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.data.tokenized import WORTH_KEEPING, tokenize_once, tokens_file
@@ -51,24 +51,16 @@ from notus.model.lora import (
 )
 from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
 from notus.model.weights import load_weights, model_folder, open_model, weights_identity
-from notus.objective.logprobs import (
-    Scorer,
-    pack_plan,
-    pair_log_probs,
-    scorer,
-    token_log_probs,
-)
-from notus.objective.losses import Loss, build_loss
+from notus.objective.logprobs import pair_log_probs, token_log_probs
+from notus.objective.loss import Loss, build_loss
 from notus.objective.reference import (
+    CachedReference,
+    OnlineReference,
     Reference,
-    cache_identity,
-    cached_log_probs,
-    cached_reference,
     check_start,
     no_reference,
-    online_reference,
-    without_adapters,
 )
+from notus.objective.reference_cache import cache_identity, cached_log_probs
 
 
 class Run(NamedTuple):
@@ -77,7 +69,7 @@ class Run(NamedTuple):
     output: Path
     source: Path  # the folder of the initial policy
     loss: Loss
-    plan: RunPlan
+    plan: Plan
     pairs: TokenizedPairs
     origins: list[str]  # where each of the pairs comes from, for messages
     held_out: TokenizedPairs | None
@@ -561,19 +553,16 @@ def open_reference(
     references = []
     compute_dtype = getattr(torch, config.model.compute_dtype)
     for pairs in sets:
-        score_pairs = without_adapters(model, make_scorer(config, model, pairs, ranks))
-        if online:
-            references.append(online_reference(model, score_pairs))
-        else:
+        reference = OnlineReference(model, pairs, rows_of(config, ranks))
+        if not online:
             flat = cached_log_probs(
                 Path(config.output_dir) / "reference",
-                pairs,
                 cache_identity(pairs, identity, model.shape, compute_dtype),
-                score_pairs,
-                ranks.device,
+                reference,
                 show=partial(progress, unit="reference: pair") if ranks.first else None,
             )
-            references.append(cached_reference(flat, pairs))
+            reference = CachedReference(flat, pairs)
+        references.append(reference)
     return references, model
 
 
@@ -581,41 +570,28 @@ def check_first_batch(
     config: Config,
     ranks: Ranks,
     loss: Loss,
-    plan: RunPlan,
+    plan: Plan,
     pairs: TokenizedPairs,
     policy: MistralForCausalLM,
     reference: Reference,
 ) -> None:
     """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
     division = plan.division(plan.pairs_of(0))
-    batch = next(iter(pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)))
+    batch = next(pack_division(division, pairs, ranks.rank, rows_of(config, ranks)))
     with torch.no_grad():
         log_probs = token_log_probs(policy, batch, loss.uses_weights)
     scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
     agree(lambda: check_start(loss, scored, getattr(torch, config.model.compute_dtype)))
 
 
-def make_scorer(
-    config: Config,
-    model: MistralForCausalLM,
-    pairs: TokenizedPairs,
-    ranks: Ranks,
-    sum_squares: bool = False,
-) -> Scorer:
-    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
-    return scorer(
-        model,
-        pairs,
-        budget=config.data.tokens_per_microbatch,
-        prefix_sharing=config.data.prefix_sharing,
-        device=ranks.device,
-        sum_squares=sum_squares,
-    )
+def rows_of(config: Config, ranks: Ranks) -> Rows:
+    """How pairs are packed for scoring."""
+    return Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device)
 
 
-def plan_run(config: Config, pairs: TokenizedPairs, ranks: int) -> RunPlan:
+def plan_run(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
     """Which pairs every step trains on, and how they are divided."""
-    return RunPlan(
+    return Plan(
         slots_of(pairs.lengths, config.data.prefix_sharing),
         pairs_per_step=config.train.pairs_per_step,
         epochs=config.train.epochs,

@@ -19,7 +19,7 @@ ORDER = """
     data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing
     kernels
     model.attention model.mistral model.weights model.lora
-    objective.losses objective.logprobs objective.reference
+    objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache
     engine.hardware engine.progress
     engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
     engine.signals engine.lock engine.resume engine.history engine.host_memory

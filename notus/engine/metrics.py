@@ -18,12 +18,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from notus.data.packing import slots_of
-from notus.data.planning import Plan
+from notus.data.planning import Division
 from notus.engine.hardware import gpu_of_device
 from notus.engine.progress import progress
 from notus.errors import UserError
 from notus.model.mistral import ModelShape
-from notus.objective.losses import Loss, PairLogProbs
+from notus.objective.loss import Loss
+from notus.objective.losses import PairLogProbs, log_ratios
 
 
 @torch.no_grad()
@@ -45,10 +46,9 @@ def pair_metrics(
         return values.double().sum(), count
 
     if not loss.uses_rejected:
-        per_token = (-pairs.policy_chosen.double().sum(), pairs.chosen_length.double().sum())
-        return {"loss": per_token, "logps/chosen": mean(pairs.policy_chosen)}
-    chosen_ratio = pairs.policy_chosen - pairs.reference_chosen
-    rejected_ratio = pairs.policy_rejected - pairs.reference_rejected
+        per_token = (-pairs.policy.chosen.double().sum(), pairs.chosen_length.double().sum())
+        return {"loss": per_token, "logps/chosen": mean(pairs.policy.chosen)}
+    chosen_ratio, rejected_ratio = log_ratios(pairs)
     beta = loss.beta
     metrics = {
         "loss": mean(losses),
@@ -56,8 +56,8 @@ def pair_metrics(
         "rewards/rejected": mean(beta * rejected_ratio),
         "rewards/accuracies": mean(chosen_ratio > rejected_ratio),
         "rewards/margins": mean(beta * (chosen_ratio - rejected_ratio)),
-        "logps/chosen": mean(pairs.policy_chosen),
-        "logps/rejected": mean(pairs.policy_rejected),
+        "logps/chosen": mean(pairs.policy.chosen),
+        "logps/rejected": mean(pairs.policy.rejected),
     }
     if not loss.uses_reference:
         return metrics
@@ -321,7 +321,7 @@ class Speed:
         self._pairs = self._tokens = self._slots = self._filled = 0.0
         self._needed = self._executed = 0.0  # FLOPs
 
-    def count(self, lengths: np.ndarray, filled: int, division: Plan) -> None:
+    def count(self, lengths: np.ndarray, filled: int, division: Division) -> None:
         """One step: its pairs' lengths [pairs, 3], the slots they fill, and their division."""
         self._pairs += len(lengths)
         self._tokens += int(slots_of(lengths, prefix_sharing=False).sum())
