@@ -16,17 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from notus.build import (
     answer_samples,
     check_loss,
-    make_scorer,
     sample_prompts,
     set_learning_rate,
 )
 from notus.config import load_config
+from notus.data.packing import pack_division
 from notus.data.planning import random_seed
 from notus.engine import distributed
 from notus.engine.checkpoint import Saver
@@ -39,8 +38,8 @@ from notus.engine.profiling import profiled
 from notus.engine.signals import Interrupts
 from notus.errors import UserError
 from notus.generate.samples import record_samples, show_result
-from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
-from notus.objective.losses import PairLogProbs
+from notus.objective.logprobs import pair_log_probs, score, token_log_probs
+from notus.objective.loss import Coupled, couple_step
 from notus.objective.reference import follow
 from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 
@@ -61,7 +60,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
         policy.train()  # dropout in adapters; scoring turns it off
         torch.manual_seed(random_seed(config.train.seed, step, ranks.rank))
 
-        batches = pack_plan(division, run.pairs, config.data.prefix_sharing, ranks.device)
+        batches = pack_division(division, run.pairs, ranks.rank, run.rows)
         for batch in accumulate(policy, batches, len(division.bins), config.parallel.keep_gathered):
             policy_S = token_log_probs(policy, batch, loss.uses_weights)
             reference_S = reference.of_batch(batch)
@@ -108,11 +107,10 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
     return not stopped
 
 
-def couple_pairs(run: Run, chosen: np.ndarray) -> Callable[[PairLogProbs, Tensor], Tensor]:
+def couple_pairs(run: Run, chosen: np.ndarray) -> Coupled:
     """A loss that couples the step's pairs, made additive by a pass without gradient."""
-    weights = run.loss.uses_weights
-    score_pairs = make_scorer(run.config, run.policy, run.pairs, run.ranks, weights)
-    policy, reference = score_pairs(chosen), run.reference.of_pairs(chosen)
+    policy = score(run.policy, run.pairs, chosen, run.rows, run.loss.uses_weights)
+    reference = run.reference.of_pairs(chosen)
     return couple_step(run.loss, policy, reference, run.pairs, chosen)
 
 
@@ -147,10 +145,10 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
     """The eval_ metrics of the policy in its current state; empty without held-out pairs."""
     if run.held_out is None:
         return {}
-    weights = run.loss.uses_weights
-    score_pairs = make_scorer(run.config, run.policy, run.held_out, run.ranks, weights)
-    reference = run.held_out_reference.of_pairs(range(len(run.held_out)))
-    return evaluate(score_pairs, run.held_out, reference, run.loss)
+    pairs = range(len(run.held_out))
+    policy = score(run.policy, run.held_out, pairs, run.rows, run.loss.uses_weights)
+    reference = run.held_out_reference.of_pairs(pairs)
+    return evaluate(policy, reference, run.held_out, run.loss)
 
 
 def show_samples(run: Run, log: MetricsLog, done: int) -> None:

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import load_of, microbatch, model_shape, peak_on_cpu
 from benchmarks.roofline import MODELS, PROFILES, SEED, blocks_forward, head_forward, packed
 from notus.data.packing import slots_of
-from notus.data.planning import RunPlan
+from notus.data.planning import Plan
 from notus.dryrun.memory import MODES, block_bytes_kept
 from notus.engine.distributed import _recomputed
 from notus.kernels import reference
@@ -135,7 +135,7 @@ def padded_slots(lengths: np.ndarray, batch: int, grouped: bool) -> int:
 
 def packed_slots(lengths: np.ndarray, budget: int, pairs_per_step: int) -> int:
     """Slots of the rows that train.py would make, over all steps of an epoch."""
-    run = RunPlan(
+    run = Plan(
         slots_of(lengths, prefix_sharing=True),
         pairs_per_step=pairs_per_step,
         epochs=1,

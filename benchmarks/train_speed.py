@@ -311,8 +311,9 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
 
     def train_and_stop(config: Any, ranks: Any, run: Any, *others: Any) -> bool:
         if case.steps == PARITY_STEPS:
-            scored = opening.make_scorer(config, run.policy, run.pairs, ranks)
-            flat = scored(range(case.pairs_per_step)).double().cpu()
+            rows = opening.rows_of(config, ranks)
+            scored = train.score(run.policy, run.pairs, range(case.pairs_per_step), rows)
+            flat = scored.double().cpu()
             counts = torch.from_numpy(pairs.lengths[: case.pairs_per_step, 1:].reshape(-1))
             found["log_probs"] = torch.segment_reduce(flat, "sum", lengths=counts).tolist()
         divisions = [run.plan.division(run.plan.pairs_of(step)) for step in range(case.steps)]

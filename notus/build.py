@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from notus.config import Config, Holdout
 from notus.data.dataset import Dataset, load_datasets
-from notus.data.packing import slots_of
-from notus.data.planning import RunPlan as Plan
+from notus.data.packing import Rows, slots_of
+from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs, load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
@@ -37,17 +37,9 @@ from notus.model.lora import (
 )
 from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
 from notus.model.weights import load_weights, model_folder, open_model
-from notus.objective.logprobs import Scorer, scorer
-from notus.objective.losses import Loss, build_loss
-from notus.objective.reference import (
-    Reference,
-    cache_identity,
-    cached_log_probs,
-    cached_reference,
-    no_reference,
-    online_reference,
-    without_adapters,
-)
+from notus.objective.loss import Loss, build_loss
+from notus.objective.reference import CachedReference, OnlineReference, Reference, no_reference
+from notus.objective.reference_cache import cache_identity, cached_log_probs
 
 # --------------------------------------------------------------------------------- loss
 
@@ -248,25 +240,12 @@ def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
     )
 
 
+def build_rows(config: Config, ranks: Ranks) -> Rows:
+    """The kind of rows that pairs are packed into."""
+    return Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device)
+
+
 # --------------------------------------------------------------------------------- reference
-
-
-def make_scorer(
-    config: Config,
-    model: MistralForCausalLM,
-    pairs: TokenizedPairs,
-    ranks: Ranks,
-    sum_squares: bool = False,
-) -> Scorer:
-    """Scores pairs of a data set under `model`, without gradient, the work shared by all ranks."""
-    return scorer(
-        model,
-        pairs,
-        budget=config.data.tokens_per_microbatch,
-        prefix_sharing=config.data.prefix_sharing,
-        device=ranks.device,
-        sum_squares=sum_squares,
-    )
 
 
 def build_references(
@@ -294,23 +273,19 @@ def build_references(
         model = build_model(config, shape, mesh, ranks, frozen=True)
         with agreed():
             load_weights(model, models.reference)
-    references = []
+    compute_dtype = getattr(torch, config.model.compute_dtype)
+    references: list[Reference] = []
     for pairs in sets:
-        score_pairs = without_adapters(model, make_scorer(config, model, pairs, ranks))
-        if online:
-            references.append(online_reference(model, score_pairs))
-        else:
+        reference = OnlineReference(model, pairs, build_rows(config, ranks))
+        if not online:
             flat = cached_log_probs(
                 Path(config.output_dir) / "reference",
-                pairs,
-                cache_identity(
-                    pairs, identity, model.shape, getattr(torch, config.model.compute_dtype)
-                ),
-                score_pairs,
-                ranks.device,
+                cache_identity(pairs, identity, model.shape, compute_dtype),
+                reference,
                 show=partial(progress, unit="reference: pair") if ranks.first else None,
             )
-            references.append(cached_reference(flat, pairs))
+            reference = CachedReference(flat, pairs)
+        references.append(reference)
     return references, model
 
 

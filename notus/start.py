@@ -15,7 +15,8 @@ from notus import build
 from notus.build import Models
 from notus.config import Config, to_dict
 from notus.data.dataset import Dataset
-from notus.data.planning import RunPlan as Plan
+from notus.data.packing import Rows, pack_division
+from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.preflight import idle_text
 from notus.engine import checkpoint, distributed, history
@@ -37,8 +38,8 @@ from notus.model.lora import (
 )
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights, weights_identity
-from notus.objective.logprobs import pack_plan, pair_log_probs, token_log_probs
-from notus.objective.losses import Loss
+from notus.objective.logprobs import pair_log_probs, token_log_probs
+from notus.objective.loss import Loss
 from notus.objective.reference import Reference, check_start
 
 
@@ -51,6 +52,7 @@ class Run(NamedTuple):
     source: Path  # the folder of the initial policy
     loss: Loss
     plan: Plan
+    rows: Rows
     pairs: TokenizedPairs
     origins: list[str]  # where each of the pairs comes from, for messages
     held_out: TokenizedPairs | None
@@ -149,6 +151,7 @@ def open_run(
         source=models.source,
         loss=loss,
         plan=plan,
+        rows=build.build_rows(config, ranks),
         pairs=pairs,
         origins=data["train"].origins,
         held_out=held_out,
@@ -298,7 +301,7 @@ def check_first_batch(
 ) -> None:
     """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
     division = plan.division(plan.pairs_of(0))
-    batch = next(iter(pack_plan(division, pairs, config.data.prefix_sharing, ranks.device)))
+    batch = next(pack_division(division, pairs, ranks.rank, build.build_rows(config, ranks)))
     with torch.no_grad():
         log_probs = token_log_probs(policy, batch, loss.uses_weights)
     scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)

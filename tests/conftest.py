@@ -12,6 +12,7 @@ if os.environ.get("NOTUS_TEST_GPU") != "1":
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -42,6 +43,14 @@ needs_interpreter = pytest.mark.skipif(
 def one_thread():
     """Small tensors: threads only get in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

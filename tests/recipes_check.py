@@ -1,6 +1,6 @@
-"""What the diffs of docs/recipes.md change, checked in the copy that they were applied to.
+"""The effects of the diffs of docs/recipes.md, checked in the copy that they were applied to.
 
-Not a test by itself: tests/test_docs.py runs it there, `python recipes_check.py CONFIG OUTPUT_DIR`.
+Not a test itself: tests/test_docs.py runs it there, `python recipes_check.py CONFIG OUTPUT_DIR`.
 """
 
 import json
@@ -14,25 +14,31 @@ from torch import Tensor, nn
 
 import train
 from notus.data.packing import Layout
-from notus.data.planning import RunPlan
+from notus.data.planning import Plan
 from notus.model.attention import may_attend
 from notus.model.mistral import Block, read_shape
-from notus.objective.losses import PairLogProbs, build_loss
+from notus.objective.loss import build_loss
+from notus.objective.losses import PairLogProbs, Sums
 
 assert Path(train.__file__).parent == Path(__file__).parent, "this is not the copy"
 
 # The loss: ln 2 where policy and reference agree, and its formula elsewhere.
 loss = build_loss({"name": "cauchy", "beta": 0.2})
 zeros = torch.zeros(2, dtype=torch.float64)
-one, two = zeros + 1, zeros + 2
 chosen = torch.tensor([0.0, 1.5], dtype=torch.float64)
-pairs = PairLogProbs(chosen, zeros, zeros, zeros, two, two, chosen, zeros, zeros, zeros, one[0])
+pairs = PairLogProbs(
+    policy=Sums(chosen=chosen, rejected=zeros, chosen_shared=chosen, rejected_shared=zeros),
+    reference=Sums(zeros, zeros, zeros, zeros),
+    chosen_length=zeros + 2,
+    rejected_length=zeros + 2,
+    mean_chosen_length=zeros[0] + 2,
+)
 expected = [math.log(2), -math.log(0.5 + math.atan(0.2 * 1.5) / math.pi)]
 torch.testing.assert_close(loss(pairs), torch.tensor(expected, dtype=torch.float64))
 
 # The order: from short to long in the first epoch, every pair once; not so in the second.
 lengths = np.random.default_rng(0).integers(10, 90, 50)
-plan = RunPlan(
+plan = Plan(
     lengths,
     pairs_per_step=8,
     epochs=2,
@@ -92,7 +98,7 @@ block.input_layernorm, block.post_attention_layernorm = nn.Identity(), nn.Identi
 x_TD = torch.randn(3, 4)
 torch.testing.assert_close(block(x_TD, None, None), 6 * x_TD)
 
-# All of them at once still train; the loss begins where its docstring says.
+# With all diffs at once a run still trains, and the loss starts at its documented value.
 keys = ["loss.name=cauchy", "loss.beta=0.2", f"output_dir={output}"]
 assert train.main([str(configuration), *keys]) == 0
 first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])

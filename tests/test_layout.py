@@ -20,7 +20,7 @@ ORDER = """
     data.dataset
     kernels
     model.attention model.mistral model.weights model.lora
-    objective.losses objective.logprobs objective.reference
+    objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache
     engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
     engine.log engine.signals engine.lock engine.resume engine.history engine.host_memory
     engine.checkpoint engine.profiling

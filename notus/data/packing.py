@@ -1,42 +1,55 @@
-"""Planned pairs -> one packed microbatch of tensors.
+"""Pairs -> packed microbatches of tensors.
 
-A microbatch is one row of T token slots that holds many pairs side by side. With prefix sharing a
-pair takes P + C + R slots, [prompt | chosen | rejected], and both responses continue the prompt's
-positions; without, it takes two documents, [prompt | chosen] and [prompt | rejected]. The scored
-rows are in the same order either way: for each pair the chosen response's tokens, then the
-rejected one's.
+A microbatch is one row of T token slots that holds many pairs, one after another. With prefix
+sharing a pair takes P + C + R slots, [prompt | chosen | rejected], and both responses continue the
+prompt's positions; without, it takes two documents, [prompt | chosen] and [prompt | rejected]. The
+scored rows are in the same order either way: for each pair the chosen response's tokens, then the
+rejected response's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from notus.data.planning import Division
 from notus.data.tokenization import TokenizedPairs
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2  # branches of a document
 PADDING = -1  # the document of slots that hold no token
 NO_SLOTS = slice(0, 0)
-PADDING_SEGMENT = 128  # slots; a row of nothing but padding should not cost a row of attention
+PADDING_SEGMENT = 128  # slots; a row of only padding should not cost a full row of attention
+
+
+class Rows(NamedTuple):
+    """How pairs are packed for scoring.
+
+    budget: slots of one row at most. prefix_sharing: whether the two responses of a pair share its
+    prompt. device: of the microbatches.
+    """
+
+    budget: int
+    prefix_sharing: bool
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class Segments:
     """A row as G causal sequences, for attention of variable length.
 
-    A prompt and the only response to it are one segment. Where two responses share a prompt, it is
-    one, and so is each of them, with the prompt's keys before its own: queries and keys end at the
-    same token. The keys of all segments, one after another, are K copies of slots: those of a
-    shared prompt stand there three times. Padding is cut into segments of its own, so that every
-    slot gets a finite result.
+    A prompt with a single response is one segment. Where two responses share a prompt, the prompt
+    is a segment, and each response is one whose keys are the prompt's followed by its own: queries
+    and keys end at the same token. The keys of all segments, concatenated, are K copies of slots;
+    the slots of a shared prompt are copied three times. Padding is cut into segments of its own, so
+    that every slot gets a finite result.
 
-    query_edges, key_edges: int32 [G + 1], where segments begin among slots and among keys.
-    key_slots: int64 [K], the slot of which a key is a copy. copies: int64 [T, 3], where each slot's
-    copies stand among the keys, K in place of those that it does not have.
-    most_queries, most_keys: of any one segment.
+    query_edges, key_edges: int32 [G + 1], where segments start among slots and among keys.
+    key_slots: int64 [K], the slot that each key is a copy of. copies: int64 [T, 3], the positions
+    of each slot's copies among the keys, filled up with K. most_queries, most_keys: the largest
+    numbers in one segment.
     """
 
     query_edges: Tensor
@@ -49,15 +62,16 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each slot of a row belongs, all that decides who may attend to whom. Shapes [T].
+    """Where each slot of a row belongs, which decides who may attend to whom. Shapes [T].
 
-    document: int32, slots of different documents never meet; PADDING where there is no token.
+    document: int32, slots of different documents never attend to each other; PADDING where there
+        is no token.
     branch: int32, PROMPT, CHOSEN or REJECTED.
     position: int32, counted from the document's start.
     hidden: bool, True for a token that neither attends nor is attended to (an end-of-sequence token
         inside the text under the "trl-0.7.4" tokenization; FlashAttention-2 took it out of the
         sequence, and so its attention output is 0).
-    segments: the same as causal sequences; None where tokens are hidden, as they are not in them.
+    segments: the row as causal sequences; None if any token is hidden.
     """
 
     document: Tensor
@@ -84,7 +98,7 @@ class Microbatch:
     lengths: Tensor
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same microbatch on `device`; from pinned memory the copy does not block."""
+        """A copy of the microbatch on `device`; from pinned memory the copy does not block."""
         return _move(self, device)
 
 
@@ -101,8 +115,8 @@ def _move(value: Any, device: torch.device) -> Any:
 def slots_of(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:
     """Slots that each pair takes: int64 [pairs], from lengths [pairs, 3].
 
-    Without prefix sharing 2P + C + R, which is also how trainers that pad count a pair's tokens; or
-    P + C where there is no rejected response.
+    With prefix sharing P + C + R. Without it 2P + C + R (as trainers that pad count tokens),
+    or P + C where there is no rejected response.
     """
     repeated = lengths[:, 0] * (lengths[:, 2] > 0)
     return lengths.sum(1) + (0 if prefix_sharing else repeated)
@@ -113,8 +127,8 @@ def pack(
 ) -> Microbatch:
     """The pairs `chosen_pairs`, in that order, in one row of `slots` slots; the rest is padding.
 
-    They must fit. A rejected response of no tokens takes no slot. No pairs at all gives a row of
-    padding without scored rows, for a rank that has nothing to do while others work.
+    They must fit. A rejected response of no tokens takes no slot. Without pairs the row is padding
+    with no scored rows, for a rank that has nothing to do while others work.
     """
     tokens = np.zeros(slots, np.int64)
     document = np.full(slots, PADDING, np.int32)
@@ -122,7 +136,7 @@ def pack(
     position = np.zeros(slots, np.int32)
     hidden = np.zeros(slots, bool)
     rows, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    segments: list[tuple[slice, slice]] = []  # slots of a shared prompt, if any, and of the queries
+    segments: list[tuple[slice, slice]] = []  # slots of the shared prompt, if any, and the queries
     cursor = 0
     documents = 0
 
@@ -141,7 +155,7 @@ def pack(
 
     for pair in chosen_pairs:
         prompt, *responses = pairs.parts(pair)
-        # There is no rejected response in supervised fine-tuning.
+        # Supervised fine-tuning has no rejected responses.
         responses = [part for part in responses if part.stop > part.start]
         shared = prefix_sharing and len(responses) == 2
         for side, part in enumerate(responses):
@@ -177,8 +191,17 @@ def pack(
     )
 
 
+def pack_division(
+    division: Division, pairs: TokenizedPairs, rank: int, rows: Rows
+) -> Iterator[Microbatch]:
+    """The microbatches of one rank, packed one at a time, on `rows.device`."""
+    for bins in division.bins:
+        batch = pack(pairs, bins[rank], division.slots, rows.prefix_sharing)
+        yield batch.to(rows.device)
+
+
 def _join(segments: Sequence[tuple[slice, slice]], slots: int) -> Segments:
-    """Segments of a row, (shared prompt, queries), whose queries are its slots in their order."""
+    """`Segments` of a row from (slots of the shared prompt, slots of the queries) in slot order."""
     sizes = [(own.stop - own.start, own.stop - own.start + p.stop - p.start) for p, own in segments]
     edges = np.concatenate([[[0, 0]], np.cumsum(sizes, axis=0)]).astype(np.int32)
     key_slots = np.concatenate([np.r_[shared, own] for shared, own in segments]).astype(np.int64)

@@ -1,8 +1,8 @@
-"""Which pair comes when, and where: pure functions of (slot counts, seed, step, ranks, budget).
+"""Which pairs a step trains on, and how ranks and microbatches share them: pure functions.
 
-Which pairs a step holds depends on the seed and the step alone; how they are divided over ranks
-and microbatches changes neither the gradient nor any metric. Nothing here has a state, so a run
-resumes from its step number, on any number of ranks.
+The pairs of a step depend only on the seed and the step; how they are divided over ranks and
+microbatches changes neither the gradient nor any metric. Nothing here has state, so a run resumes
+from its step number, on any number of ranks.
 """
 
 import heapq
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SLOT_GRAIN = 128  # rows are whole attention blocks long
+SLOT_GRAIN = 128  # a row's length is a multiple of an attention block
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The division of some pairs: bins[microbatch][rank] lists pair indices, maybe none.
+class Division:
+    """Pairs divided over microbatches and ranks: bins[microbatch][rank] lists pair indices.
 
-    Every rank has the same number of microbatches, because ranks compute in step with each other.
-    slots: length of every microbatch's row, the fullest bin rounded up.
+    Every rank has the same number of microbatches, because ranks compute in lockstep; a bin may be
+    empty. slots: length of every microbatch's row, the fullest bin rounded up.
     """
 
     bins: list[list[list[int]]]
@@ -27,11 +27,12 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """What every optimiser step of a run trains on, and how that is divided.
+class Plan:
+    """The pairs of every step of a run, and their division over ranks and microbatches.
 
-    slot_counts: int64 [pairs], see `plan`, as ranks and budget. pairs_per_step: the global batch.
-    max_steps: the run ends there if the epochs hold more.
+    slot_counts: int64 [pairs], slots of each pair of the data set (`packing.slots_of`).
+    pairs_per_step: the global batch. max_steps: the run ends there if the epochs hold more.
+    ranks, budget: see `divide_pairs`.
     """
 
     slot_counts: np.ndarray
@@ -45,7 +46,7 @@ class RunPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one epoch; the last holds what is left over."""
+        """Optimiser steps in one epoch; the last holds the remaining pairs."""
         return steps_per_epoch(len(self.slot_counts), self.pairs_per_step)
 
     @property
@@ -55,7 +56,10 @@ class RunPlan:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def pairs_of(self, step: int) -> np.ndarray:
-        """Indices of the pairs of optimiser step `step`, counted from 0."""
+        """Indices of the pairs of optimiser step `step`, counted from 0: int64 [at most G].
+
+        Pure in the step, and the same on any number of ranks.
+        """
         return pairs_of_step(
             step,
             pairs=len(self.slot_counts),
@@ -64,13 +68,13 @@ class RunPlan:
             shuffle=self.shuffle,
         )
 
-    def division(self, pairs: np.ndarray) -> Plan:
-        """Those pairs over ranks and microbatches."""
-        return plan(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget)
+    def division(self, pairs: np.ndarray) -> Division:
+        """The pairs divided over ranks and microbatches."""
+        return divide_pairs(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget)
 
 
 def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
-    """Optimiser steps in one epoch; the last holds what is left over."""
+    """Optimiser steps in one epoch; the last holds the remaining pairs."""
     return -(-pairs // pairs_per_step)
 
 
@@ -79,8 +83,8 @@ def pairs_of_step(
 ) -> np.ndarray:
     """Indices of the pairs that optimiser step `step` (from 0) trains on: int64 [at most G].
 
-    The next G of the epoch's permutation, keyed by (seed, epoch); of the file's order without
-    `shuffle`. No step spans two epochs.
+    They are the next G of the epoch's permutation, which is keyed by (seed, epoch), or without
+    `shuffle` of the file's order. No step spans two epochs.
     """
     epoch, within = divmod(step, steps_per_epoch(pairs, pairs_per_step))
     order = np.random.default_rng((seed, epoch)).permutation(pairs) if shuffle else range(pairs)
@@ -88,24 +92,24 @@ def pairs_of_step(
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of what a rank draws in a step (dropout), so that a resumed run draws it again."""
+    """The seed of a rank's random numbers in a step (dropout): a resumed run draws them again."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def plan(
+def divide_pairs(
     pairs: Sequence[int] | np.ndarray,
     slot_counts: np.ndarray,
     *,
     ranks: int,
     budget: int,
     grain: int = SLOT_GRAIN,
-) -> Plan:
+) -> Division:
     """Divide `pairs` into as few microbatches as the budget allows, evenly filled.
 
-    slot_counts: int64, slots of every pair of the data set (`packing.slots_of`); budget: slots of
-    one microbatch on one rank; grain: the row length is a multiple of it, but at most the budget.
-    Each pair, largest first, goes into the emptiest bin: the fullest one stays near the mean, and
-    with it the padding of all others. No pair may be larger than the budget.
+    slot_counts: int64, slots of each pair of the data set (`packing.slots_of`). budget: slots of
+    one microbatch on one rank. grain: the row length is a multiple of it, but at most the budget.
+    Each pair, largest first, goes into the emptiest bin, so the fullest bin stays near the mean
+    and padding stays small. No pair may be larger than the budget.
     """
     sizes = slot_counts[np.asarray(pairs, dtype=np.int64)]
     assert not len(sizes) or sizes.max() <= budget, (sizes.max(), budget)
@@ -119,13 +123,13 @@ def plan(
         [sorted(members) for _, members in filled[m * ranks : (m + 1) * ranks]]
         for m in range(microbatches)
     ]
-    return Plan(bins, slots=min(budget, -(-max(loads[0], 1) // grain) * grain))
+    return Division(bins, slots=min(budget, -(-max(loads[0], 1) // grain) * grain))
 
 
 def _fill(
     largest_first: list[int], slot_counts: np.ndarray, bins: int, budget: int
 ) -> list[tuple[int, list[int]]] | None:
-    """(load, members) of each bin, or None when a pair finds no room."""
+    """(load, members) of each bin; None if a pair does not fit."""
     emptiest = [(0, bin) for bin in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]
     for pair in largest_first:

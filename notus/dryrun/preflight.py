@@ -13,7 +13,7 @@ import numpy as np
 
 from notus.config import Config
 from notus.data.packing import slots_of
-from notus.data.planning import RunPlan
+from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import MODES, OPTIMIZER_STATES, Budget, Counts, Line, Load, memory_budget
 from notus.engine.flops import GIB, GPU, GPUS, forward_flops, model_flops
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     most: int
 
 
-def plan_rows(plan: RunPlan, pairs: TokenizedPairs, steps: Sequence[np.ndarray]) -> Rows:
+def plan_rows(plan: Plan, pairs: TokenizedPairs, steps: Sequence[np.ndarray]) -> Rows:
     """The rows of optimiser steps on these pairs, indices for each step."""
     responses = pairs.lengths[:, 1:].sum(1)
     slots = scored = total = microbatches = most = 0
@@ -230,7 +230,7 @@ class Question(NamedTuple):
     config: Config
     shape: ModelShape
     counts: Counts
-    plan: RunPlan
+    plan: Plan
     pairs: TokenizedPairs
     held_out: TokenizedPairs | None
     uses_reference: bool

@@ -7,26 +7,26 @@ from torch import Tensor
 
 from notus.data.tokenization import TokenizedPairs
 from notus.engine.metrics import pair_metrics
-from notus.objective.logprobs import Scorer, pair_log_probs
-from notus.objective.losses import Loss, PairLogProbs
+from notus.objective.logprobs import pair_log_probs
+from notus.objective.loss import Loss
+from notus.objective.losses import PairLogProbs
 
 
 @torch.no_grad()
 def evaluate(
-    score_pairs: Scorer, pairs: TokenizedPairs, reference: Tensor, loss: Loss
+    policy: Tensor, reference: Tensor, pairs: TokenizedPairs, loss: Loss
 ) -> dict[str, float]:
     """Metrics over all of `pairs`, under the names of training with the prefix `eval_`.
 
-    score_pairs: the policy's scorer over these pairs; reference: float32, flat, the reference's
-    log-probs of every response token. The ranks share the scoring, then each one sums over all
-    pairs, so every pair counts once whatever their number. Collective.
+    policy, reference: log-probs of every response token, flat, as of `logprobs.score`. Every rank
+    sums over all pairs, so every pair counts once whatever the number of ranks.
     """
-    metrics = summarize(all_log_probs(score_pairs(range(len(pairs))), reference, pairs), loss)
+    metrics = summarize(all_log_probs(policy, reference, pairs), loss)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def all_log_probs(policy: Tensor, reference: Tensor, pairs: TokenizedPairs) -> PairLogProbs:
-    """What losses and metrics look at, for every pair; both tensors flat, see `scorer`."""
+    """What losses and metrics look at, for every pair; both tensors flat, see `score`."""
     lengths = torch.from_numpy(pairs.lengths[:, 1:]).to(reference.device)
     return pair_log_probs(policy, reference, lengths, float(pairs.lengths[:, 1].mean()))
 

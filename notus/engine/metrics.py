@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from notus.data.packing import Microbatch, slots_of
-from notus.data.planning import Plan as Division
-from notus.data.planning import RunPlan as Plan
+from notus.data.planning import Division, Plan
 from notus.engine.flops import FULL_TRAINING, Work, hardware_flops, model_flops, peak_flops
 from notus.model.mistral import ModelShape
-from notus.objective.losses import Loss, PairLogProbs
+from notus.objective.loss import Loss
+from notus.objective.losses import PairLogProbs, log_ratios
 
 
 @torch.no_grad()
@@ -39,10 +39,9 @@ def pair_metrics(
         return values.double().sum(), count
 
     if not loss.uses_rejected:
-        per_token = (-pairs.policy_chosen.double().sum(), pairs.chosen_length.double().sum())
-        return {"loss": per_token, "logps/chosen": mean(pairs.policy_chosen)}
-    chosen_ratio = pairs.policy_chosen - pairs.reference_chosen
-    rejected_ratio = pairs.policy_rejected - pairs.reference_rejected
+        per_token = (-pairs.policy.chosen.double().sum(), pairs.chosen_length.double().sum())
+        return {"loss": per_token, "logps/chosen": mean(pairs.policy.chosen)}
+    chosen_ratio, rejected_ratio = log_ratios(pairs)
     beta = loss.beta
     metrics = {
         "loss": mean(losses),
@@ -50,8 +49,8 @@ def pair_metrics(
         "rewards/rejected": mean(beta * rejected_ratio),
         "rewards/accuracies": mean(chosen_ratio > rejected_ratio),
         "rewards/margins": mean(beta * (chosen_ratio - rejected_ratio)),
-        "logps/chosen": mean(pairs.policy_chosen),
-        "logps/rejected": mean(pairs.policy_rejected),
+        "logps/chosen": mean(pairs.policy.chosen),
+        "logps/rejected": mean(pairs.policy.rejected),
     }
     if not loss.uses_reference:
         return metrics

@@ -21,6 +21,7 @@ from notus.agreement import agree
 from notus.config import Curation, Source
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset, load_datasets
+from notus.data.packing import Rows
 from notus.data.preferences import Pair
 from notus.data.tokenization import TokenizedPairs, load_tokenizer
 from notus.engine import distributed
@@ -29,8 +30,9 @@ from notus.engine.evaluation import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.model.mistral import MistralForCausalLM, ModelShape
 from notus.model.weights import load_weights, open_model
-from notus.objective.logprobs import scorer
-from notus.objective.losses import Loss, PairLogProbs, build_loss
+from notus.objective.logprobs import score
+from notus.objective.loss import Loss, build_loss
+from notus.objective.losses import PairLogProbs, log_ratios, margin
 
 # RewardBench's sections: a section's accuracy weighs its subsets by these counts, and the total is
 # the mean over sections (allenai/reward-bench, constants.py; math-prm counts twice its rows).
@@ -107,9 +109,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def margins(scored: PairLogProbs, beta: float) -> np.ndarray:
     """beta x (chosen's score - rejected's), float64 [pairs]; reference sums are 0 without one."""
-    chosen = scored.policy_chosen - scored.reference_chosen
-    rejected = scored.policy_rejected - scored.reference_rejected
-    return (beta * (chosen - rejected)).cpu().numpy()
+    return (beta * margin(scored)).cpu().numpy()
 
 
 def groups(pairs: Sequence[Pair], lengths: np.ndarray) -> Iterator[Group]:
@@ -209,8 +209,13 @@ def pair_records(
 ) -> Iterator[dict[str, Any]]:
     """One object per pair: where it comes from, its log-probs (nats) and whether it is right."""
     margin = margins(scored, 1.0)
-    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-    sums = {name: getattr(scored, name).tolist() for name in names[: 4 if referenced else 2]}
+    models = {"policy": scored.policy} | ({"reference": scored.reference} if referenced else {})
+    sums = {}
+    for name, found in models.items():
+        sums |= {
+            f"{name}_chosen": found.chosen.tolist(),
+            f"{name}_rejected": found.rejected.tolist(),
+        }
     for i, pair in enumerate(pairs):
         yield {
             "where": pair.where,
@@ -354,11 +359,7 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
             "sections": sections,
         }
         records = pair_records(kept, tokens.lengths, scored, reference is not None)
-        scores = [
-            (getattr(scored, f"policy_{side}") - getattr(scored, f"reference_{side}"))
-            for side in ("chosen", "rejected")
-        ]
-        _write(options.out, report, summary, records, rows, margin, scores)
+        _write(options.out, report, summary, records, rows, margin, log_ratios(scored))
     ranks.say(f"\n{report}\nwrote {options.out}")
 
 
@@ -398,7 +399,7 @@ def _log_probs(
     pairs: TokenizedPairs,
     sum_squares: bool = False,
 ) -> torch.Tensor:
-    """All response tokens' log-probs under the model in `folder`, flat; see `scorer`."""
+    """All response tokens' log-probs under the model in `folder`, flat; see `score`."""
     dtype = getattr(torch, options.compute_dtype)
     with torch.device("meta"):
         model = MistralForCausalLM(shape).to(dtype)
@@ -413,15 +414,8 @@ def _log_probs(
         cpu_offload=False,
     )
     agree(lambda: load_weights(model, folder))
-    score_pairs = scorer(
-        model,
-        pairs,
-        budget=options.tokens_per_microbatch,
-        prefix_sharing=True,
-        device=ranks.device,
-        sum_squares=sum_squares,
-    )
-    return score_pairs(range(len(pairs)))
+    rows = Rows(options.tokens_per_microbatch, prefix_sharing=True, device=ranks.device)
+    return score(model, pairs, range(len(pairs)), rows, sum_squares)
 
 
 def _write(

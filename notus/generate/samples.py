@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from notus.agreement import agree
 from notus.config import Config
 from notus.data.packing import PADDING, PROMPT, Layout
-from notus.data.planning import plan
+from notus.data.planning import divide_pairs
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.errors import UserError
@@ -101,7 +101,7 @@ def write_samples(
         for number, prompt in enumerate(prompts)
     ]
     sizes = np.array([len(request.ids) + max_new_tokens for request in requests], dtype=np.int64)
-    division = plan(range(len(sizes)), sizes, ranks=ranks, budget=max(SLOTS, *sizes, 0))
+    division = divide_pairs(range(len(sizes)), sizes, ranks=ranks, budget=max(SLOTS, *sizes, 0))
     written: dict[int, list[int]] = {}
     with torch.compiler.set_stance("force_eager"):
         for bins in division.bins:
@@ -155,7 +155,7 @@ def _answer_row(
     answers: list[list[int]] = [[] for _ in requests]
     live = [True] * len(requests)
     for step in range(max_new_tokens):
-        logits_SV = model(tokens_T, position_T, mask, last_S + step, None)
+        logits_SV, _ = model(tokens_T, position_T, mask, last_S + step, None)
         next_S = next_tokens(logits_SV, requests, live, top_k=0)
         tokens_T[last_S + step + 1] = next_S
         for i, token in enumerate(next_S.tolist()):

@@ -1,6 +1,8 @@
 """From hidden states to the loss of a pair.
 
-losses     the pairwise losses, one function each
-logprobs   log-probs of response tokens, summed per response
-reference  the frozen model's log-probs: cached, or computed in every step
+losses           the pairwise losses, one function each; what a loss may read
+logprobs         log-probs of response tokens, summed per response
+loss             the configured loss: options, weighted sums, coupling over a step
+reference        the frozen model's log-probs: looked up, or computed in every step
+reference_cache  the reference's log-probs on disk: identity, interrupted passes, audit
 """

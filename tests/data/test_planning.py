@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notus.data.planning import Plan, RunPlan, pairs_of_step, plan, steps_per_epoch
+from notus.data.planning import Division, Plan, divide_pairs, pairs_of_step, steps_per_epoch
 
 
 def ultrafeedback_slots(pairs, seed=0):
@@ -26,10 +26,10 @@ def run_plan(slot_counts, **options):
         "ranks": 1,
         "budget": 8192,
     }
-    return RunPlan(slot_counts, **defaults | options)
+    return Plan(slot_counts, **defaults | options)
 
 
-def members(division: Plan):
+def members(division: Division):
     return sorted(pair for row in division.bins for bin in row for pair in bin)
 
 
@@ -88,7 +88,7 @@ def test_plan_divides_the_pairs(data):
     pairs = data.draw(st.permutations(range(len(sizes))))[: data.draw(st.integers(0, 60))]
     ranks = data.draw(st.integers(1, 9))
     grain = data.draw(st.sampled_from([1, 8, 128]))
-    division = plan(pairs, slot_counts, ranks=ranks, budget=budget, grain=grain)
+    division = divide_pairs(pairs, slot_counts, ranks=ranks, budget=budget, grain=grain)
     assert members(division) == sorted(pairs)
     assert all(len(row) == ranks for row in division.bins)
     loads = [sum(sizes[pair] for pair in bin) for row in division.bins for bin in row]
@@ -103,23 +103,25 @@ def test_plan_divides_the_pairs(data):
 
 def test_plan_by_hand():
     """Largest first into the emptiest bin: 9 and 7, 5 to the 7, 4 to the 9, 3 to the 12."""
-    division = plan([0, 1, 2, 3, 4], np.array([3, 9, 4, 7, 5]), ranks=2, budget=16, grain=4)
-    assert division == Plan(bins=[[[0, 3, 4], [1, 2]]], slots=16)
+    division = divide_pairs([0, 1, 2, 3, 4], np.array([3, 9, 4, 7, 5]), ranks=2, budget=16, grain=4)
+    assert division == Division(bins=[[[0, 3, 4], [1, 2]]], slots=16)
     # 15 are too many for 14 slots: with four bins, 9, 7, 5 and 4, and the 3 goes to the 4.
-    with_more = plan([0, 1, 2, 3, 4], np.array([3, 9, 4, 7, 5]), ranks=2, budget=14, grain=4)
-    assert with_more == Plan(bins=[[[1], [3]], [[0, 2], [4]]], slots=12)
+    with_more = divide_pairs(
+        [0, 1, 2, 3, 4], np.array([3, 9, 4, 7, 5]), ranks=2, budget=14, grain=4
+    )
+    assert with_more == Division(bins=[[[1], [3]], [[0, 2], [4]]], slots=12)
 
 
 def test_fewer_pairs_than_ranks():
-    division = plan([2, 0], np.array([5, 100, 6]), ranks=4, budget=100, grain=8)
-    assert division == Plan(bins=[[[2], [0], [], []]], slots=8)
-    nothing = plan([], np.array([5, 100, 6]), ranks=2, budget=100, grain=8)
-    assert nothing == Plan(bins=[[[], []]], slots=8)
+    division = divide_pairs([2, 0], np.array([5, 100, 6]), ranks=4, budget=100, grain=8)
+    assert division == Division(bins=[[[2], [0], [], []]], slots=8)
+    nothing = divide_pairs([], np.array([5, 100, 6]), ranks=2, budget=100, grain=8)
+    assert nothing == Division(bins=[[[], []]], slots=8)
 
 
 def test_pair_over_the_budget():
     with pytest.raises(AssertionError):
-        plan([0], np.array([101]), ranks=1, budget=100)
+        divide_pairs([0], np.array([101]), ranks=1, budget=100)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
@@ -134,6 +136,6 @@ def test_slots_held_are_nearly_filled(ranks):
 def test_whole_data_set_in_one_plan():
     """The reference pass plans all pairs at once: nearly full, and not slow."""
     slots = ultrafeedback_slots(8_000)
-    division = plan(range(len(slots)), slots, ranks=2, budget=8192)
+    division = divide_pairs(range(len(slots)), slots, ranks=2, budget=8192)
     assert members(division) == list(range(len(slots)))
     assert division.slots * len(division.bins) * 2 / slots.sum() <= 1.02

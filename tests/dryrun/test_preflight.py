@@ -12,7 +12,7 @@ from benchmarks.memory import model_shape
 from notus import opening
 from notus.config import load_config
 from notus.data.packing import slots_of
-from notus.data.planning import RunPlan
+from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import Counts
 from notus.dryrun.preflight import (
@@ -69,7 +69,7 @@ def some_pairs(lengths: list[list[int]]) -> TokenizedPairs:
     return TokenizedPairs(np.full(total, 5, np.int32), np.zeros(total, bool), array)
 
 
-def plan_of(pairs: TokenizedPairs, **settings) -> RunPlan:
+def plan_of(pairs: TokenizedPairs, **settings) -> Plan:
     given = {
         "pairs_per_step": 64,
         "epochs": 1,
@@ -79,7 +79,7 @@ def plan_of(pairs: TokenizedPairs, **settings) -> RunPlan:
         "ranks": 1,
         "budget": 8192,
     }
-    return RunPlan(slots_of(pairs.lengths, True), **(given | settings))
+    return Plan(slots_of(pairs.lengths, True), **(given | settings))
 
 
 def test_plan_rows_by_hand():

@@ -11,14 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_pairs
 from notus.data.packing import pack, slots_of
-from notus.data.planning import Plan
+from notus.data.planning import Division
 from notus.engine import metrics
 from notus.engine.flops import Work, forward_flops, hardware_flops, model_flops, peak_flops
 from notus.engine.log import MetricsLog
 from notus.engine.metrics import Speed, Totals, pair_metrics
 from notus.model.mistral import ModelShape
 from notus.objective.logprobs import token_log_probs
-from notus.objective.losses import PairLogProbs, build_loss
+from notus.objective.loss import build_loss
+from notus.objective.losses import PairLogProbs, Sums
 
 MISTRAL_7B = ModelShape(
     vocab_size=32_000,
@@ -49,16 +50,19 @@ def one_process():
 def log_probs(policy_chosen, policy_rejected, reference_chosen, reference_rejected, lengths):
     """Pairs with these summed log-probs and lengths; what the metrics do not read is nan."""
     chosen_length, rejected_length = torch.tensor(lengths).T
-    read = {
-        "policy_chosen": torch.tensor(policy_chosen, dtype=torch.float64),
-        "policy_rejected": torch.tensor(policy_rejected, dtype=torch.float64),
-        "reference_chosen": torch.tensor(reference_chosen, dtype=torch.float64),
-        "reference_rejected": torch.tensor(reference_rejected, dtype=torch.float64),
-        "chosen_length": chosen_length,
-        "rejected_length": rejected_length,
-    }
     unread = torch.full((len(lengths),), torch.nan)
-    return PairLogProbs(**{name: read.get(name, unread) for name in PairLogProbs._fields})
+
+    def sums(chosen, rejected):
+        read = (torch.tensor(values, dtype=torch.float64) for values in (chosen, rejected))
+        return Sums(*read, unread, unread)
+
+    return PairLogProbs(
+        policy=sums(policy_chosen, policy_rejected),
+        reference=sums(reference_chosen, reference_rejected),
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+        mean_chosen_length=unread[0],
+    )
 
 
 def test_pair_metrics_by_hand():
@@ -189,9 +193,9 @@ def test_speed(monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e15)
     lengths = np.array([[10, 20, 30], [5, 5, 5]])
     speed = Speed(MISTRAL_7B, ranks=2, device=CPU)
-    division = Plan(bins=[[[0], []], [[1], []]], slots=64)
+    division = Division(bins=[[[0], []], [[1], []]], slots=64)
     speed.count(lengths, 75, division)
-    speed.count(lengths[:1], 60, Plan(bins=[[[0], []]], slots=64))
+    speed.count(lengths[:1], 60, Division(bins=[[[0], []]], slots=64))
     report = speed.report()
     # Unshared tokens, 2P + C + R: 70 and 20, then 70; slots: 2 x 64 x 2 ranks, then 64 x 2.
     assert report["perf/tokens_per_second"] == 160 / 2
@@ -206,7 +210,7 @@ def test_speed(monkeypatch):
     assert report["perf/hfu"] == pytest.approx(executed / 2 / 2e15)
     assert flops == pytest.approx(3 * (products + attention + head))
     assert report["perf/peak_memory_gib"] > 0.01
-    speed.count(lengths[:1], 60, Plan(bins=[[[0], []]], slots=64))
+    speed.count(lengths[:1], 60, Division(bins=[[[0], []]], slots=64))
     assert speed.report()["perf/pairs_per_second"] == 1 / 4  # from zero again
 
 
@@ -239,7 +243,7 @@ def test_time_left_out(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     speed = Speed(MISTRAL_7B, ranks=1, device=CPU)
     speed.restart()
-    speed.count(np.array([[1, 1, 1]]), 3, Plan(bins=[[[0]]], slots=128))
+    speed.count(np.array([[1, 1, 1]]), 3, Division(bins=[[[0]]], slots=128))
     report = speed.report()
     assert report["perf/pairs_per_second"] == 1
     assert "perf/mfu" not in report  # no peak is known of a CPU

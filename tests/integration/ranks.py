@@ -176,7 +176,7 @@ def _spoil_pair(factor: float) -> None:
             hit = indices == 5
             if factor:
                 return clean + hit * torch.where(hit, torch.inf, 0.0)
-            root = (scored.policy_chosen[hit] * 0).sqrt()  # 0, and its slope is not finite
+            root = (scored.policy.chosen[hit] * 0).sqrt()  # 0, and its slope is not finite
             return clean + root.sum()
 
         return losses
@@ -199,9 +199,9 @@ def _spoil_steps(first: int) -> None:
 
 def _small_parts(refused: int | None = None) -> None:
     """The reference pass writes every 8 pairs, slowly; there is no space for the `refused`th."""
-    from notus.objective import reference
+    from notus.objective import reference_cache
 
-    append, writes = reference._append, iter(range(1, 1000))
+    append, writes = reference_cache._append, iter(range(1, 1000))
 
     def slow(*arguments) -> None:
         time.sleep(0.05)
@@ -209,7 +209,7 @@ def _small_parts(refused: int | None = None) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(*arguments)
 
-    reference.PART, reference._append = 8, slow
+    reference_cache.PART, reference_cache._append = 8, slow
 
 
 FAULTS = {

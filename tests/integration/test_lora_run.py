@@ -290,11 +290,12 @@ def observed(demo, tmp_path_factory):
     def export(config, run):
         found.frozen = {n: p.full_tensor() for n, p in run.policy.named_parameters()}
         with adapters_off(run.policy):
-            found.off = train.make_scorer(config, run.policy, run.pairs, found.ranks)(range(9))
+            rows = train.rows_of(config, found.ranks)
+            found.off = train.score(run.policy, run.pairs, range(9), rows)
         mesh = train.distributed.make_mesh(found.ranks, None, 1)
         base = build.build_model(config, run.policy.shape, mesh, found.ranks, frozen=True)
         load_weights(base, run.source)
-        found.base = train.make_scorer(config, base, run.pairs, found.ranks)(range(9))
+        found.base = train.score(base, run.pairs, range(9), rows)
         original_export(config, run)
 
     original_open, original_clip = train.open_run, train.clip_grad_norm_

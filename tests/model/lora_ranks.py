@@ -50,7 +50,7 @@ def hidden_states(model: MistralForCausalLM) -> Tensor:
 def score(model: MistralForCausalLM) -> Tensor:
     """Log-prob of each next token: float32 [15]."""
     mask = build_mask(LAYOUT, model.shape.sliding_window, "dense")
-    return model(TOKENS, POSITION, mask, torch.arange(15), TOKENS[1:])
+    return model(TOKENS, POSITION, mask, torch.arange(15), TOKENS[1:])[0]
 
 
 def results(model: MistralForCausalLM) -> dict[str, Tensor]:

@@ -124,11 +124,11 @@ def test_log_probs_are_those_of_the_logits(tmp_path):
     rows, targets = torch.tensor([3, 3, 10]), torch.tensor([1, 96, 0])
     layout = causal_layout(12)
     mask = build_mask(layout, None, "dense")
-    log_probs = ours(tokens, layout.position, mask, rows, targets)
+    log_probs, _ = ours(tokens, layout.position, mask, rows, targets)
     expected = theirs(tokens[None]).logits[0].double().log_softmax(-1)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.double(), expected[rows, targets], rtol=1e-5, atol=1e-5)
-    both = ours(tokens, layout.position, mask, rows, targets, sum_squares=True)
+    both, _ = ours(tokens, layout.position, mask, rows, targets, sum_squares=True)
     assert torch.equal(both[0], log_probs)
     squares = (2 * expected[rows]).exp().sum(-1).log()
     torch.testing.assert_close(both[1].double(), squares, rtol=1e-5, atol=1e-5)

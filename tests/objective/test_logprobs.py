@@ -8,11 +8,10 @@ import torch
 import transformers
 
 from conftest import flat_log_probs, random_pairs
-from notus.data.packing import pack, slots_of
-from notus.data.planning import plan
+from notus.data.packing import Rows, pack, slots_of
+from notus.data.planning import divide_pairs
 from notus.objective.logprobs import (
     gather_pairs,
-    pack_plan,
     pair_log_probs,
     response_sums,
     score,
@@ -36,11 +35,17 @@ def expected(pairs, tiny_folder):
 
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("budget", [48, 100, 1000])
-def test_packed_scores_equal_one_sequence_at_a_time(sharing, budget, pairs, expected, tiny_model):
-    division = plan(range(9), slots_of(pairs.lengths, sharing), ranks=1, budget=budget, grain=16)
+def test_packed_scores_equal_one_sequence_at_a_time(
+    sharing, budget, pairs, expected, tiny_model, group
+):
+    division = divide_pairs(range(9), slots_of(pairs.lengths, sharing), ranks=1, budget=budget)
     assert (len(division.bins) > 1) == (budget < 1000)
-    flat = score(tiny_model, pack_plan(division, pairs, sharing, CPU), pairs, CPU)
+    flat = score(tiny_model.train(), pairs, range(9), Rows(budget, sharing, CPU))
     torch.testing.assert_close(flat.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not tiny_model.training
+    some = score(tiny_model, pairs, [7, 2], Rows(budget, sharing, CPU))
+    wanted = gather_pairs(expected, pairs, [7, 2])
+    torch.testing.assert_close(some.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sharing", [True, False])
@@ -113,7 +118,7 @@ def test_an_empty_microbatch_has_zero_gradient_everywhere(tiny_model):
     batch = pack(random_pairs(3), [], 16, True)
     log_probs = token_log_probs(tiny_model, batch)
     assert log_probs.shape == (0,)
-    pair_log_probs(log_probs, log_probs.detach(), batch.lengths, 1.0).policy_chosen.sum().backward()
+    pair_log_probs(log_probs, log_probs.detach(), batch.lengths, 1.0).policy.chosen.sum().backward()
     assert all((p.grad == 0).all() for p in tiny_model.parameters())
 
 
@@ -129,13 +134,13 @@ def test_pair_log_probs_by_hand():
     lengths = torch.tensor([[2, 1], [1, 2]])
     squares = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 30.0])
     pairs = pair_log_probs(torch.stack((policy, squares)), reference, lengths, 1.5)
-    assert pairs.policy_chosen.tolist() == [3.0, 8.0]
-    assert pairs.policy_rejected.tolist() == [4.0, 48.0]
-    assert pairs.reference_rejected.tolist() == [2.0, 24.0]
+    assert pairs.policy.chosen.tolist() == [3.0, 8.0]
+    assert pairs.policy.rejected.tolist() == [4.0, 48.0]
+    assert pairs.reference.rejected.tolist() == [2.0, 24.0]
     assert pairs.chosen_length.tolist() == [2.0, 1.0]
-    assert pairs.policy_chosen_shared.tolist() == [1.0, 8.0]
-    assert pairs.policy_rejected_shared.tolist() == [4.0, 16.0]
-    assert pairs.reference_rejected_shared.tolist() == [2.0, 8.0]
+    assert pairs.policy.chosen_shared.tolist() == [1.0, 8.0]
+    assert pairs.policy.rejected_shared.tolist() == [4.0, 16.0]
+    assert pairs.reference.rejected_shared.tolist() == [2.0, 8.0]
     assert pairs.mean_chosen_length == 1.5
     torch.testing.assert_close(pairs.rejected_weight, torch.tensor([1.0, np.exp(1.0)]).double())
     assert pairs.chosen_weight.tolist() == [1.0, 1.0]

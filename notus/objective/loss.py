@@ -1,0 +1,221 @@
+"""The configured loss: one of `losses.LOSSES` or a weighted sum, with its options resolved.
+
+`build_loss` reads the configuration's `loss` section. `couple` and `couple_step` make a loss that
+looks at all pairs of a step additive over microbatches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from notus.data.tokenization import TokenizedPairs
+from notus.errors import UserError
+from notus.objective.logprobs import pair_log_probs
+from notus.objective.losses import LOSSES, LossEntry, PairLogProbs, Sums
+from notus.strict import Positive, did_you_mean, keys_of, parse, parse_keywords
+
+# The names of other trainers and papers; by spelling, "dpo" is nearest to "dpop".
+OTHER_NAMES = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid",
+    "dpo_norm": "sigmoid_norm",
+    "slic": "hinge",
+    "rso": "hinge",
+    "nll": "sft",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of the table with its weight and all its options resolved."""
+
+    name: str
+    weight: float
+    options: dict[str, Any]
+
+    @property
+    def entry(self) -> LossEntry:
+        return LOSSES[self.name]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A weighted sum of losses: pairs -> [B]. The properties are those of LossEntry."""
+
+    terms: tuple[Term, ...]
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        values = [term.weight * term.entry.function(pairs, **term.options) for term in self.terms]
+        return torch.stack(values).sum(dim=0)
+
+    @property
+    def uses_reference(self) -> bool:
+        return any(term.entry.uses_reference for term in self.terms)
+
+    @property
+    def uses_rejected(self) -> bool:
+        return any(term.entry.uses_rejected for term in self.terms)
+
+    @property
+    def uses_weights(self) -> bool:
+        return any(term.entry.uses_weights for term in self.terms)
+
+    @property
+    def couples_pairs(self) -> bool:
+        return any(term.entry.couples_pairs for term in self.terms)
+
+    @property
+    def beta(self) -> float:
+        """The factor of log-ratios in reward metrics: the first beta among the terms, or 1."""
+        return next((term.options["beta"] for term in self.terms if "beta" in term.options), 1.0)
+
+    @property
+    def name(self) -> str:
+        """For logs: "sigmoid", or "1 sigmoid + 0.2 sft"."""
+        if self._is_single:
+            return self.terms[0].name
+        return " + ".join(f"{term.weight:g} {term.name}" for term in self.terms)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The `loss` section with every default filled in: build_loss(settings) == this loss."""
+        if self._is_single:
+            return {"name": self.terms[0].name, **self.terms[0].options}
+        return {"mix": [{"name": t.name, "weight": t.weight, **t.options} for t in self.terms]}
+
+    @property
+    def _is_single(self) -> bool:
+        return len(self.terms) == 1 and self.terms[0].weight == 1.0
+
+
+# --- losses that couple the pairs of a step ---
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A loss that couples pairs, evaluated over a step's N pairs; made by `couple`.
+
+    indices: int64 [N], the pairs' indices in the data set, ascending. values: [N], each pair's
+    share of the loss. gradients: [N] each, the derivatives of the step's summed loss with respect
+    to the policy's sums.
+    """
+
+    indices: Tensor
+    values: Tensor
+    gradients: Sums
+
+    def __call__(self, pairs: PairLogProbs, indices: Tensor) -> Tensor:
+        """Losses [B] of a microbatch of the step; indices: int64 [B], as in the data set.
+
+        Their sum over any split of the step has the value and the gradient of the complete step.
+        """
+        place = torch.searchsorted(self.indices, indices)
+        loss = self.values[place]
+        for log_probs, gradient in zip(pairs.policy, self.gradients, strict=True):
+            loss = loss + gradient[place] * (log_probs - log_probs.detach())
+        return loss
+
+
+def couple(loss: Loss, pairs: PairLogProbs, indices: Tensor) -> Coupled:
+    """Evaluate a loss that couples pairs over the complete optimiser step.
+
+    pairs: all N pairs of the step, of every rank; they need no gradient. indices: int64 [N], their
+    indices in the data set.
+    """
+    policy = Sums(*(log_probs.detach().requires_grad_() for log_probs in pairs.policy))
+    with torch.enable_grad():
+        values = loss(pairs._replace(policy=policy))
+        gradients = torch.autograd.grad(
+            values.sum(), policy, allow_unused=True, materialize_grads=True
+        )
+    ascending, order = indices.sort()
+    return Coupled(
+        ascending, values.detach()[order], Sums(*(gradient[order] for gradient in gradients))
+    )
+
+
+def couple_step(
+    loss: Loss, policy: Tensor, reference: Tensor, pairs: TokenizedPairs, indices: np.ndarray
+) -> Coupled:
+    """`couple` from the flat log-probs of the step's pairs `indices`, in that order."""
+    lengths = pairs.lengths[indices, 1:]
+    scored = pair_log_probs(
+        policy,
+        reference,
+        torch.from_numpy(lengths).to(policy.device),
+        float(lengths[:, 0].mean()),
+    )
+    return couple(loss, scored, torch.from_numpy(indices).to(policy.device))
+
+
+# --- from the configuration ---
+
+
+def build_loss(section: Mapping[str, Any]) -> Loss:
+    """The configuration's `loss` section as a callable.
+
+    section: {"name": ..., **options}, or {"mix": [{"name", "weight", **options}, ...]}.
+    Raises UserError, beginning with the dotted key at fault, for an unknown loss, an option that
+    the loss does not take or that has no effect, a value of the wrong type or out of range.
+    """
+    if "mix" not in section:
+        return Loss((_term(section, 1.0, "loss"),))
+    mix = section["mix"]
+    for key in section.keys() - {"mix"}:
+        raise UserError(f"loss.{key}: has no effect with loss.mix; give it inside a term of mix")
+    if not isinstance(mix, list | tuple) or not mix:
+        raise UserError(f"loss.mix: found {mix!r}, expected a non-empty list of losses")
+    return Loss(tuple(_weighted_term(term, f"loss.mix.{i}") for i, term in enumerate(mix)))
+
+
+def _weighted_term(section: Any, where: str) -> Term:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where}: found {section!r}, expected an object with name and weight")
+    if "weight" not in section:
+        raise UserError(f"{where}.weight: missing; every loss of a mix needs a weight")
+    options = {key: value for key, value in section.items() if key != "weight"}
+    return _term(options, parse(section["weight"], Positive, f"{where}.weight"), where)
+
+
+def _term(section: Mapping[str, Any], weight: float, where: str) -> Term:
+    if "name" not in section:
+        raise UserError(f"{where}.name: missing; expected one of {', '.join(LOSSES)}")
+    name = section["name"]
+    if not isinstance(name, str) or name not in LOSSES:
+        hint = did_you_mean(OTHER_NAMES.get(name, name), LOSSES) if isinstance(name, str) else ""
+        raise UserError(
+            f"{where}.name: unknown loss {name!r}{hint}; expected one of {', '.join(LOSSES)}"
+        )
+    given = {key: value for key, value in section.items() if key != "name"}
+    return Term(name, weight, _resolve_options(name, given, where))
+
+
+def _resolve_options(name: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All options of a loss, given or default, except those that have no effect."""
+    loss = LOSSES[name]
+    for key in given:
+        if key not in keys_of(loss.function):
+            raise UserError(f"{where}.{key}: {_misplaced(key, name)}")
+    options = parse_keywords(given, loss.function, where)
+    for key, (other, needed) in loss.option_needs.items():
+        if options[other] == needed:
+            continue
+        if key in given:
+            raise UserError(
+                f"{where}.{key}: acts only with {other} {needed!r}, and {where}.{other} is "
+                f"{options[other]!r}"
+            )
+        del options[key]
+    return options
+
+
+def _misplaced(key: str, name: str) -> str:
+    options = keys_of(LOSSES[name].function)
+    takes = f"takes {', '.join(options)}" if options else "takes no options"
+    if any(key in keys_of(entry.function) for entry in LOSSES.values()):
+        return f"not used by loss {name!r}, which {takes}"
+    return f"unknown option{did_you_mean(key, options)}; loss {name!r} {takes}"

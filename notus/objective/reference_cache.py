@@ -1,0 +1,221 @@
+"""The reference's log-probs kept on disk: computed in one pass, checked whenever they are read.
+
+They depend on the reference's weights, the token ids and the numerics, and on nothing else: not on
+the loss, beta or learning rate. These three are a cache's identity, which is recorded beside it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from notus.data.tokenization import TokenizedPairs
+from notus.errors import UserError, agreed
+from notus.files import write_json, write_whole
+from notus.model.mistral import ModelShape
+from notus.objective.logprobs import gather_pairs, response_sums
+from notus.objective.reference import TOLERANCE, OnlineReference
+
+AUDITED_SHARE = 0.01
+PART = 4096  # pairs scored between two writes to disk: minutes of a 7B model on one GPU
+
+
+class Progress(Protocol):
+    """A progress display."""
+
+    def update(self, steps: int) -> object: ...
+
+    def close(self) -> object: ...
+
+
+def cache_identity(
+    pairs: TokenizedPairs,
+    reference: Mapping[str, str],
+    shape: ModelShape,
+    compute_dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What log-probs are computed from: caches of one identity are equal up to rounding."""
+    return {
+        "reference_sha256": reference["sha256"],
+        "reference_shape": asdict(shape),
+        "tokens_sha256": pairs.fingerprint(),
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
+
+
+def cached_log_probs(
+    folder: Path,
+    identity: Mapping[str, Any],
+    online: OnlineReference,
+    show: Callable[[int, int], Progress] | None = None,
+) -> Tensor:
+    """The log-probs of all response tokens of `online.pairs`: float32, flat, on every rank.
+
+    They are read from `folder` if it has a cache of this identity, and a sample is recomputed.
+    Otherwise they are computed and written in parts; an interrupted pass repeats only its last
+    part. Only rank 0 reads and writes files. show: makes the progress display of a long pass from
+    the number of pairs and of those already done. Collective.
+
+    Raises UserError, on all ranks, if the sample differs by more than TOLERANCE from the file, or
+    if the file system refuses to read or write.
+    """
+    path, cache = folder / f"{_key(identity)}.safetensors", None
+    with _agreed_on_files(path):
+        if dist.get_rank() == 0:
+            cache = _read(folder, identity)
+    found = torch.tensor([cache is not None], device=online.rows.device)
+    dist.broadcast(found, 0)
+    if not found:
+        flat = _score_in_parts(path, identity, online, show)
+        with _agreed_on_files(path):
+            if dist.get_rank() == 0:
+                _write(path, flat, online.pairs, identity)
+        return flat
+    flat = torch.zeros(int(online.pairs.response_starts[-1]), device=online.rows.device)
+    if cache is not None:
+        path, stored = cache
+        flat.copy_(stored)
+    dist.broadcast(flat, 0)
+    _audit(path, flat, len(online.pairs), identity, online)
+    return flat
+
+
+def _score_in_parts(
+    path: Path,
+    identity: Mapping[str, Any],
+    online: OnlineReference,
+    show: Callable[[int, int], Progress] | None,
+) -> Tensor:
+    """All pairs' flat log-probs. They are collected in a file next to `path`, and resumed there."""
+    pairs, device = online.pairs, online.rows.device
+    file, starts, bar = path.with_suffix(".parts"), pairs.response_starts, None
+    known, kept = 0, np.zeros(0, np.float32)
+    with _agreed_on_files(file):
+        if dist.get_rank() == 0:
+            known, kept = _read_parts(file, starts)
+    done = torch.tensor(known, device=device)
+    flat = torch.zeros(int(starts[-1]), device=device)
+    flat[: len(kept)] = torch.from_numpy(kept).to(device)
+    dist.broadcast(done, 0)
+    done = int(done)
+    if done:
+        dist.broadcast(flat, 0)
+        _audit(file, flat, done, identity, online)
+    if show is not None and len(pairs) > PART:
+        bar = show(len(pairs), done)
+    for begin in range(done, len(pairs), PART):
+        part = range(begin, min(begin + PART, len(pairs)))
+        flat[starts[begin] : starts[part.stop]] = scored = online.of_pairs(part)
+        with _agreed_on_files(file):
+            if dist.get_rank() == 0:
+                _append(file, scored)
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
+    return flat
+
+
+def _audit(
+    path: Path, flat: Tensor, known: int, identity: Mapping[str, Any], online: OnlineReference
+) -> None:
+    """Recompute a sample of the first `known` pairs, whose log-probs were read from `path`."""
+    sample = audit_sample(known)
+    worst = worst_difference(
+        online.of_pairs(sample),
+        gather_pairs(flat, online.pairs, sample),
+        torch.from_numpy(online.pairs.lengths[sample, 1:]).to(flat.device),
+    )
+    if not worst <= TOLERANCE[getattr(torch, identity["compute_dtype"])]:
+        raise UserError(
+            f"{path}: the cached reference log-probs differ from freshly computed ones by up to "
+            f"{worst:.3g} nats per token, over a sample of {len(sample)} pairs; expected rounding "
+            "only. Remove the file to have them computed again"
+        )
+
+
+def audit_sample(pairs: int) -> np.ndarray:
+    """Indices of the pairs recomputed when a cache is read: 1 %, at least one."""
+    size = max(1, round(AUDITED_SHARE * pairs))
+    return np.sort(np.random.default_rng(0).choice(pairs, size, replace=False))
+
+
+def worst_difference(one_S: Tensor, other_S: Tensor, lengths_B2: Tensor) -> float:
+    """The largest mean difference over a response's tokens, in nats per token; NaN if any is."""
+    return float((response_sums(one_S - other_S, lengths_B2) / lengths_B2).abs().max())
+
+
+# --- files, touched by rank 0 only ---
+
+
+@contextmanager
+def _agreed_on_files(path: Path) -> Iterator[None]:
+    """`agreed`, where an OSError becomes a UserError that names `path`. Collective."""
+    with agreed():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read or written ({error.strerror})") from None
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, Tensor] | None:
+    """The file of the cache with this identity and its log-probs; None without a complete one.
+
+    A shape field that the recorded identity lacks, because it was added since, has its default.
+    """
+    defaults = {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
+    for description in sorted(folder.glob("*.json")):
+        path = description.with_suffix(".safetensors")
+        try:
+            recorded = json.loads(description.read_bytes())["identity"]
+            shape = defaults | recorded["reference_shape"]
+            if recorded | {"reference_shape": shape} == identity:
+                return path, load_file(path)["log_probs"]
+        except (FileNotFoundError, ValueError, SafetensorError, KeyError, TypeError):
+            continue  # incomplete or damaged: computed again
+    return None
+
+
+def _write(path: Path, flat: Tensor, pairs: TokenizedPairs, identity: Mapping[str, Any]) -> None:
+    tensors = {"log_probs": flat.cpu(), "starts": torch.from_numpy(pairs.response_starts)}
+    try:
+        write_whole(path, lambda partial: save_file(tensors, partial))
+    except SafetensorError as error:  # safetensors' form of an OSError
+        raise OSError(0, str(error)) from None
+    about = {"identity": identity, "pairs": len(pairs), "response_tokens": len(flat)}
+    write_json(path.with_suffix(".json"), about)
+    path.with_suffix(".parts").unlink()
+
+
+def _read_parts(file: Path, starts: np.ndarray) -> tuple[int, np.ndarray]:
+    """The number of pairs in the file, plain float32, and their log-probs; made if absent.
+
+    The file is cut to complete parts: on the same number of ranks, the remaining pairs then share
+    rows as in an uninterrupted pass.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    stored = np.fromfile(file, np.float32)[: starts[-1]]
+    done = int((np.searchsorted(starts, len(stored), "right") - 1) // PART * PART)
+    os.truncate(file, 4 * starts[done])
+    return done, stored[: starts[done]]
+
+
+def _append(file: Path, log_probs: Tensor) -> None:
+    with open(file, "ab") as handle:
+        handle.write(log_probs.cpu().numpy().tobytes())

@@ -1,0 +1,191 @@
+"""The reference's log-probs on disk: their identity, the parts of a pass, and the audit."""
+
+import errno
+import json
+import os
+from dataclasses import asdict, make_dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from conftest import random_pairs
+from notus.data.packing import Rows
+from notus.errors import UserError
+from notus.objective import reference_cache
+from notus.objective.reference import OnlineReference
+from notus.objective.reference_cache import audit_sample, cache_identity, cached_log_probs
+
+CPU = torch.device("cpu")
+REFERENCE = {"path": "somewhere", "sha256": "0" * 64}
+
+
+class Counted(OnlineReference):
+    """Records the pairs that it is asked for; killed at one of the calls."""
+
+    def __init__(self, *arguments, killed_at=None):
+        super().__init__(*arguments)
+        self.calls, self.killed_at = [], killed_at
+
+    def of_pairs(self, indices):
+        if len(self.calls) == self.killed_at:
+            raise KeyboardInterrupt
+        self.calls.append(list(indices))
+        return super().of_pairs(indices)
+
+
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def setting(group, tiny_model, tmp_path):
+    """(folder, identity, the reference)."""
+    pairs = random_pairs(30)
+    identity = cache_identity(pairs, REFERENCE, tiny_model.shape, torch.float32)
+    return tmp_path, identity, Counted(tiny_model, pairs, Rows(200, True, CPU))
+
+
+def test_one_pass_then_only_a_sample(setting):
+    folder, identity, online = setting
+    first = cached_log_probs(folder, identity, online)
+    second = cached_log_probs(folder, identity, online)
+    assert online.calls == [list(range(30)), audit_sample(30).tolist()]
+    assert len(online.calls[1]) == 1
+    assert torch.equal(first, second) and (first < 0).all()
+
+
+def test_another_reference_token_or_dtype_is_another_cache(setting, tiny_model):
+    folder, identity, online = setting
+    cached_log_probs(folder, identity, online)
+    pairs, changed = online.pairs, random_pairs(30)
+    changed.tokens[5] += 1
+    shape = tiny_model.shape
+    for other in (
+        cache_identity(pairs, {"sha256": "1" * 64}, shape, torch.float32),
+        cache_identity(changed, REFERENCE, shape, torch.float32),
+        cache_identity(pairs, REFERENCE, shape, torch.bfloat16),
+        cache_identity(pairs, REFERENCE, replace(shape, rope_theta=5e5), torch.float32),
+    ):
+        online.calls.clear()
+        cached_log_probs(folder, other, online)
+        assert online.calls == [list(range(30))]
+
+
+@pytest.mark.parametrize(("value", "found"), [(False, True), (True, False)])
+def test_a_shape_field_that_a_cache_lacks_has_its_default(
+    setting, tiny_model, monkeypatch, value, found
+):
+    folder, identity, online = setting
+    cached_log_probs(folder, identity, online)
+    shape = tiny_model.shape
+    later = make_dataclass("Later", [("qk_norm", bool, False)], bases=(type(shape),), frozen=True)
+    monkeypatch.setattr(reference_cache, "ModelShape", later)
+    edited = later(**asdict(shape), qk_norm=value)
+    online.calls.clear()
+    other = cache_identity(online.pairs, REFERENCE, edited, torch.float32)
+    cached_log_probs(folder, other, online)
+    assert online.calls == [audit_sample(30).tolist() if found else list(range(30))]
+
+
+def test_a_cache_that_does_not_match_the_model_is_refused(setting):
+    folder, identity, online = setting
+    cached_log_probs(folder, identity, online)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["log_probs"] -= 0.01
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}.*differ.*0.01 nats per token"):
+        cached_log_probs(folder, identity, online)
+
+
+def test_a_half_written_cache_is_computed_again(setting):
+    folder, identity, online = setting
+    first = cached_log_probs(folder, identity, online)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    again = cached_log_probs(folder, identity, online)
+    assert online.calls == [list(range(30))] * 2 and torch.equal(first, again)
+    about = json.loads(file.with_suffix(".json").read_text())
+    assert about["identity"] == identity and about["pairs"] == 30
+
+
+@pytest.mark.parametrize("interrupted", [0, 2, 3])
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interrupted_pass_is_resumed(setting, monkeypatch, interrupted, torn):
+    """Parts of 8 of 30 pairs; killed during the third, or while its end was being written."""
+    folder, identity, online = setting
+    monkeypatch.setattr(reference_cache, "PART", 8)
+    whole = cached_log_probs(folder / "whole", identity, online)
+    parts = [[*range(0, 8)], [*range(8, 16)], [*range(16, 24)], [*range(24, 30)]]
+    assert online.calls == parts
+    shown = []
+
+    def show(total, done):
+        shown.append((total, done))
+        return SimpleNamespace(update=shown.append, close=lambda: shown.append("closed"))
+
+    killed = Counted(online.model, online.pairs, online.rows, killed_at=interrupted)
+    online.calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        cached_log_probs(folder, identity, killed)
+    (file,) = folder.glob("*.parts")
+    if torn and interrupted:
+        with open(file, "r+b") as handle:
+            handle.truncate(file.stat().st_size - 3)
+    online.calls.clear()
+    again = cached_log_probs(folder, identity, online, show)
+    kept = interrupted - (torn and interrupted > 0)
+    audited = [audit_sample(8 * kept).tolist()] if kept else []
+    assert online.calls == audited + parts[kept:] and torch.equal(again, whole)
+    assert shown == [(30, 8 * kept), *map(len, parts[kept:]), "closed"]
+    assert not [*folder.glob("*.parts")]
+
+
+@pytest.mark.parametrize("damage", [4.0, 1.0 / 4.0, float("nan")])
+def test_parts_that_do_not_match_the_model_are_refused(setting, monkeypatch, damage):
+    """As when the code of the model was changed since, or a disk lost what was written."""
+    folder, identity, online = setting
+    monkeypatch.setattr(reference_cache, "PART", 8)
+    with monkeypatch.context() as refused:
+        refused.setattr(reference_cache, "_write", no_space)
+        with pytest.raises(UserError):
+            cached_log_probs(folder, identity, online)
+    (file,) = folder.glob("*.parts")
+    (np.fromfile(file, np.float32) * np.float32(damage)).tofile(file)
+    online.calls.clear()
+    with pytest.raises(UserError, match=f"{file.name}: the cached.*differ"):
+        cached_log_probs(folder, identity, online)
+    assert online.calls == [audit_sample(24).tolist()]
+
+
+@pytest.mark.parametrize("refused", ["_read", "_read_parts", "_append", "_write"])
+def test_a_file_system_that_refuses_is_named(setting, monkeypatch, refused):
+    folder, identity, online = setting
+    monkeypatch.setattr(reference_cache, refused, no_space)
+    with pytest.raises(UserError, match=r"\.(parts|safetensors): cannot.*No space left on device"):
+        cached_log_probs(folder, identity, online)
+
+
+def test_the_library_that_writes_the_cache_is_refused_too(setting, monkeypatch):
+    folder, identity, online = setting
+
+    def no_space_left(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(reference_cache, "save_file", no_space_left)
+    with pytest.raises(UserError, match=r"\.safetensors: cannot.*No space left on device"):
+        cached_log_probs(folder, identity, online)
+
+
+@pytest.mark.parametrize("about", [b"\xff\xfe", b"[]", b"{", b"null"])
+def test_a_damaged_description_is_computed_again(setting, about):
+    folder, identity, online = setting
+    first = cached_log_probs(folder, identity, online)
+    (file,) = folder.glob("*.json")
+    file.write_bytes(about)
+    assert torch.equal(cached_log_probs(folder, identity, online), first)
+    assert online.calls == [list(range(30))] * 2
