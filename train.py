@@ -49,7 +49,7 @@ from notus.engine.profiling import profiled
 from notus.engine.signals import Interrupts
 from notus.errors import UserError
 from notus.generate.samples import record_samples, show_result
-from notus.model.lora import export_adapter
+from notus.model.peft import export_adapter
 from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
 from notus.objective.losses import PairLogProbs
 from notus.objective.reference import follow
@@ -57,7 +57,6 @@ from notus.opening import (
     Run,
     answer_samples,
     check_loss,
-    lora_settings,
     make_scorer,
     open_inputs,
     open_run,
@@ -267,7 +266,7 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
     else:
         checkpoint.check_sound(Path(options.resume))
-    counts = parameter_counts(inputs.shape, lora_settings(config))
+    counts = parameter_counts(inputs.shape, config.model.lora)
     merged = inputs.adapter is not None and config.model.reference is not None
     same_model = inputs.reference_folder.resolve() == inputs.source.resolve() and not merged
     report, fits = preflight(
@@ -318,20 +317,12 @@ def run_to_end(config: Config, ranks: Ranks, run: Run, profile: int | None) -> b
 
 def export(config: Config, run: Run) -> None:
     """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
-    final, lora = run.output / "final", lora_settings(config)
+    final, lora = run.output / "final", config.model.lora
     if lora is None:
         checkpoint.export(final, run.policy, run.source)
         return
-    agree(
-        lambda: export_adapter(
-            final,
-            run.policy,
-            lora,
-            base_name=config.model.policy if run.source.parent != run.output else str(run.source),
-            base=run.source,
-            merged=config.model.lora.merge,
-        )
-    )
+    base_name = config.model.policy if run.source.parent != run.output else str(run.source)
+    export_adapter(final, run.policy, lora, base_name=base_name, base=run.source)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,20 +37,11 @@ from notus.generate.prompts import Prompt, check_prompts, read_prompts
 from notus.generate.samples import write_samples
 from notus.kernels.dispatch import check_backend
 from notus.model.attention import default_backend
-from notus.model.lora import (
-    LoraSettings,
-    adapter_parameters,
-    adapters_off,
-    add_adapters,
-    check_fits,
-    initialize_adapters,
-    is_adapter,
-    merge,
-    read_adapter,
-    tokenizer_folder,
-)
-from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
-from notus.model.weights import load_weights, model_folder, open_model, weights_identity
+from notus.model.hf_config import ModelShape, read_shape
+from notus.model.lora import adapter_parameters, adapters_off, add_adapters, initialize_adapters
+from notus.model.mistral import MistralForCausalLM, count_parameters
+from notus.model.peft import check_fits, is_adapter, merge, read_adapter, tokenizer_folder
+from notus.model.weights import hash_weights, load_weights, model_folder, open_model
 from notus.objective.logprobs import (
     Scorer,
     pack_plan,
@@ -155,7 +146,7 @@ def open_run(
     )
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {config.train.unit}, "
-        f"{plan.steps_per_epoch:,} per epoch; {shape.num_parameters:,} parameters on "
+        f"{plan.steps_per_epoch:,} per epoch; {count_parameters(shape):,} parameters on "
         f"{ranks.count} x {ranks.device.type}",
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, config.train.unit):
@@ -164,7 +155,7 @@ def open_run(
         say_finished(output, ranks)
         return None
     if config.model.lora is None:
-        distributed.check_host_memory(shape.num_parameters, ranks)
+        distributed.check_host_memory(count_parameters(shape), ranks)
     source, reference_folder = inputs.source, inputs.reference_folder
     if inputs.adapter:
         agree(lambda: resuming.make_output_dir(output))
@@ -176,11 +167,11 @@ def open_run(
 
     identity = None
     if loss.uses_reference:
-        identity = weights_identity(inputs.reference_path, reference_folder)
+        identity = hash_weights(inputs.reference_path, reference_folder)
     common = resuming.common_ground(settings, shape, pairs, identity, start, plan.steps)
     if config.model.lora is not None and not reference_is_source:
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
-        common["base_sha256"] = weights_identity(config.model.policy, source)["sha256"]
+        common["base_sha256"] = hash_weights(config.model.policy, source)["sha256"]
     if found:
         agree(lambda: checkpoint.check_checkpoint(found, common))
     policy = build_model(config, shape, mesh, ranks, frozen=False)
@@ -506,7 +497,7 @@ def build_model(
 ) -> MistralForCausalLM:
     """A sharded model without weights: float32 if they will change, else compute_dtype."""
     compute_dtype = getattr(torch, config.model.compute_dtype)
-    lora = None if frozen else lora_settings(config)
+    lora = None if frozen else config.model.lora
     constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
         model = MistralForCausalLM(
@@ -527,14 +518,6 @@ def build_model(
         dropout=lora is not None and lora.dropout > 0,
     )
     return model.eval()
-
-
-def lora_settings(config: Config) -> LoraSettings | None:
-    """The adapters' settings; None where every parameter is trained."""
-    lora = config.model.lora
-    if lora is None:
-        return None
-    return LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.rslora)
 
 
 def open_reference(

@@ -14,16 +14,16 @@ ROOT = Path(__file__).parents[1]
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
     errors agreement files strict
-    config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing
     kernels
-    model.attention model.mistral model.weights model.lora
+    model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.reference
     engine.hardware engine.progress
     engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
     engine.signals engine.lock engine.resume engine.history engine.host_memory
     engine.checkpoint engine.profiling
+    config
     generate.prompts generate.decoding
     evals
     generate.samples

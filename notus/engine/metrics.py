@@ -22,7 +22,7 @@ from notus.data.planning import Plan
 from notus.engine.hardware import gpu_of_device
 from notus.engine.progress import progress
 from notus.errors import UserError
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
 from notus.objective.losses import Loss, PairLogProbs
 
 

@@ -25,8 +25,9 @@ from notus.agreement import agree
 from notus.data.packing import Microbatch
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
+from notus.model.hf_config import ModelShape
 from notus.model.lora import adapters_off
-from notus.model.mistral import MistralForCausalLM, ModelShape
+from notus.model.mistral import MistralForCausalLM
 from notus.objective.logprobs import (
     Scorer,
     flat_positions,
