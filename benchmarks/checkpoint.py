@@ -32,7 +32,8 @@ from notus.data.tokenization import TokenizedPairs
 from notus.engine import distributed
 from notus.engine.checkpoint import Progress, Saver
 from notus.engine.distributed import Ranks
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 from notus.objective.logprobs import token_log_probs
 
 PROMPT, RESPONSE, VOCABULARY = 16, 16, 8000

@@ -32,7 +32,8 @@ from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import MODES, Load, memory_budget, parameter_counts
 from notus.engine.distributed import accumulate, shard_model
 from notus.engine.optim import make_optimizer
-from notus.model.mistral import MistralForCausalLM, ModelShape
+from notus.model.hf_config import ModelShape
+from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.objective.logprobs import token_log_probs
 
 TOLERANCE = 0.2
@@ -193,7 +194,7 @@ def main() -> int:
         shape, slots = model_shape(4, 256, 896, 8, 512), 512
     else:
         shape, slots = model_shape(options.layers, 4096, 14_336, 32, 32_000), options.slots
-    print(f"{shape.num_parameters:,} parameters, rows of {slots:,} slots, {device}; MiB")
+    print(f"{count_parameters(shape):,} parameters, rows of {slots:,} slots, {device}; MiB")
     print(f"{'checkpointing':<15}{'ranks':>6}{'optimizer':>11}{'predicted':>11}{'measured':>11}")
     worst = 0.0
     for optimizer in ("adamw", "rmsprop"):

@@ -76,9 +76,10 @@ from notus.config import Curation, Source
 from notus.data.preferences import Message, load_preferences
 from notus.data.tokenization import load_tokenizer, sentencepiece_backend
 from notus.errors import UserError
-from notus.model.lora import WEIGHTS, LoraSettings, add_adapters, initialize_adapters, save_adapter
+from notus.model.hf_config import read_shape
+from notus.model.lora import LoraSettings, add_adapters, initialize_adapters
 from notus.model.mistral import MistralForCausalLM as OurMistral
-from notus.model.mistral import read_shape
+from notus.model.peft import WEIGHTS, adapter_tensors, save_adapter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
@@ -86,7 +87,7 @@ MAX_LENGTH = 512
 PAIRS_PER_STEP = 8
 EVALUATED_AT_ONCE = 4
 LEARNING_RATE = 1e-3  # log-ratios of several nats within ten steps
-LORA = LoraSettings(rank=8, alpha=16)
+LORA = LoraSettings(rank=8, alpha=16, target_modules="all-linear")
 LORA_LEARNING_RATE = 1e-2  # the same with adapters
 SEED = 42
 LOG_PROBS = ("logps/chosen", "logps/rejected")
@@ -248,7 +249,7 @@ def write_adapter(work: Path) -> None:
     add_adapters(model, LORA)
     model.to_empty(device="cpu")
     initialize_adapters(model, SEED)
-    save_adapter(work / "adapter", model, LORA, str(work / "policy"))
+    save_adapter(work / "adapter", adapter_tensors(model), LORA, str(work / "policy"))
 
 
 def write_pairs(work: Path, path: str, count: int) -> None:

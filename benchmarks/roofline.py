@@ -35,7 +35,8 @@ import torch
 
 from benchmarks.memory import model_shape
 from notus.engine.flops import model_flops, peak_flops
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
+from notus.model.mistral import count_parameters
 
 MODELS = {
     "A": model_shape(layers=8, hidden=4096, inner=14_336, heads=32, vocabulary=32_000),
@@ -234,7 +235,7 @@ def predict(shape: ModelShape, lengths: np.ndarray, rates: Rates, width: int) ->
         attention=2 * attention / rates.matmul,
         head=4 * head_forward(shape, counts.scored) / rates.matmul,
         elementwise=layer_tokens * elementwise_bytes(shape, width) / rates.copy,
-        optimizer=OPTIMIZER_BYTES * shape.num_parameters / rates.copy,
+        optimizer=OPTIMIZER_BYTES * count_parameters(shape) / rates.copy,
         pairs=len(lengths),
         model_flops=model_flops(shape, lengths),
     )
@@ -243,7 +244,7 @@ def predict(shape: ModelShape, lengths: np.ndarray, rates: Rates, width: int) ->
 def palm_flops(shape: ModelShape, tokens: float, mean_length: float) -> float:
     """6 (parameters without the embedding) + 12 L h e T per token: only to compare with papers."""
     queries = shape.num_attention_heads * shape.head_dim
-    weights = shape.num_parameters - shape.vocab_size * shape.hidden_size
+    weights = count_parameters(shape) - shape.vocab_size * shape.hidden_size
     return tokens * (6 * weights + 12 * shape.num_hidden_layers * queries * mean_length)
 
 

@@ -42,7 +42,8 @@ from notus.dryrun.memory import MODES, block_bytes_kept
 from notus.engine.distributed import _recomputed
 from notus.kernels import reference
 from notus.model.attention import build_mask
-from notus.model.mistral import Block, ModelShape, rope_tables
+from notus.model.hf_config import ModelShape
+from notus.model.mistral import Block, count_parameters, rope_tables
 from notus.objective.logprobs import token_log_probs
 
 Row = dict[str, Any]
@@ -256,7 +257,7 @@ def projection(name: str, ranks: int, slot_counts: Sequence[int]) -> list[Row]:
     lengths = PROFILES["uf"](4096, np.random.default_rng(SEED))
     real = packed(lengths, float(lengths.sum()))
     share = (ranks - 1) / ranks
-    gather, scatter = (width * shape.num_parameters * share / NVLINK for width in (2, 4))
+    gather, scatter = (width * count_parameters(shape) * share / NVLINK for width in (2, 4))
     for slots in slot_counts:
         part = slots / real.slots
         flops = 3 * blocks_forward(shape, slots, real.attended * part)

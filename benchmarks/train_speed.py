@@ -83,7 +83,8 @@ from notus.data.tokenization import (
 from notus.engine.flops import model_flops, peak_flops
 from notus.engine.metrics import peak_memory_bytes
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM, ModelShape
+from notus.model.hf_config import ModelShape
+from notus.model.mistral import MistralForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "numpy")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from benchmarks.memory import model_shape  # noqa: E402
-from notus.config import CONFLICTS, INERT, Config, describe, load_config  # noqa: E402
+from notus.config import CONFLICTS, INERT, Config, load_config  # noqa: E402
 from notus.data.tokenization import TokenizedPairs  # noqa: E402
 from notus.dryrun.memory import parameter_counts  # noqa: E402
 from notus.dryrun.preflight import (  # noqa: E402
@@ -34,6 +34,7 @@ from notus.dryrun.preflight import (  # noqa: E402
 )
 from notus.engine.flops import GIB, gpu_named  # noqa: E402
 from notus.opening import plan_run  # noqa: E402
+from notus.strict import describe  # noqa: E402
 
 HEAD = """# Configuration
 

@@ -27,15 +27,10 @@ from notus.errors import UserError, agreed
 from notus.generate.prompts import Prompt, read_prompts
 from notus.generate.samples import write_samples
 from notus.model.attention import default_backend
-from notus.model.lora import (
-    LoraSettings,
-    add_adapters,
-    check_fits,
-    is_adapter,
-    read_adapter,
-    tokenizer_folder,
-)
-from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
+from notus.model.hf_config import ModelShape, read_shape
+from notus.model.lora import add_adapters
+from notus.model.mistral import MistralForCausalLM
+from notus.model.peft import check_fits, is_adapter, read_adapter, tokenizer_folder
 from notus.model.weights import load_weights, model_folder, open_model
 from notus.objective.loss import Loss, build_loss
 from notus.objective.reference import CachedReference, OnlineReference, Reference, no_reference
@@ -130,20 +125,12 @@ def find_models(config: Config, *, weights: bool) -> Models:
     )
 
 
-def lora_settings(config: Config) -> LoraSettings | None:
-    """The adapters' settings; None where every parameter is trained."""
-    lora = config.model.lora
-    if lora is None:
-        return None
-    return LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.rslora)
-
-
 def build_model(
     config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
 ) -> MistralForCausalLM:
     """A sharded model without weights: float32 if they will change, else compute_dtype."""
     compute_dtype = getattr(torch, config.model.compute_dtype)
-    lora = None if frozen else lora_settings(config)
+    lora = None if frozen else config.model.lora
     constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
         model = MistralForCausalLM(

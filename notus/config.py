@@ -1,92 +1,45 @@
 """The configuration: strict JSON in sections, read into frozen dataclasses.
 
-The dataclasses are the documentation of the keys: what each means, its unit, its default and, as
-its type, what it may hold. Adding a key means adding a field. `load_config` reads a file,
-`to_dict` gives back what was resolved, and `INERT` says which keys do nothing under which settings.
+The dataclasses are the documentation of the keys: the meaning, unit and default of each and, as its
+type, the values that it accepts. Adding a key means adding a field. Sections that belong to a
+library (adapters, sources, curation) are dataclasses there. `load_config` reads a file, `to_dict`
+gives back the resolved configuration, and INERT lists the keys that have no effect under other
+settings.
 """
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from difflib import SequenceMatcher, get_close_matches
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from notus.curation.curate import Curation
+from notus.data.preferences import Source
 from notus.errors import UserError
-
-
-class Bound(NamedTuple):
-    """What an annotated type accepts beyond its type: the words for a message, and the test."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-Text = Annotated[str, Bound("a non-empty string", lambda x: x != "")]
-Count = Annotated[int, Bound("an integer of at least 1", lambda x: x >= 1)]
-Seed = Annotated[int, Bound("an integer from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
-Positive = Annotated[float, Bound("a number above 0", lambda x: x > 0)]
-NonNegative = Annotated[float, Bound("a number of at least 0", lambda x: x >= 0)]
-Fraction = Annotated[float, Bound("a number from 0 to 1", lambda x: 0 <= x <= 1)]
-Decay = Annotated[float, Bound("a number from 0 to below 1", lambda x: 0 <= x < 1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters: they alone are trained, the base rests in compute_dtype."""
-
-    rank: Count  # of a layer's change B A: rows of A, columns of B
-    alpha: Positive  # the adapters' product is scaled by alpha / rank
-    dropout: Decay = 0.0  # probability that an entry of an adapter's input is left out in training
-    # linear layers by the end of their name, or "all-linear" for all of the blocks'
-    target_modules: tuple[Text, ...] | Literal["all-linear"] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
-    rslora: bool = False  # scaled by alpha / sqrt(rank) instead
-    merge: bool = False  # final/ also gets base and adapters as one model
+from notus.model.lora import LoraSettings
+from notus.strict import (
+    Count,
+    Fraction,
+    FractionBelowOne,
+    Invalid,
+    NonNegative,
+    Positive,
+    Seed,
+    Text,
+    parse,
+    plain,
+    read_json,
+    show,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     policy: Text  # path or hub id of a Mistral-architecture causal LM (safetensors + tokenizer)
     reference: Text | None = None  # path or hub id; null: the policy's initial weights
-    lora: Lora | None = None  # null: every parameter is trained
+    lora: LoraSettings | None = None  # null: every parameter is trained
     # dtype of forward and backward; parameters and optimiser state are float32 either way
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curation:
-    """How rated completions become pairs, and which prompts stay out (of ready pairs too)."""
-
-    # what ranks a row's completions: the mean of UltraFeedback's aspects (Notus), its overall
-    # score (Zephyr) as published or corrected, or each response's own rating; null: ready pairs
-    rule: Literal["mean-rating", "overall-score", "overall-score-fixed", "rating"] | None = None
-    # drawn among the lower ones, the lowest, or drawn among all others, ties too, as for Zephyr
-    rejected: Literal["random", "lowest", "zephyr"] = "random"
-    decontaminate: tuple[Text, ...] | None = None  # files of benchmark prompts to leave out
-    # a benchmark prompt is recognised by its text, also by its words, also by runs of 8 words
-    match: Literal["exact", "normalised", "n-grams"] = "n-grams"
-    drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
-    # of pairs with the same prompt, or nearly the same, the first alone stays
-    duplicates: Literal["keep", "exact", "near"] = "keep"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One dataset of preferences."""
-
-    path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
-    split: Text | None = None  # null: "train", where the dataset has splits
-    weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
-    format: Text | None = None  # a name from notus/data/preferences.py; null: seen from the rows
-    curation: Curation | None = None  # null: the rows are pairs, and all of them enter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +105,9 @@ class Optimizer:
     learning_rate: NonNegative = 5e-7  # the highest of the schedule
     # adamw: each step takes this x the rate off a parameter; rmsprop: adds it to the gradient
     weight_decay: NonNegative = 0.0
-    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw: decay of the first and second moment
-    alpha: Decay = 0.99  # rmsprop: decay of the squared gradient
+    # adamw: decay of the first and second moment
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
+    alpha: FractionBelowOne = 0.99  # rmsprop: decay of the squared gradient
     eps: NonNegative = 1e-8  # added to the root of the squared gradient's mean, the divisor
     # dtype of the moments; bfloat16 is rounded stochastically. Weights and gradients stay float32.
     state_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -312,7 +266,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     override, the dotted key, what was found and what was expected.
     """
     try:
-        tree = _read_json(Path(path).read_text(encoding="utf-8"))
+        tree = read_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -321,19 +275,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: not valid JSON at {where}: {error.msg}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: found {_show(tree)}, expected an object of sections")
+        raise UserError(f"{path}: found {show(tree)}, expected an object of sections")
 
     origins: dict[str, str] = {}
     before = _config_or_none(tree)
     for override in overrides:
         _apply_override(tree, override, origins)
     try:
-        _reject_malformed(tree, "")
-        config = _parse(tree, Config, "")
+        config = parse(tree, Config)
         _reject_contradictions(config)
         _reject_inert(config, tree, before, origins)
-    except _Invalid as error:
-        raise UserError(f"{_origin(error.key, origins, path)}: {error.key}: {error}") from None
+    except Invalid as error:
+        raise UserError(f"{_origin(error.key, origins, path)}: {error}") from None
     return config
 
 
@@ -342,35 +295,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
     Written as JSON and read by `load_config`, it gives an equal Config.
     """
-    sections = _plain(config)
+    sections = plain(config)
     for key, is_inert, _ in INERT:
         section, name = key.split(".")
         if is_inert(config):
             del sections[section][name]
     return sections
-
-
-class _Invalid(Exception):
-    """A problem at a dotted key; `load_config` adds where that key was given."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(problem)
-        self.key = key
-
-
-_REPEATED = object()  # the value of a key that occurs twice, until its dotted key is known
-
-
-def _read_json(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        return {name: _REPEATED if names.count(name) > 1 else value for name, value in pairs}
-
-    # Python bounds the digits of an integer by an error of its own; no key needs more than 64 bits.
-    def integer(digits: str) -> int | float:
-        return int(digits) if len(digits) < 20 else float(digits)
-
-    return json.loads(text, object_pairs_hook=unique, parse_int=integer)
 
 
 def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]) -> None:
@@ -379,7 +309,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]
     if not key or not equals:
         raise UserError(f'command line: found "{override}", expected section.key=value')
     try:
-        value = _read_json(text)
+        value = read_json(text)
     except json.JSONDecodeError:
         value = text
 
@@ -394,7 +324,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]
             index = int(part)
             node.extend([None] * (index == len(node)))
         else:
-            problem = f"found {_show(node)} around it, which has no such key or index"
+            problem = f"found {show(node)} around it, which has no such key or index"
             raise UserError(f"command line, {override}: {at}: {problem}")
         if depth == len(parts):
             node[index] = value
@@ -416,29 +346,18 @@ def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
     return str(path)
 
 
-def _reject_malformed(node: Any, key: str) -> None:
-    """What JSON should not hold, anywhere in the tree: repeated keys, NaN and infinities."""
-    if node is _REPEATED:
-        raise _Invalid(key, "occurs twice in one object, expected once")
-    if isinstance(node, float) and not math.isfinite(node):
-        raise _Invalid(key, f"found {_show(node)}, expected a finite number")
-    if isinstance(node, dict | list):
-        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
-            _reject_malformed(child, _join(key, name))
-
-
 def _config_or_none(tree: dict[str, Any]) -> Config | None:
     """The file's own configuration; None where it is not one before overrides complete it."""
     try:
-        return _parse(tree, Config, "")
-    except _Invalid:
+        return parse(tree, Config)
+    except Invalid:
         return None
 
 
 def _reject_contradictions(config: Config) -> None:
     for key, contradicts, problem in CONFLICTS:
         if contradicts(config):
-            raise _Invalid(key, problem.format(config))
+            raise Invalid(key, problem.format(config))
 
 
 def _reject_inert(
@@ -451,128 +370,4 @@ def _reject_inert(
             continue
         overridden = {section, key} & origins.keys()
         if overridden or before is None or is_inert(before):
-            raise _Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")
-
-
-def _parse(value: Any, expected: Any, key: str) -> Any:
-    """A JSON value read as the annotation `expected`; raises _Invalid where it does not fit."""
-    origin, args = get_origin(expected), get_args(expected)
-    if origin in (Union, UnionType):
-        for member in args:
-            if _fits(value, member):
-                return _parse(value, member, key)
-    elif _fits(value, expected):
-        if is_dataclass(expected):
-            return _parse_section(value, expected, key)
-        if origin is Annotated:
-            value = _parse(value, args[0], key)
-            if args[1].holds(value):
-                return value
-        elif origin is tuple:
-            members = args[:1] * len(value) if args[-1] is Ellipsis else args
-            if value and len(value) == len(members):
-                items = enumerate(zip(value, members, strict=True))
-                return tuple(_parse(item, member, _join(key, i)) for i, (item, member) in items)
-        else:
-            return float(value) if expected is float else value
-    raise _Invalid(key, f"found {_show(value)}, expected {describe(expected)}")
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    """Whether the value is of the JSON type that the annotation is read from."""
-    origin, args = get_origin(expected), get_args(expected)
-    if origin is Annotated:
-        return _fits(value, args[0])
-    if origin is Literal:  # 1 equals True in Python, and not in JSON
-        return any(type(value) is type(choice) and value == choice for choice in args)
-    if origin is tuple:
-        return isinstance(value, list)
-    if origin is dict or is_dataclass(expected):
-        return isinstance(value, dict)
-    return type(value) is expected or (expected is float and type(value) is int)
-
-
-def _parse_section(value: dict[str, Any], cls: type, key: str) -> Any:
-    hints, rest = get_type_hints(cls, include_extras=True), _rest_field(cls)
-    known = {entry.name: entry for entry in fields(cls) if entry is not rest}
-    others = {name: value[name] for name in value if name not in known}
-    if others and rest is None:
-        unknown = _join(key, next(iter(others)))
-        raise _Invalid(unknown, f"unknown key; {_suggest(unknown)}")
-    arguments = {rest.name: others} if rest else {}
-    for name, entry in known.items():
-        at = _join(key, name)
-        if name in value:
-            arguments[name] = _parse(value[name], hints[name], at)
-        elif is_dataclass(hints[name]):  # a section left out has its defaults, or misses a key
-            arguments[name] = _parse_section({}, hints[name], at)
-        elif entry.default is MISSING:
-            raise _Invalid(at, f"missing, expected {describe(hints[name])}")
-    return cls(**arguments)
-
-
-def _suggest(unknown: str) -> str:
-    """The valid key nearest to an unknown one: in its section, else with a name like its own."""
-    section, _, name = re.sub(r"\.\d+\.", ".0.", unknown).rpartition(".")
-    names = {key: key.rpartition(".")[2] for key in _valid_keys(Config, "")}
-    same_section = [key for key in names if key.rpartition(".")[0] == section]
-    for pool, cutoff in ((same_section, 0.6), (list(names), 0.8)):
-        for near in get_close_matches(name, [names[key] for key in pool], 1, cutoff):
-            keys = [key for key in pool if names[key] == near]
-            nearest = max(keys, key=lambda key: SequenceMatcher(None, key, unknown).ratio())
-            return f"nearest valid key: {nearest}"
-    return f"valid keys here: {', '.join(same_section)}"
-
-
-def _valid_keys(expected: Any, key: str) -> Iterator[str]:
-    """Every dotted key below an annotation, with 0 for the index into a list."""
-    if is_dataclass(expected):
-        rest = _rest_field(expected)
-        for name in rest.metadata["other_keys_such_as"] if rest else ():
-            yield _join(key, name)
-        for name, hint in get_type_hints(expected, include_extras=True).items():
-            if rest is None or name != rest.name:
-                yield _join(key, name)
-                yield from _valid_keys(hint, _join(key, name))
-    for member in get_args(expected):
-        yield from _valid_keys(member, _join(key, 0) if get_origin(expected) is tuple else key)
-
-
-def _rest_field(cls: type) -> Field | None:
-    """The field that takes a section's other keys, unchecked."""
-    return next((entry for entry in fields(cls) if "other_keys_such_as" in entry.metadata), None)
-
-
-def describe(expected: Any) -> str:
-    """What an annotation accepts, in words."""
-    origin, args = get_origin(expected), get_args(expected)
-    if origin is Annotated:
-        return args[1].expected
-    if origin in (Union, UnionType, Literal):
-        words = [_show(arg) if origin is Literal else describe(arg) for arg in args]
-        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    if origin is tuple:
-        size = "one or more values" if args[-1] is Ellipsis else f"{len(args)} values"
-        return f"a list of {size}, each {describe(args[0])}"
-    if is_dataclass(expected):
-        return f"an object with the keys {', '.join(entry.name for entry in fields(expected))}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return {**words, NoneType: "null"}.get(expected, "an object")
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=lambda _: "...")
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _join(key: str, name: str | int) -> str:
-    return f"{key}.{name}" if key else str(name)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        entries = {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
-        rest = _rest_field(type(value))
-        others = entries.pop(rest.name) if rest else {}
-        return entries | others
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+            raise Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")

@@ -29,15 +29,10 @@ from notus.engine.metrics import Meter, Progress, Speed
 from notus.errors import UserError, agreed
 from notus.generate.prompts import check_prompts
 from notus.kernels.dispatch import check_backend
-from notus.model.lora import (
-    adapter_parameters,
-    adapters_off,
-    export_adapter,
-    initialize_adapters,
-    merge,
-)
-from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import load_weights, weights_identity
+from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
+from notus.model.mistral import MistralForCausalLM, count_parameters
+from notus.model.peft import export_adapter, merge
+from notus.model.weights import hash_weights, load_weights
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.loss import Loss
 from notus.objective.reference import Reference, check_start
@@ -102,18 +97,18 @@ def open_run(
         say_finished(output, ranks)
         return None
     if config.model.lora is None:
-        distributed.check_host_memory(models.shape.num_parameters, ranks)
+        distributed.check_host_memory(count_parameters(models.shape), ranks)
     models = merge_adapter(config, models, ranks, lock)
 
     identity = None
     if loss.uses_reference:
-        identity = weights_identity(models.reference_path, models.reference)
+        identity = hash_weights(models.reference_path, models.reference)
     common = resuming.common_ground(
         settings, models.shape, pairs, identity, begin.start, plan.steps
     )
     if config.model.lora is not None and not (identity and models.reference_is_policy):
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
-        common["base_sha256"] = weights_identity(config.model.policy, models.source)["sha256"]
+        common["base_sha256"] = hash_weights(config.model.policy, models.source)["sha256"]
     if begin.checkpoint:
         with agreed():
             checkpoint.check_checkpoint(begin.checkpoint, common)
@@ -218,7 +213,7 @@ def announce(config: Config, ranks: Ranks, plan: Plan, models: Models) -> None:
     """Print the size of the run, and how many ranks will have no pairs, if any."""
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {config.train.unit}, "
-        f"{plan.steps_per_epoch:,} per epoch; {models.shape.num_parameters:,} parameters on "
+        f"{plan.steps_per_epoch:,} per epoch; {count_parameters(models.shape):,} parameters on "
         f"{ranks.count} x {ranks.device.type}",
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, config.train.unit):
@@ -358,7 +353,7 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
 
 def export(run: Run) -> None:
     """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
-    final, lora = run.output / "final", build.lora_settings(run.config)
+    final, lora = run.output / "final", run.config.model.lora
     if lora is None:
         checkpoint.export(final, run.policy, run.source)
         return
@@ -369,5 +364,4 @@ def export(run: Run) -> None:
         lora,
         base_name=str(run.source) if merged_here else run.config.model.policy,
         base=run.source,
-        merged=run.config.model.lora.merge,
     )

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from notus.data.tokenization import TokenizedPairs
 from notus.demo import write_demo
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 
 VOCABULARY = 61
 

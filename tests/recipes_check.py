@@ -16,7 +16,8 @@ import train
 from notus.data.packing import Layout
 from notus.data.planning import Plan
 from notus.model.attention import may_attend
-from notus.model.mistral import Block, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import Block
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
 

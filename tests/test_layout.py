@@ -14,16 +14,16 @@ ROOT = Path(__file__).parents[1]
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
     errors agreement files strict
-    config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.preferences data.special_tokens data.tokenization data.planning data.packing
     data.dataset
     kernels
-    model.attention model.mistral model.weights model.lora
+    model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache
     engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
     engine.log engine.signals engine.lock engine.resume engine.history engine.host_memory
     engine.checkpoint engine.profiling
+    config
     generate.prompts generate.decoding
     evals
     generate.samples

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -41,6 +41,7 @@ from notus.curation.ratings import (
 from notus.curation.report import Summary, write_report
 from notus.curation.rows import PlacedRow, Row, read_rows, read_text
 from notus.errors import UserError
+from notus.strict import Text
 
 DUPLICATE = "duplicate prompt"
 NEAR_DUPLICATE = "near-duplicate prompt"
@@ -48,15 +49,21 @@ HELD_OUT_PROMPT = "prompt of a held-out row"
 DUPLICATES = ("keep", "exact", "near")
 
 
-class Curation(Protocol):
-    """How rows become pairs, as a configuration or the command's options say it."""
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    """How rated completions become pairs, and which prompts are left out (of ready pairs too)."""
 
-    rule: str | None
-    rejected: str
-    decontaminate: Sequence[str] | None
-    match: str
-    drop_sources: Sequence[str] | None
-    duplicates: str
+    # what ranks a row's completions: the mean of UltraFeedback's aspects (Notus), its overall
+    # score (Zephyr) as published or corrected, or each response's own rating; null: ready pairs
+    rule: Literal["mean-rating", "overall-score", "overall-score-fixed", "rating"] | None = None
+    # drawn among the lower ones, the lowest, or drawn among all others, ties too, as for Zephyr
+    rejected: Literal["random", "lowest", "zephyr"] = "random"
+    decontaminate: tuple[Text, ...] | None = None  # files of benchmark prompts to leave out
+    # a benchmark prompt is recognised by its text, also by its words, also by runs of 8 words
+    match: Literal["exact", "normalised", "n-grams"] = "n-grams"
+    drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
+    # of pairs with the same prompt, or nearly the same, only the first is kept
+    duplicates: Literal["keep", "exact", "near"] = "keep"
 
 
 class Screen:
@@ -121,15 +128,12 @@ def curate_row(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The command's settings: a `Curation`, and more."""
+class Settings(Curation):
+    """The command's settings: those of a source, files of held-out prompts, and the draws' seed."""
 
     rule: str | None = "mean-rating"
-    rejected: str = "random"
     decontaminate: tuple[str, ...] = ()
-    match: str = "n-grams"
     drop_sources: tuple[str, ...] = ()
-    duplicates: str = "keep"
     held_out: tuple[str, ...] = ()
     seed: int = 42
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from notus.curation.decontamination import Dropped, SeenPrompts, asked, whole_te
 from notus.curation.ratings import RATED_FORMATS, RatedRow
 from notus.curation.rows import Row, read_rows, read_text, reject_column
 from notus.errors import UserError
+from notus.strict import Positive, Text
 
 Message = dict[str, str]
 
@@ -54,14 +55,15 @@ class Preferences(NamedTuple):
     dropped: dict[str, int]
 
 
-class Source(Protocol):
-    """One dataset of a mixture, as the configuration describes it."""
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One dataset of preferences."""
 
-    path: str
-    split: str | None
-    weight: float
-    format: str | None
-    curation: Curation | None
+    path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
+    split: Text | None = None  # null: "train", where the dataset has splits
+    weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
+    format: Text | None = None  # a name from notus/data/preferences.py; null: seen from the rows
+    curation: Curation | None = None  # null: the rows are pairs, and all of them enter
 
 
 # ------------------------------------------------------------------- the parts of a row, checked

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from notus.kernels.reference import CHUNK_LOGITS
+from notus.model.hf_config import ModelShape
 from notus.model.lora import LoraSettings, add_adapters
-from notus.model.mistral import MistralForCausalLM, ModelShape
+from notus.model.mistral import MistralForCausalLM
 
 MODES = ("none", "selective", "full")  # of activation checkpointing, by what is recomputed
 OPTIMIZER_STATES = {"adamw": 2, "rmsprop": 1}  # numbers per trainable parameter

@@ -18,7 +18,7 @@ from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import MODES, OPTIMIZER_STATES, Budget, Counts, Line, Load, memory_budget
 from notus.engine.flops import GIB, GPU, GPUS, forward_flops, model_flops
 from notus.errors import UserError
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
 
 # Of a GPU's memory, what tensors cannot have: CUDA's context, NCCL's buffers and the workspaces of
 # matrix products take about a fixed amount, and the allocator's gaps a share. Estimates.

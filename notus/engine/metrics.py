@@ -15,7 +15,7 @@ from torch import Tensor
 from notus.data.packing import Microbatch, slots_of
 from notus.data.planning import Division, Plan
 from notus.engine.flops import FULL_TRAINING, Work, hardware_flops, model_flops, peak_flops
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
 

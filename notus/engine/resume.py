@@ -12,7 +12,7 @@ import torch.distributed as dist
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import lock
 from notus.errors import UserError
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
 
 Plain = dict[str, Any]
 

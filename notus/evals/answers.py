@@ -49,8 +49,8 @@ from notus.generate.prompts import (
     encode_published,
     read_prompt_set,
 )
-from notus.model.mistral import ModelShape
-from notus.model.weights import open_model, weights_identity
+from notus.model.hf_config import ModelShape
+from notus.model.weights import hash_weights, open_model
 
 Result = TypeVar("Result")
 Encode = Callable[[str | list[Message]], list[int]]
@@ -513,7 +513,7 @@ def generate(options: argparse.Namespace, ranks: Ranks) -> None:
     encode, decode = prompt_format(options, tokenizer, kind)
     encoded = _together(ranks, lambda: [encode(prompt.prompt) for prompt in prompts])
     settings = {
-        "model_sha256": weights_identity(options.model, folder)["sha256"],
+        "model_sha256": hash_weights(options.model, folder)["sha256"],
         "name": name,
         "prompts": prompt_set.source,
         "prompt_format": options.prompt_format,

@@ -28,7 +28,8 @@ from notus.engine import distributed
 from notus.engine.distributed import Ranks, divide
 from notus.engine.evaluation import all_log_probs, summarize
 from notus.errors import UserError, agreed
-from notus.model.mistral import MistralForCausalLM, ModelShape
+from notus.model.hf_config import ModelShape
+from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import score
 from notus.objective.loss import Loss, build_loss

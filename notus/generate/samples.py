@@ -45,8 +45,8 @@ from notus.generate.prompts import (
     read_prompts,
 )
 from notus.model.attention import build_mask
-from notus.model.lora import merge
 from notus.model.mistral import MistralForCausalLM
+from notus.model.peft import merge
 from notus.model.weights import model_folder
 
 PROMPTS_AT_ONCE = 64

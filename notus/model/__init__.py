@@ -1,7 +1,9 @@
 """The Mistral architecture in plain PyTorch, its weights and its low-rank adapters.
 
 attention  who attends to whom, and the backends that compute it
+hf_config  the decoder's shape, from a Hugging Face folder's config.json
 mistral    the decoder
 weights    safetensors folders in and out
-lora       low-rank adapters, and PEFT's files
+lora       low-rank adapters
+peft       adapters in PEFT's files, and merged into their base
 """

@@ -3,20 +3,20 @@
 A microbatch is one row of T token slots that holds many documents side by side. Every slot knows
 its document, its branch within the document (the prompt, or one of the responses that continue
 it), its position, and whether it takes part in attention at all. From these four numbers
-`may_attend` decides for every (query, key) pair. Every backend asks it but FlashAttention, which
-knows causal sequences alone.
+`may_attend` decides for every (query, key) pair. Every backend applies it except FlashAttention,
+which computes only causal sequences; `check_segments` compares the two.
 
-    backend  device  what it does
+    backend  device  computation
     flex     CUDA    FlexAttention over the blocks in which the predicate holds somewhere
-    varlen   any     a causal sequence for each branch (`packing.Segments`) and nothing else: on
-                     CUDA FlashAttention, in bfloat16 alone, whose backward pass adds in no fixed
-                     order; on the CPU one sequence after another
+    varlen   any     a causal sequence for each branch (`packing.Segments`): on CUDA FlashAttention,
+                     only in bfloat16, whose backward pass adds in no fixed order; on the CPU one
+                     sequence after another
     dense    any     a [T, T] boolean mask and scaled_dot_product_attention
 
 Shapes: T slots, N query heads, K key/value heads, H head dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -30,15 +30,16 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from notus.data.packing import PADDING, PROMPT, Layout, Segments
+from notus.errors import UserError
 
 
 @dataclass(frozen=True)
 class SegmentMask:
     """The predicate within segments.
 
-    masks: on the CPU, bool [queries, keys] of every segment, None where it is a plain causal one.
-    There are none for FlashAttention, on CUDA, which knows `window` and that segments are causal; a
-    predicate that says something else is not seen there.
+    masks: on the CPU, bool [queries, keys] of every segment, None where it is plainly causal. On
+    CUDA there are none: FlashAttention takes `window` and computes causal segments, which is what
+    the predicate says as long as `check_segments` raises nothing.
     """
 
     segments: Segments
@@ -61,10 +62,10 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Whether slot `query` may look at slot `key`: bool, in the broadcast shape of the two indices.
 
-    Both are integer tensors of slot indices. True when both lie in the same document, the key is
-    not later, the key is in the prompt or in the query's own branch, fewer than `window` positions
-    lie between them (None: no limit), and neither is hidden. Padding may attend to itself alone.
-    Nothing is changed in place: FlexAttention's kernel cannot hold that.
+    Both are integer tensors of slot indices. True when both are in the same document, the key is
+    not later, the key is in the prompt or in the query's own branch, their positions differ by less
+    than `window` (None: no limit), and neither is hidden. Padding may attend only to itself.
+    Nothing is changed in place, which FlexAttention's kernel does not allow.
     """
     distance = layout.position[query] - layout.position[key]
     allowed = (layout.document[query] == layout.document[key]) & (distance >= 0)
@@ -77,10 +78,11 @@ def may_attend(layout: Layout, query: Tensor, key: Tensor, window: int | None) -
 
 
 def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMask:
-    """The predicate over all T x T slots in the form that `backend` wants; once per microbatch.
+    """The predicate over all T x T slots in the form that `backend` needs; once per microbatch.
 
-    backend: "dense" gives a bool tensor [T, T], "flex" a BlockMask, "varlen" a SegmentMask. A row
-    with hidden tokens, which FlashAttention cannot pass over, takes another backend than "varlen".
+    backend: "dense" gives a bool tensor [T, T], "flex" a BlockMask, "varlen" a SegmentMask. For a
+    row with hidden tokens, which FlashAttention cannot skip, "varlen" is replaced by "flex" on CUDA
+    and by "dense" on the CPU.
     """
     slots = torch.arange(len(layout.document), device=layout.document.device)
     if backend == "varlen" and layout.segments is None:
@@ -100,30 +102,61 @@ def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMas
 
 
 def _in_segments(layout: Layout, window: int | None) -> SegmentMask | None:
-    """The predicate cut into that of each segment; None where it allows more than they hold.
-
-    One segment's queries at a time: over all T x T at once, the predicate takes 7 bytes a pair of
-    slots (450 MiB where T is 8,192) and longer.
-    """
+    """The predicate within each segment; None where it allows a key outside its query's segment."""
     masks: list[Tensor | None] = []
+    for _, _, mask, complete in _segments(layout, window):
+        if not complete:
+            return None
+        causal = mask.shape[0] == mask.shape[1] and torch.equal(mask, torch.ones_like(mask).tril())
+        masks.append(None if causal else mask)
+    return SegmentMask(layout.segments, window, masks)
+
+
+def _segments(layout: Layout, window: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Of each segment: slots of queries [Q] and keys [K], predicate [Q, K], and is that all of it?
+
+    One segment's queries at a time: over all T x T slots at once, the predicate takes longer and 7
+    bytes for each pair of slots (450 MiB if T is 8,192).
+    """
     segments = layout.segments
     slots = torch.arange(len(layout.document))
     edges = torch.stack((segments.query_edges, segments.key_edges), 1).tolist()
     for (query, key), (query_end, key_end) in pairwise(edges):
-        allowed = may_attend(layout, slots[query:query_end, None], slots[None, :], window)
-        mask = allowed[:, segments.key_slots[key:key_end]]
-        if mask.sum() < allowed.sum():
-            return None
-        causal = mask.shape[0] == mask.shape[1] and torch.equal(mask, torch.ones_like(mask).tril())
-        masks.append(None if causal else mask)
-    return SegmentMask(segments, window, masks)
+        queries, keys = slots[query:query_end], segments.key_slots[key:key_end]
+        allowed = may_attend(layout, queries[:, None], slots[None, :], window)
+        mask = allowed[:, keys]
+        yield queries, keys, mask, bool(mask.sum() == allowed.sum())
+
+
+def check_segments(layout: Layout, sliding_window: int | None) -> None:
+    """Raise UserError if `may_attend` differs from what FlashAttention computes on a packed row.
+
+    layout: of one row, on the CPU. FlashAttention's causal mask of a segment is aligned to its end:
+    the last query is the last key. Padding, whose output nobody reads, is not compared; a row with
+    hidden tokens, which has no segments, takes another backend.
+    """
+    if layout.segments is None:
+        return
+    for queries, keys, mask, complete in _segments(layout, sliding_window):
+        if (layout.document[queries] == PADDING).all():
+            continue
+        distance = queries[:, None] - queries[-1] - torch.arange(1 - len(keys), 1)
+        causal = distance >= 0
+        if sliding_window is not None:
+            causal &= distance < sliding_window
+        if not (complete and torch.equal(mask, causal)):
+            raise UserError(
+                'parallel.attention: found "varlen", expected "flex" or "dense": on CUDA it '
+                "is FlashAttention, which computes only causal sequences, and may_attend in "
+                "notus/model/attention.py allows something else"
+            )
 
 
 def default_backend(device: torch.device, head_dim: int, compiled: bool = False) -> str:
-    """What attention uses unless told otherwise: on CUDA one with which runs repeat to the bit.
+    """The backend where the configuration names none; on CUDA one with bit-identical repeats.
 
-    FlexAttention's kernels hold no heads narrower than 16, and it has no backward pass on the CPU,
-    where segments are not compiled.
+    FlexAttention's kernels need heads of at least 16, and it has no backward pass on the CPU, where
+    segments are not compiled.
     """
     if device.type == "cuda":
         return "flex" if head_dim >= 16 else "dense"
@@ -140,7 +173,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))  # [1, heads, T, H]
     if isinstance(mask, BlockMask):
         flex = flex_attention
-        # A compiled block takes it in; elsewhere it must be compiled alone, or stores all scores.
+        # Part of a compiled block; elsewhere compiled by itself, or it would store all scores.
         if q.is_cuda and not torch.compiler.is_compiling():
             flex = _compiled_flex_attention()
         out = flex(q, k, v, block_mask=mask, enable_gqa=True)

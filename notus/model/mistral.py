@@ -1,194 +1,24 @@
 """The Mistral decoder: a packed row of tokens in, log-probs of chosen targets out.
 
-The names of modules and parameters are those of Hugging Face's MistralForCausalLM, so weights are
-loaded and saved without a rename, and the rotary embedding is its rotate-half form. Llama
-checkpoints that differ by configuration alone (biases, "llama3" rope scaling) load as well.
-Sharding, precision, activation checkpointing and compilation are applied from outside
-(engine/distributed.py); nothing here knows of them.
+Modules and parameters are named as in Hugging Face's MistralForCausalLM, so weights are loaded and
+saved without renaming, and the rotary embedding is its rotate-half form. Llama checkpoints that
+differ only in their configuration (biases, "llama3" rope scaling) load as well. Sharding,
+precision, activation checkpointing and compilation are applied from outside
+(engine/distributed.py); nothing here depends on them.
 
 Shape suffixes: T slots of the packed row, D hidden size, N query heads, K key/value heads, H head
 dimension, F feed-forward size, V vocabulary, S rows that predict a scored token.
 """
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from notus.errors import UserError
 from notus.kernels.dispatch import linear_log_probs, linear_log_sum_squares
 from notus.model.attention import AttentionMask, attend
-
-ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Frequency-dependent stretching of the rotary embedding (Llama 3.1, "rope_type": "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Everything of a checkpoint's config.json that the decoder depends on."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Rope | None
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters; a tied head counts once."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in MistralForCausalLM(self).parameters())
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """The decoder's shape from `folder`/config.json.
-
-    Raises UserError for a missing or unreadable file, an architecture other than ARCHITECTURES, a
-    missing or mistyped entry, numbers that make no decoder, quantised weights, and settings this
-    decoder does not compute (another activation or rope scaling).
-    """
-    path = folder / "config.json"
-    config = read_object(path, "a Hugging Face model folder")
-    architectures = config.get("architectures")
-    found = architectures[0] if isinstance(architectures, list) and architectures else architectures
-    if found not in ARCHITECTURES:
-        raise UserError(
-            f"{path}: architecture is {found or 'none named'}, expected one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{path}: quantization_config found, expected weights in float32, bfloat16 or float16"
-        )
-    rope = _rope(config)
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: the rope settings are {rope!r}, expected an object")
-    # Since transformers 5 the base frequency is among the rope settings.
-    theta = {"rope_theta": 10000.0} | config | rope
-    heads = _size(config, "num_attention_heads", path)
-    hidden_size = _size(config, "hidden_size", path)
-    shape = ModelShape(
-        vocab_size=_size(config, "vocab_size", path),
-        hidden_size=hidden_size,
-        intermediate_size=_size(config, "intermediate_size", path),
-        num_hidden_layers=_size(config, "num_hidden_layers", path),
-        num_attention_heads=heads,
-        num_key_value_heads=_size_or_none(config, "num_key_value_heads", path) or heads,
-        head_dim=_size_or_none(config, "head_dim", path) or hidden_size // heads,
-        rms_norm_eps=_number(config, "rms_norm_eps", path),
-        rope_theta=_number(theta, "rope_theta", path),
-        rope_scaling=_rope_scaling(rope, path),
-        # Llama has no window; its config class would ignore the key, so this does too.
-        sliding_window=(
-            _size_or_none(config, "sliding_window", path) if found.startswith("Mistral") else None
-        ),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings", path),
-        attention_bias=_flag(config, "attention_bias", path),
-        mlp_bias=_flag(config, "mlp_bias", path),
-    )
-    if heads % shape.num_key_value_heads:
-        raise UserError(
-            f"{path}: num_key_value_heads is {shape.num_key_value_heads}, expected a divisor of "
-            f"num_attention_heads, {heads}"
-        )
-    if shape.head_dim % 2:
-        raise UserError(
-            f"{path}: head_dim (by default hidden_size / num_attention_heads) is {shape.head_dim}, "
-            "expected an even number"
-        )
-    return shape
-
-
-def read_object(path: Path, folder_is: str) -> dict[str, Any]:
-    """The JSON object of a configuration file.
-
-    Raises UserError for a missing file, as a folder that is not `folder_is`, and for other content.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name}; expected {folder_is}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
-    return config
-
-
-def read_entry(config: dict[str, Any], key: str, path: Path) -> Any:
-    """An entry that must be there. Raises UserError that names it."""
-    if key not in config:
-        raise UserError(f"{path}: the entry {key!r} is missing")
-    return config[key]
-
-
-def _size(config: dict[str, Any], key: str, path: Path) -> int:
-    value = read_entry(config, key, path)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{path}: {key} is {json.dumps(value)}, expected an integer of at least 1")
-    return value
-
-
-def _size_or_none(config: dict[str, Any], key: str, path: Path) -> int | None:
-    return None if config.get(key) is None else _size(config, key, path)
-
-
-def _number(config: dict[str, Any], key: str, path: Path) -> float:
-    value = read_entry(config, key, path)
-    if type(value) not in (int, float) or not value > 0:
-        raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
-    return value
-
-
-def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
-    value = config.get(key, False)
-    if type(value) is not bool:
-        raise UserError(f"{path}: {key} is {json.dumps(value)}, expected true or false")
-    return value
-
-
-def _rope(config: dict[str, Any]) -> Any:
-    """The rope settings: `rope_parameters` since transformers 5, `rope_scaling` before."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _rope_scaling(rope: dict[str, Any], path: Path) -> Llama3Rope | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{path}: rope scaling {kind!r} found, expected none or 'llama3'")
-    return Llama3Rope(
-        factor=_number(rope, "factor", path),
-        low_freq_factor=_number(rope, "low_freq_factor", path),
-        high_freq_factor=_number(rope, "high_freq_factor", path),
-        original_max_position_embeddings=_size(rope, "original_max_position_embeddings", path),
-    )
+from notus.model.hf_config import ModelShape
 
 
 def rope_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
@@ -368,3 +198,9 @@ class MistralForCausalLM(nn.Module):
         """
         hidden_SD = self.model(tokens_T, position_T, mask, rows_S)
         return self.lm_head(hidden_SD, targets_S, sum_squares), hidden_SD
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Parameters of a model of this shape; a tied head counts once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MistralForCausalLM(shape).parameters())

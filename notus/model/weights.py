@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM, ModelShape, read_shape
+from notus.model.hf_config import ModelShape, read_shape
+from notus.model.mistral import MistralForCausalLM
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -173,7 +174,7 @@ def open_model(path: str, weights: bool = True) -> tuple[Path, ModelShape]:
         if not (folder / "config.json").is_file() and (place / "adapter_config.json").is_file():
             raise UserError(
                 f"{place}: found an adapter, expected a whole model; merge it first: "
-                f"python -m notus.model.lora merge BASE {place} OUT"
+                f"python -m notus.model.peft merge BASE {place} OUT"
             )
     shape = read_shape(folder)
     if not weights and (folder != Path(path) or not any(folder.glob("*.safetensors"))):
@@ -224,8 +225,8 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
     return local, slice(start, start + len(local))
 
 
-def weights_identity(path: str, folder: Path) -> dict[str, str]:
-    """What a model's weights are: {"path", "sha256"} over the contents of its safetensors files.
+def hash_weights(path: str, folder: Path) -> dict[str, str]:
+    """{"path", "sha256"} of a model: the hash of the contents of its safetensors files.
 
     The ranks hash different files at the same time. Collective: all ranks must call it.
     """

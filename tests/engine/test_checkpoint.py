@@ -24,7 +24,8 @@ from notus.engine.checkpoint import (
 )
 from notus.engine.optim import make_optimizer
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 
 COMMON = {"common": {"steps": 9}}
 

@@ -16,7 +16,8 @@ from notus.engine import metrics
 from notus.engine.flops import Work, forward_flops, hardware_flops, model_flops, peak_flops
 from notus.engine.log import MetricsLog
 from notus.engine.metrics import Speed, Totals, pair_metrics
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
+from notus.model.mistral import count_parameters
 from notus.objective.logprobs import token_log_probs
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
@@ -305,5 +306,5 @@ def test_other_ranks_and_empty_reports_write_nothing(tmp_path):
 
 def test_parameters_of_the_shape():
     """The blocks of the FLOP count are those of the model: 7,241,732,096 parameters in all."""
-    assert MISTRAL_7B.num_parameters == 6_979_321_856 + 2 * 32_000 * 4096 + 65 * 4096
-    assert replace(MISTRAL_7B, tie_word_embeddings=True).num_parameters == 7_110_660_096
+    assert count_parameters(MISTRAL_7B) == 6_979_321_856 + 2 * 32_000 * 4096 + 65 * 4096
+    assert count_parameters(replace(MISTRAL_7B, tie_word_embeddings=True)) == 7_110_660_096

@@ -13,7 +13,8 @@ from notus.data.tokenization import load_tokenizer
 from notus.engine import distributed
 from notus.generate.prompts import read_prompts
 from notus.generate.samples import write_samples
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights
 
 model_folder, prompt_file, out = (Path(given) for given in sys.argv[1:])

@@ -26,7 +26,8 @@ from notus.generate.samples import (
     write_responses,
     write_samples,
 )
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights
 
 CPU = torch.device("cpu")

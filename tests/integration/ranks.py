@@ -132,6 +132,17 @@ def _disk_full() -> None:
     checkpoint._save_file = refuse
 
 
+def _no_space_for_adapters() -> None:
+    """PEFT's file of adapters finds no space after its first bytes."""
+    from notus.model import peft
+
+    def refuse(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"as much as there was space for")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    peft.save_file = refuse
+
+
 def _wait_in_step(number: int, obeys: bool = True) -> None:
     """The last rank stays in that step of this start until it is signalled, or for ever."""
     from notus.engine.signals import Interrupts
@@ -222,6 +233,7 @@ FAULTS = {
     "nothing finite from step 1": partial(_spoil_steps, 1),
     "slow disk": _slow_disk,
     "disk full": _disk_full,
+    "no space for adapters": _no_space_for_adapters,
     "waits in step 2": partial(_wait_in_step, 2),
     "waits in step 3": partial(_wait_in_step, 3),
     "waits in step 7": partial(_wait_in_step, 7),

@@ -338,7 +338,10 @@ def yarn() -> None:
     [
         (Path("policy/config.json").unlink, ("policy: no config.json", "expected a Hugging Face")),
         (lambda: write("policy/config.json", "{"), ("policy/config.json: not valid JSON",)),
-        (lambda: write("policy/config.json", "[]"), ("policy/config.json: found list, expected",)),
+        (
+            lambda: write("policy/config.json", "[]"),
+            ("policy/config.json: expected a JSON object, found list",),
+        ),
         (
             lambda: Path("policy/config.json").write_bytes(b"\xff\xfe"),
             ("policy/config.json: not valid JSON", "utf-8"),
@@ -353,27 +356,27 @@ def yarn() -> None:
         ),
         (
             lambda: edit("policy/config.json", hidden_size=None),
-            ("policy/config.json: the entry 'hidden_size' is missing",),
+            ("policy/config.json: hidden_size: missing, expected an integer of at least 1",),
         ),
         (
             lambda: edit("policy/config.json", hidden_size="32"),
-            ('policy/config.json: hidden_size is "32", expected an integer of at least 1',),
+            ('policy/config.json: hidden_size: found "32", expected an integer of at least 1',),
         ),
         (
             lambda: edit("policy/config.json", sliding_window=0),
-            ("policy/config.json: sliding_window is 0, expected an integer of at least 1",),
+            ("policy/config.json: sliding_window: found 0, expected an integer of at least 1",),
         ),
         (
             lambda: edit("policy/config.json", num_key_value_heads=3),
-            ("policy/config.json: num_key_value_heads is 3, expected a divisor", "4"),
+            ("policy/config.json: num_key_value_heads: found 3, expected a divisor", "4"),
         ),
         (
             lambda: edit("policy/config.json", head_dim=7),
-            ("policy/config.json: head_dim", "is 7, expected an even number"),
+            ("policy/config.json: head_dim: found 7, expected an even number",),
         ),
         (
             lambda: edit("policy/config.json", rope_parameters={"rope_theta": "1e4"}),
-            ('policy/config.json: rope_theta is "1e4", expected a number above 0',),
+            ('policy/config.json: rope_theta: found "1e4", expected a number above 0',),
         ),
         (
             lambda: edit("policy/config.json", rope_parameters=[1]),
@@ -382,7 +385,7 @@ def yarn() -> None:
         (yarn, ("policy/config.json: rope scaling 'yarn' found, expected none or 'llama3'",)),
         (
             lambda: edit("policy/config.json", tie_word_embeddings="no"),
-            ('policy/config.json: tie_word_embeddings is "no", expected true or false',),
+            ('policy/config.json: tie_word_embeddings: found "no", expected true or false',),
         ),
         (
             lambda: edit("policy/config.json", quantization_config={"quant_method": "gptq"}),

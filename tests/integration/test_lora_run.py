@@ -386,6 +386,19 @@ def test_the_adapter_loads_with_peft(observed):
     assert (bare - expected).abs().max() > 1e-2 * scale
 
 
+def test_an_export_without_space_is_one_message(demo, tmp_path):
+    """Of two ranks: no traceback from a barrier on the second, and nothing half-written."""
+    config, output = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(json.dumps(lora_config(demo, merge=True)))
+    arguments = [str(config), f"output_dir={output}", "train.max_steps=1"]
+    code, told = run_ranks(arguments, tmp_path / "log", ranks=2, fault="no space for adapters")
+    assert code == 2 and "Traceback" not in told, told
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{output / 'final'}: cannot be written" in errors[0], told
+    assert "No space left on device" in errors[0]
+    assert not [path for path in output.iterdir() if "final" in path.name]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

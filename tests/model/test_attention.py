@@ -14,12 +14,14 @@ from benchmarks.memory import model_shape
 from conftest import random_pairs
 from notus.data.packing import PADDING, Layout, pack
 from notus.engine.distributed import _recomputed
+from notus.errors import UserError
 from notus.model import attention
 from notus.model.attention import (
     AttentionMask,
     SegmentMask,
     attend,
     build_mask,
+    check_segments,
     default_backend,
     may_attend,
 )
@@ -144,6 +146,44 @@ def test_a_changed_predicate_is_obeyed_in_segments(monkeypatch):
         monkeypatch.undo()
         assert isinstance(mask, kind) and not torch.allclose(plain, expected)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 60])
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("hide", [0.0, 0.1])
+def test_the_predicate_is_what_flash_attention_computes(window, sharing, hide):
+    check_segments(pack(random_pairs(6, hide=hide), range(6), 512, sharing).layout, window)
+    check_segments(pack(random_pairs(1), [], 300, sharing).layout, window)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_changed_predicate_is_an_error_where_flash_attention_would_ignore_it(
+    window, sharing, monkeypatch
+):
+    predicate = attention.may_attend
+
+    def less(layout, query, key, window):
+        distance = layout.position[query] - layout.position[key]
+        return predicate(layout, query, key, window) & (distance != 2)
+
+    def more(layout, query, key, window):
+        return predicate(layout, query, key, window) | (layout.position[key] == 0)
+
+    def later(layout, query, key, window):
+        """Within a segment only: the first two tokens of a branch see each other."""
+        pair = (layout.document[query] == layout.document[key]) & (layout.position[query] == 0)
+        same = layout.branch[query] == layout.branch[key]
+        return predicate(layout, query, key, window) | pair & same & (layout.position[key] == 1)
+
+    def other_window(layout, query, key, window):
+        return predicate(layout, query, key, 4)
+
+    layout = pack(random_pairs(6), range(6), 512, sharing).layout
+    for changed in (less, more, later, other_window):
+        monkeypatch.setattr(attention, "may_attend", changed)
+        with pytest.raises(UserError, match=r"parallel\.attention: .* may_attend"):
+            check_segments(layout, window)
 
 
 def test_the_predicate_changes_nothing_in_place():

@@ -1,16 +1,14 @@
 """The decoder against transformers' classes on the same random weights."""
 
-import json
-
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
 from notus.data.packing import Layout
-from notus.errors import UserError
 from notus.model.attention import build_mask
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 
 BASE = dict(
     vocab_size=97,
@@ -132,54 +130,3 @@ def test_log_probs_are_those_of_the_logits(tmp_path):
     assert torch.equal(both[0], log_probs)
     squares = (2 * expected[rows]).exp().sum(-1).log()
     torch.testing.assert_close(both[1].double(), squares, rtol=1e-5, atol=1e-5)
-
-
-def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
-    old = {
-        "architectures": ["MistralForCausalLM"],
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "vocab_size": 32000,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    shape = read_shape(tmp_path)
-    assert shape.num_parameters == 7_241_732_096
-    assert (shape.head_dim, shape.rope_theta, shape.sliding_window) == (128, 10000.0, 4096)
-    new = tmp_path / "new"
-    save_config(transformers.MistralConfig.from_pretrained(tmp_path), new)
-    assert read_shape(new) == shape
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture is GPT2LMHeadModel"),
-        ({"architectures": None}, "none named"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"vocab_size": None}, "'vocab_size' is missing"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
-    ],
-)
-def test_an_unusable_config_is_refused_by_name(change, message, tmp_path):
-    config = {"architectures": ["MistralForCausalLM"], **BASE} | change
-    kept = {key: value for key, value in config.items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(kept))
-    with pytest.raises(UserError, match=message) as caught:
-        read_shape(tmp_path)
-    assert "config.json" in str(caught.value)
-
-
-def test_a_missing_or_broken_config_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no config.json"):
-        read_shape(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        read_shape(tmp_path)

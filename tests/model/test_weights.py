@@ -9,15 +9,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from notus.errors import UserError
-from notus.model.mistral import MistralForCausalLM, read_shape
+from notus.model.hf_config import read_shape
+from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_weights,
     copy_tokenizer,
+    hash_weights,
     load_weights,
     model_folder,
     save_sharded,
     stored_tensors,
-    weights_identity,
 )
 
 
@@ -112,7 +113,7 @@ def test_identity_follows_the_contents_and_not_the_name(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     one, two, three = (
-        weights_identity(name, tmp_path / name)["sha256"] for name in ("one", "two", "three")
+        hash_weights(name, tmp_path / name)["sha256"] for name in ("one", "two", "three")
     )
     assert one == two != three
     digests = [

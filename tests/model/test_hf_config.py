@@ -1,0 +1,124 @@
+"""Shapes from config.json, and shapes that were recorded earlier."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import transformers
+
+from notus.errors import UserError
+from notus.model.hf_config import Llama3Rope, ModelShape, read_shape
+from notus.model.mistral import count_parameters
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def read(folder, **changes) -> ModelShape:
+    """The shape of a config.json with changed entries; `...` removes one."""
+    config = {"architectures": ["MistralForCausalLM"], **BASE} | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return read_shape(folder)
+
+
+def test_a_recorded_shape_is_read_back(tmp_path):
+    for changes in ({}, {"rope_scaling": LLAMA3, "rope_theta": 5e5, "sliding_window": 7}):
+        shape = read(tmp_path, **changes)
+        recorded = json.loads(json.dumps(asdict(shape)))
+        assert ModelShape.from_dict(recorded) == shape
+    assert shape.rope_scaling == Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    )
+
+
+def test_a_shape_recorded_before_a_field_existed_has_its_default(tmp_path):
+    shape = read(tmp_path)
+    recorded = asdict(shape)
+    for later in ("mlp_bias", "rope_scaling", "sliding_window"):
+        del recorded[later]
+    assert ModelShape.from_dict(recorded) == shape
+    with pytest.raises(UserError, match="^model_shape.q_norm: unknown key"):
+        ModelShape.from_dict(recorded | {"q_norm": True})
+    with pytest.raises(UserError, match='^start.hidden_size: found "64", expected an integer'):
+        ModelShape.from_dict(recorded | {"hidden_size": "64"}, "start")
+
+
+def test_defaults_of_a_config_file(tmp_path):
+    shape = read(tmp_path, num_key_value_heads=..., head_dim=None, sliding_window=None)
+    assert (shape.num_key_value_heads, shape.head_dim) == (4, 16)
+    assert (shape.rope_theta, shape.sliding_window) == (10000.0, None)
+    llama = read(tmp_path, architectures=["LlamaForCausalLM"], sliding_window=4)
+    assert llama.sliding_window is None
+
+
+def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
+    old = {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    shape = read_shape(tmp_path)
+    assert count_parameters(shape) == 7_241_732_096
+    assert (shape.head_dim, shape.rope_theta, shape.sliding_window) == (128, 10000.0, 4096)
+    new = tmp_path / "new"
+    config = transformers.MistralConfig.from_pretrained(tmp_path)
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(new)
+    assert read_shape(new) == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture is GPT2LMHeadModel"),
+        ({"architectures": ...}, "none named"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"vocab_size": ...}, "vocab_size: missing, expected an integer of at least 1"),
+        ({"hidden_size": ...}, "hidden_size: missing, expected an integer of at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads: found 0, expected an integer of at"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor of .*, 4"),
+        ({"head_dim": 7}, "head_dim: found 7, expected an even number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: found NaN, expected a finite number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: found 1, expected true or false"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling.factor: found 0.0, expected a"),
+        ({"rope_parameters": [1]}, r"the rope settings are \[1\], expected an object"),
+    ],
+)
+def test_an_unusable_config_is_refused_by_name(change, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, **change)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_a_missing_or_broken_config_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_shape(tmp_path)

@@ -1,0 +1,312 @@
+"""PEFT's files: read and written, against PEFT where it is installed, and merged into a base."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from lora_models import (
+    SETTINGS,
+    adapted_model,
+    base_model,
+    logits,
+    products,
+    relative_error,
+    their_logits,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from notus.errors import UserError
+from notus.model.lora import LoraSettings, adapter_parameters, adapters_off, add_adapters
+from notus.model.peft import (
+    adapter_tensors,
+    is_adapter,
+    load_adapter,
+    main,
+    merge,
+    read_adapter,
+    save_adapter,
+)
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_peft_and_this_read_each_other_s_files(name, tiny_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = SETTINGS[name]
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules="all-linear"
+        if settings.target_modules == "all-linear"
+        else list(settings.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    base = transformers.MistralForCausalLM.from_pretrained(tiny_folder)
+    theirs = peft.get_peft_model(base, config)
+    torch.manual_seed(2)
+    for key, parameter in theirs.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = their_logits(theirs.eval())
+
+    adapter = read_adapter(tmp_path / "theirs")
+    assert adapter.base_name == str(tiny_folder)
+    ours = base_model(tiny_folder)
+    add_adapters(ours, adapter.settings)
+    load_adapter(ours, tmp_path / "theirs")
+    ours.eval()
+    assert relative_error(logits(ours), expected) < 1e-5
+    with adapters_off(ours), theirs.disable_adapter():
+        assert relative_error(logits(ours), their_logits(theirs)) < 1e-5
+
+    save_adapter(tmp_path / "ours", adapter_tensors(ours), settings, str(tiny_folder))
+    base = transformers.MistralForCausalLM.from_pretrained(tiny_folder)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    assert torch.equal(their_logits(again), expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_saved_adapter_is_read_back(name, tiny_folder, tmp_path):
+    model = adapted_model(tiny_folder, SETTINGS[name])
+    save_adapter(tmp_path / "adapter", adapter_tensors(model), SETTINGS[name], "a base")
+    assert is_adapter(tmp_path / "adapter") and not is_adapter(tiny_folder)
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for key, value in adapter_parameters(model).items():
+        assert torch.equal(stored.pop(f"base_model.model.{key}.weight"), value)
+    assert not stored
+    adapter = read_adapter(tmp_path / "adapter")
+    again = base_model(tiny_folder)
+    add_adapters(again, adapter.settings)
+    load_adapter(again, tmp_path / "adapter")
+    assert adapter.base_name == "a base"
+    assert torch.equal(logits(again.eval()), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("narrowing", "kept"),
+    [
+        ({"target_modules": r".*layers\.1\..*q_proj"}, 1),
+        ({"layers_to_transform": [0]}, 0),
+        ({"layers_to_transform": 0}, 0),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, 0),
+    ],
+)
+def test_layers_chosen_in_other_ways_are_those_of_the_file(narrowing, kept, tiny_folder, tmp_path):
+    write_adapter(tmp_path, tiny_folder, narrowing, keep=lambda key: f"layers.{kept}." in key)
+    assert read_adapter(tmp_path).settings.target_modules == (
+        f"model.layers.{kept}.self_attn.q_proj",
+    )
+
+
+def write_adapter(folder, base, changes=None, keep=lambda key: True, **tensors):
+    """A PEFT folder of rank 4 for q_proj, with changed entries and tensors (None removes one)."""
+    model = adapted_model(base, LoraSettings(4, 8, target_modules=("q_proj",)))
+    stored = {
+        f"base_model.model.{n}.weight": p.detach() for n, p in adapter_parameters(model).items()
+    }
+    stored = {key: value for key, value in stored.items() if keep(key)} | tensors
+    stored = {key: value for key, value in stored.items() if value is not None}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "rank_pattern": {},
+        "modules_to_save": None,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config | (changes or {})))
+    save_file(stored, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, 'peft_type is "IA3", expected "LORA"'),
+        ({"use_dora": True}, "use_dora is true, which is not supported"),
+        ({"bias": "all"}, 'bias is "all", which is not supported'),
+        ({"modules_to_save": ["lm_head"]}, r'modules_to_save is \["lm_head"\]'),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
+        ({"not_yet_invented": 3}, "not_yet_invented is 3"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which changes the base'),
+        ({"r": 0}, "adapter_config.json: r: found 0, expected an integer of at least 1"),
+        ({"r": 5}, r"q_proj.lora_A.weight has shape \(4, 32\), expected .* the rank, 5"),
+        ({"lora_alpha": "8"}, 'lora_alpha: found "8", expected a number above 0'),
+        ({"target_modules": [1]}, "target_modules.0: found 1, expected a non-empty string"),
+    ],
+)
+def test_adapter_files_of_another_kind_are_refused(changes, message, tiny_folder, tmp_path):
+    write_adapter(tmp_path, tiny_folder, changes)
+    with pytest.raises(UserError, match=f"adapter_.*{message}"):
+        read_adapter(tmp_path)
+
+
+def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            read_adapter(tmp_path)
+
+    refused("no adapter_config.json; expected the folder of an adapter")
+    for text in ("{", "[]"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        refused("adapter_config.json: (not valid JSON|expected a JSON object, found list)")
+    write_adapter(tmp_path, tiny_folder)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    refused("found no complete safetensors file")
+    file.unlink()
+    refused("no adapter_model.safetensors")
+    del config["r"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    write_adapter(tmp_path, tiny_folder, keep=lambda key: "lora_A" in key)
+    refused("found base_model.*lora_A.weight, but no base_model.*lora_B.weight")
+    write_adapter(tmp_path, tiny_folder, keep=lambda key: False)
+    refused("found no tensors")
+    extra = {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 61)}
+    write_adapter(tmp_path, tiny_folder, **extra)
+    refused("lora_embedding_A is not part of plain LoRA")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {f"{PREFIX}.lora_A.weight": None, f"{PREFIX}.lora_B.weight": None},
+            r"layers.0.self_attn.q_proj.lora_A.weight is missing; expected shape \(4, 32\): was",
+        ),
+        (
+            {f"{PREFIX}.lora_A.weight": torch.zeros(4, 64)},
+            r"q_proj.lora_A.weight has shape \(4, 64\), expected \(4, 32\): was the adapter made",
+        ),
+        (
+            {
+                f"{PREFIX.replace('layers.0', 'layers.9')}.lora_A.weight": torch.zeros(4, 32),
+                f"{PREFIX.replace('layers.0', 'layers.9')}.lora_B.weight": torch.zeros(32, 4),
+            },
+            "layers.9.self_attn.q_proj.lora_A.weight belongs to no adapted linear layer",
+        ),
+        ({f"{PREFIX}.lora_B.weight": torch.full((32, 4), math.nan)}, "holds NaN"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(tensors, message, tiny_folder, tmp_path):
+    write_adapter(tmp_path / "adapter", tiny_folder, **tensors)
+    model = base_model(tiny_folder)
+    add_adapters(model, LoraSettings(4, 8, target_modules=("q_proj",)))
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, tmp_path / "adapter")
+    if "missing" in message:  # one layer fewer is no obstacle to a merge
+        return
+    with pytest.raises(UserError, match=message):
+        merge(tiny_folder, tmp_path / "adapter", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_another_scaling_is_refused(tiny_folder, tmp_path):
+    write_adapter(tmp_path, tiny_folder)
+    model = base_model(tiny_folder)
+    add_adapters(model, LoraSettings(4, 16, target_modules=("q_proj",)))
+    with pytest.raises(UserError, match="make a scaling of 2, expected 4 by model.lora"):
+        load_adapter(model, tmp_path)
+
+
+def write_base(folder, dtype, **options):
+    """A model of several files with a tokenizer's files."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        **options,
+    )
+    model = transformers.MistralForCausalLM(config).to(dtype)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text(f"{name} of the base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["published", "all", "rslora"])
+def test_merged_weights_are_sums_rounded_once(dtype, name, tmp_path):
+    base, adapter, out = (tmp_path / part for part in ("base", "adapter", "new/merged"))
+    write_base(base, dtype)
+    model = adapted_model(base, SETTINGS[name])
+    save_adapter(adapter, adapter_tensors(model), SETTINGS[name], "a base")
+    merge(base, adapter, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in base.iterdir())
+    assert len(list(out.glob("*.safetensors"))) > 1
+    changed = products(model)
+    for file in base.glob("*.safetensors"):
+        before, after = load_file(file), load_file(out / file.name)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if key not in changed:
+                assert torch.equal(after[key], value), key
+                continue
+            exact = value.double() + changed[key]
+            assert after[key].dtype == dtype
+            # Half a unit in the last place, and what float32 sums add to it.
+            bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
+            assert ((after[key].double() - exact).abs() <= bound).all(), key
+    theirs = transformers.MistralForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    error = (their_logits(theirs) - logits(model)).norm() / logits(model).norm()
+    assert error < max(1e-5, 8 * torch.finfo(dtype).eps)
+
+
+def test_merging_brings_the_adapter_s_tokenizer(tmp_path):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "merged"))
+    write_base(base, torch.float32)
+    write_adapter(adapter, base)
+    (adapter / "tokenizer_config.json").write_text("of the adapter")
+    (adapter / "tokenizer.json").write_text("of the adapter")
+    merge(base, adapter, out)
+    assert (out / "tokenizer.json").read_text() == "of the adapter"
+    assert not (out / "chat_template.jinja").exists()
+    assert (out / "generation_config.json").is_file()
+
+
+def test_the_merge_command(tiny_folder, tmp_path, capsys):
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    write_adapter(adapter, tiny_folder)
+    arguments = ["merge", str(tiny_folder), str(adapter), str(out)]
+    assert main(arguments) == 0
+    expected = logits(adapted_model(tiny_folder, read_adapter(adapter).settings))
+    assert relative_error(logits(base_model(out)), expected) < 1e-5
+    assert main(arguments) == 2
+    assert "merged: exists already" in capsys.readouterr().err
+    assert main(["merge", str(adapter), str(adapter), str(tmp_path / "no")]) == 2
+    assert "found an adapter, expected a whole model; merge it first" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*arguments[:3], str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file", "merged"]
+
+
+def test_a_tied_head_cannot_take_an_adapter_apart_from_the_embedding(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_base(base, torch.float32, tie_word_embeddings=True)
+    head = {
+        "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32),
+        "base_model.model.lm_head.lora_B.weight": torch.zeros(61, 4),
+    }
+    write_adapter(adapter, base, **head)
+    with pytest.raises(UserError, match="lm_head.lora_A.weight belongs to no adapted linear"):
+        merge(base, adapter, tmp_path / "merged")
