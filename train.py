@@ -28,7 +28,7 @@ from notus.data.planning import random_seed
 from notus.dryrun.memory import parameter_counts
 from notus.dryrun.preflight import Question, preflight, shard_size
 from notus.engine import checkpoint, distributed, history, resume
-from notus.engine.checkpoint import Progress, Saver
+from notus.engine.checkpoint import Progress
 from notus.engine.distributed import Ranks, accumulate
 from notus.engine.evaluation import evaluate
 from notus.engine.flops import Work, gpu_named
@@ -44,6 +44,7 @@ from notus.engine.metrics import (
 )
 from notus.engine.optim import schedule_factor
 from notus.engine.profiling import profiled
+from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts
 from notus.errors import UserError
 from notus.generate.samples import record_samples, show_result
@@ -60,6 +61,7 @@ from notus.opening import (
     open_inputs,
     open_run,
     plan_run,
+    read_again,
     sample_prompts,
 )
 
@@ -260,7 +262,7 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     inputs = open_inputs(config, ranks, weights=False, describe=True)
     output = Path(config.output_dir)
     settings = to_dict(config) | {"loss": inputs.loss.settings}
-    agree(lambda: resume.check_output_dir(output, settings, options.resume))
+    agree(lambda: resume.check_output_dir(output, settings, options.resume, read_again))
     if not options.model_only:
         checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
     else:
@@ -318,7 +320,7 @@ def export(config: Config, run: Run) -> None:
     """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
     final, lora = run.output / "final", lora_settings(config)
     if lora is None:
-        checkpoint.export(final, run.policy, run.source)
+        export_model(final, run.policy, run.source)
         return
     agree(
         lambda: export_adapter(

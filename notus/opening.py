@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from notus.agreement import agree
-from notus.config import Config, Holdout, Source, to_dict
+from notus.config import Config, Holdout, Source, _Invalid, _parse, to_dict
 from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
 from notus.data.preferences import Pair, load_preferences
@@ -28,7 +28,7 @@ from notus.dryrun.tokens import DataSet, token_report
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.checkpoint import Progress
-from notus.engine.distributed import Ranks, divide
+from notus.engine.distributed import Ranks, map_over_ranks
 from notus.engine.lock import OutputLock
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer
@@ -177,12 +177,12 @@ def open_run(
     identity = None
     if loss.uses_reference:
         identity = weights_identity(inputs.reference_path, reference_folder)
-    common = resuming.common_ground(settings, shape, pairs, identity, start, plan.steps)
+    common = resuming.what_must_match(settings, shape, pairs, identity, start, plan.steps)
     if config.model.lora is not None and not reference_is_source:
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
         common["base_sha256"] = weights_identity(config.model.policy, source)["sha256"]
     if found:
-        agree(lambda: checkpoint.check_checkpoint(found, common))
+        agree(lambda: resuming.check_checkpoint(found, common, settings, read_again))
     policy = build_model(config, shape, mesh, ranks, frozen=False)
     agree(lambda: load_weights(policy, source, others=adapter_parameters(policy)))
     initialize_adapters(policy, config.train.seed)
@@ -255,7 +255,7 @@ def find_beginning(
     Collective. Raises UserError, alike on all ranks, for an output_dir or a checkpoint that cannot
     be used.
     """
-    agree(lambda: resuming.check_output_dir(output, settings, resume))
+    agree(lambda: resuming.check_output_dir(output, settings, resume, read_again))
     given = Path(resume) if model_only else None
     start = agree(lambda: resuming.recorded_start(output, given))
     if resuming.holds_run(output):
@@ -266,7 +266,7 @@ def find_beginning(
     if given and not found:
         checkpoint.check_sound(given)
     if given and not start:
-        start = checkpoint.weights_identity(given)
+        start = checkpoint.checkpoint_identity(given)
     return found, start
 
 
@@ -377,6 +377,15 @@ def merged_policy(inputs: Inputs, output: Path, ranks: Ranks) -> Path:
 def make_loss(config: Config) -> Loss:
     """The configured loss; supervised fine-tuning is one by itself."""
     return build_loss({"name": "sft"} if config.train.objective == "sft" else config.loss.section)
+
+
+def read_again(settings: dict[str, Any]) -> dict[str, Any]:
+    """An earlier start's settings with today's keys; raises UserError for one that is no more."""
+    try:
+        config = _parse(settings, Config, "")
+    except _Invalid as error:
+        raise UserError(f"{error.key}: {error}") from None
+    return to_dict(config) | {"loss": make_loss(config).settings}
 
 
 def check_loss(config: Config, options: argparse.Namespace) -> None:
@@ -492,7 +501,7 @@ def tokenize_shared(
     an earlier start has left it, and all ranks map it.
     """
     if len(pairs) < WORTH_KEEPING:
-        parts = divide(pairs, lambda share: tokenize_pairs(share, tokenizer, **settings))
+        parts = map_over_ranks(pairs, lambda share: tokenize_pairs(share, tokenizer, **settings))
         return Tokenized.join(parts)
     file = tokens_file(pairs, tokenizer, settings)
     ranks.say(f"tokens: {'read from' if file.is_file() else 'to be kept in'} {file}")

@@ -21,8 +21,8 @@ ORDER = """
     model.attention model.mistral model.weights model.lora
     objective.losses objective.logprobs objective.reference
     engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
-    engine.log engine.signals engine.lock engine.resume engine.history engine.host_memory
-    engine.checkpoint engine.profiling
+    engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
+    engine.resume engine.history engine.profiling
     generate.prompts generate.decoding
     evals
     generate.samples

@@ -24,7 +24,7 @@ from notus.data.packing import slots_of
 from notus.data.preferences import Pair, load_preferences
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.engine import distributed
-from notus.engine.distributed import Ranks, divide
+from notus.engine.distributed import Ranks, map_over_ranks
 from notus.engine.evaluation import all_log_probs, summarize
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM, ModelShape
@@ -389,7 +389,7 @@ def _read(
             system_prompt=options.system_prompt,
         )
 
-    result = Tokenized.join(divide(found.train, tokenize))
+    result = Tokenized.join(map_over_ranks(found.train, tokenize))
     counts = {f"dropped: {reason}": n for reason, n in found.dropped.items()} | result.counts
     notes = "".join(f"; {n:,} {reason}" for reason, n in counts.items())
     if not len(result.pairs):
