@@ -30,8 +30,9 @@ from torch.optim import AdamW, Optimizer
 from notus.data.packing import Microbatch, pack
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import distributed
-from notus.engine.checkpoint import Progress, Saver
+from notus.engine.checkpoint import Progress
 from notus.engine.distributed import Ranks
+from notus.engine.saver import Saver
 from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM
 from notus.objective.logprobs import token_log_probs

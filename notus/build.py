@@ -7,13 +7,13 @@ After adding a key, pass it on here.
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from notus.config import Config, Holdout
+from notus.config import Config, Holdout, to_dict
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
@@ -35,6 +35,23 @@ from notus.model.weights import load_weights, model_folder, open_model
 from notus.objective.loss import Loss, build_loss
 from notus.objective.reference import CachedReference, OnlineReference, Reference, no_reference
 from notus.objective.reference_cache import cache_identity, cached_log_probs
+from notus.strict import parse
+
+# --------------------------------------------------------------------------------- all sections
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Every key with its resolved value as JSON, the loss's options included."""
+    return to_dict(config) | {"loss": make_loss(config).settings}
+
+
+def settings_now(earlier: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier start recorded, with today's keys: a key they lack has its default.
+
+    Raises UserError for a key that no longer exists, or a value it no longer takes.
+    """
+    return settings_of(parse(earlier, Config))
+
 
 # --------------------------------------------------------------------------------- loss
 
@@ -201,7 +218,7 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         },
         prefix_sharing=config.data.prefix_sharing,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
-        map_over_ranks=distributed.divide,
+        map_over_ranks=distributed.map_over_ranks,
         seed=config.train.seed,
         holdout=holdout.holdout if holdout else 0,
         holdout_seed=holdout.seed if holdout else None,

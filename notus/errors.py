@@ -16,12 +16,12 @@ class UserError(ValueError):
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raise a UserError that the block raises on any rank on every rank, at the block's end.
 
     Without this, the other ranks would wait for the failed one in their next collective. The block
     itself must not contain a collective: a rank that failed before it would not take part.
-    Collective.
+    Collective, over `group` (default: all ranks).
     """
     problem = None
     try:
@@ -29,7 +29,7 @@ def agreed() -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group)
     for found in problems:
         if found is not None:
             raise UserError(found)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from notus import build
 from notus.build import Models
-from notus.config import Config, to_dict
+from notus.config import Config
 from notus.data.dataset import Dataset
 from notus.data.packing import Rows, pack_division
 from notus.data.planning import Plan
@@ -21,11 +21,11 @@ from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.preflight import idle_text
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
-from notus.engine.checkpoint import Saver
 from notus.engine.distributed import Ranks
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog
 from notus.engine.metrics import Meter, Progress, Speed
+from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
 from notus.generate.prompts import check_prompts
 from notus.kernels.dispatch import check_backend
@@ -90,7 +90,7 @@ def open_run(
     pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build.build_plan(config, pairs, ranks.count)
     output = Path(config.output_dir)
-    settings = to_dict(config) | {"loss": loss.settings}
+    settings = build.settings_of(config)
     begin = find_beginning(output, settings, ranks, lock, resume=resume, model_only=model_only)
     announce(config, ranks, plan, models)
     if (output / "final").exists():
@@ -103,7 +103,7 @@ def open_run(
     identity = None
     if loss.uses_reference:
         identity = hash_weights(models.reference_path, models.reference)
-    common = resuming.common_ground(
+    common = resuming.what_must_match(
         settings, models.shape, pairs, identity, begin.start, plan.steps
     )
     if config.model.lora is not None and not (identity and models.reference_is_policy):
@@ -111,7 +111,7 @@ def open_run(
         common["base_sha256"] = hash_weights(config.model.policy, models.source)["sha256"]
     if begin.checkpoint:
         with agreed():
-            checkpoint.check_checkpoint(begin.checkpoint, common)
+            resuming.check_checkpoint(begin.checkpoint, common, settings, build.settings_now)
     policy = build.build_model(config, models.shape, mesh, ranks, frozen=False)
     with agreed():
         load_weights(policy, models.source, others=adapter_parameters(policy))
@@ -195,7 +195,7 @@ def find_beginning(
     """
     given = Path(resume) if model_only else None
     with agreed():
-        resuming.check_output_dir(output, settings, resume)
+        resuming.check_output_dir(output, settings, resume, build.settings_now)
         start = resuming.recorded_start(output, given)
         if resuming.holds_run(output):
             lock.take()
@@ -205,7 +205,7 @@ def find_beginning(
     if given and not found:
         checkpoint.check_sound(given)
     if given and not start:
-        start = checkpoint.weights_identity(given)
+        start = checkpoint.checkpoint_identity(given)
     return Beginning(found, start)
 
 
@@ -355,7 +355,7 @@ def export(run: Run) -> None:
     """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
     final, lora = run.output / "final", run.config.model.lora
     if lora is None:
-        checkpoint.export(final, run.policy, run.source)
+        export_model(final, run.policy, run.source)
         return
     merged_here = run.source.parent == run.output
     export_adapter(

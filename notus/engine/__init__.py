@@ -1,17 +1,18 @@
-"""What runs the loop: ranks, optimiser, measurement, checkpoints.
+"""Everything around the step: ranks, optimiser, measurement, checkpoints.
 
 rendezvous    how restarted ranks find each other
 distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
-flops         FLOPs of a step, and the GPUs that are known
+flops         FLOPs of a step, and the known GPUs
 metrics       what a run measures
-log           where it is written: metrics.jsonl, TensorBoard, the console
-evaluation    the held-out metrics
+evaluation    metrics over held-out pairs
+log           metrics.jsonl, TensorBoard, progress on the console
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
+host_memory   the host's free memory
+checkpoint    the files of a checkpoint: finding, checking, loading
+saver         saving in the background, and the export of the model
 resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run
-host_memory   how much memory a save may take
-checkpoint    saving, finding and loading checkpoints
 profiling     a trace of some steps
 """

@@ -1,6 +1,6 @@
-"""Processes, device mesh and sharding: what turns the plain model into a distributed one.
+"""Processes, device mesh and sharding, which turn the plain model into a distributed one.
 
-Started by torchrun on any number of nodes, or as a single process; both take the same path.
+torchrun on any number of nodes and a single process take the same path.
 """
 
 import atexit
@@ -27,9 +27,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from notus.agreement import agree
 from notus.engine.rendezvous import fresh_store
-from notus.errors import UserError
+from notus.errors import UserError, agreed
 from notus.model.mistral import MistralForCausalLM
 
 Item = TypeVar("Item")
@@ -43,7 +42,7 @@ SECONDS_AT_EXIT = 0.2
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its rank, how many there are, and its device."""
+    """This process: its rank, the number of ranks, and its device."""
 
     rank: int
     count: int
@@ -51,11 +50,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that prints and writes shared files."""
+        """Whether this process prints and writes shared files."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print once, not once a rank."""
+        """Print on rank 0 only."""
         if self.first:
             print(text, flush=True)
 
@@ -63,7 +62,7 @@ class Ranks:
 def start(device: str = "auto") -> Ranks:
     """Join the process group that torchrun describes, or make one of a single process.
 
-    device: "cpu", "cuda", or "auto" for CUDA where there is any. NCCL for tensors on CUDA, one GPU
+    device: "cpu", "cuda", or "auto" for CUDA if there is a GPU. NCCL for tensors on CUDA, one GPU
     per local rank; gloo for those on the CPU. Raises UserError when a GPU is missing.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -81,7 +80,7 @@ def start(device: str = "auto") -> Ranks:
     device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
-        pass  # called from a program that has joined one itself
+        pass  # the calling program has joined one itself
     elif "RANK" in os.environ:
         store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = fresh_store(store, rank, count, TIMEOUT)
@@ -100,21 +99,21 @@ def stop() -> None:
 
 @cache
 def _wait_at_exit() -> None:
-    """When this process ends, give gloo's threads time to let go of the last collective's tensors.
+    """When this process ends, give gloo's threads time to release the last collective's tensors.
 
-    For that they need Python's lock: one that comes too late, on a busy machine, aborts the process
-    (pytorch/pytorch issue 190489). destroy_process_group waits for them only where nothing else
-    holds the group, and once there has been a DTensor, something does. A wait makes it unlikely;
-    only PyTorch can exclude it.
+    They need Python's lock for that: a thread that is too late, on a busy machine, aborts the
+    process (pytorch/pytorch issue 190489). destroy_process_group waits for the threads only if
+    nothing else holds the group, and after the first DTensor something does. The wait makes the
+    abort unlikely; only PyTorch can exclude it.
     """
     atexit.register(time.sleep, SECONDS_AT_EXIT)
 
 
 def check_host_memory(parameters: int, ranks: Ranks) -> None:
-    """Refuse to train on the CPU what its memory cannot hold.
+    """Raise UserError for a model whose training on the CPU does not fit into memory.
 
-    parameters: of the whole model. Counts 12 bytes each, float32 weights, gradients and one
-    optimiser moment, for this machine's share of the ranks. Raises UserError.
+    parameters: their number in the complete model. Counts 12 bytes each (float32 weight, gradient
+    and one optimiser moment) for this machine's share of the ranks.
     """
     if ranks.device.type != "cpu":
         return
@@ -130,14 +129,17 @@ def check_host_memory(parameters: int, ranks: Ranks) -> None:
         )
 
 
-def divide(items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> list[Result]:
-    """Give each rank a contiguous share of `items`; every rank gets all ranks' results, in order.
+def map_over_ranks(
+    items: Sequence[Item], function: Callable[[Sequence[Item]], Result]
+) -> list[Result]:
+    """Call `function` on a contiguous share of `items` per rank; returns all ranks' results.
 
-    A UserError on any rank is raised on all of them.
+    They are in the order of the ranks, on every rank. A UserError on any rank is raised on all.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     bounds = [len(items) * r // ranks for r in range(ranks + 1)]
-    own = agree(lambda: function(items[bounds[rank] : bounds[rank + 1]]))
+    with agreed():
+        own = function(items[bounds[rank] : bounds[rank + 1]])
     results: list[Result] = [own] * ranks
     dist.all_gather_object(results, own)
     return results
@@ -146,8 +148,8 @@ def divide(items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) 
 def make_mesh(ranks: Ranks, shard: int | None, replicate: int) -> DeviceMesh:
     """The device mesh: parameters are sharded over "shard" and repeated over "replicate".
 
-    shard None takes all ranks that `replicate` leaves. Raises UserError when the product is not
-    the number of ranks.
+    shard None: the number of ranks divided by `replicate`. Raises UserError when the product is
+    not the number of ranks.
     """
     if shard is None:
         shard = max(1, ranks.count // replicate)
@@ -173,7 +175,7 @@ def shard_model(
     cpu_offload: bool,
     dropout: bool = False,
 ) -> None:
-    """Activation checkpointing, then compilation, then sharding, of a model on the meta device.
+    """Checkpoint activations of, then compile, then shard a model on the meta device, in place.
 
     Afterwards parameters are sharded, uninitialised, in the dtype they were made in. They are cast
     to compute_dtype when gathered. Gradients are summed in float32 over all ranks, never averaged:
@@ -184,8 +186,8 @@ def shard_model(
         if activation_checkpointing != "none":
             block.forward = _recomputed(block.forward, activation_checkpointing, dropout)
         if compile_blocks:
-            # Rows differ in length. Compiled for the first one and then for all, a run that goes on
-            # from a checkpoint would round its first steps otherwise than the run did.
+            # Rows differ in length. Compiled for the first length and only then for all, a resumed
+            # run would round its first steps differently from the uninterrupted run.
             block.forward = torch.compile(block.forward, dynamic=True)
     offload = OffloadPolicy()
     if cpu_offload:
@@ -202,7 +204,7 @@ def shard_model(
         offload_policy=offload,
     )
     units = [*model.model.layers]
-    if not model.shape.tie_word_embeddings:  # a tied head lives with the embedding, in the root
+    if not model.shape.tie_word_embeddings:  # a tied head is the embedding, in the root
         units.append(model.lm_head)
     units.append(model)
     for unit in units:
@@ -217,11 +219,12 @@ def shard_model(
 def accumulate(
     model: MistralForCausalLM, batches: Iterable[Item], count: int, keep_gathered: bool
 ) -> Iterator[Item]:
-    """Hand out a step's `count` microbatches, and spare FSDP what only the last of them needs.
+    """Yield a step's `count` microbatches; FSDP does what only the last one needs only there.
 
-    Gradients are reduced over the replicas of a hybrid mesh once a step. With `keep_gathered` the
-    parameters are gathered once a step too and stay, in compute_dtype, until its last backward pass
-    has used them: less communication, 2 bytes of bfloat16 more for every parameter of the model.
+    Gradients are reduced over the replicas of a hybrid mesh once per step. With `keep_gathered`
+    parameters are gathered once per step too, and stay gathered in compute_dtype until the step's
+    last backward pass has used them: less communication, but 2 bytes of bfloat16 more for every
+    parameter of the model.
     """
     model.set_reshard_after_forward(not keep_gathered)
     for index, batch in enumerate(batches, start=1):
@@ -232,7 +235,7 @@ def accumulate(
     model.set_reshard_after_forward(True)
 
 
-# What "selective" keeps: the results of matrix products and attention, the costly operations.
+# "selective" keeps the results of the costly operations: matrix products and attention.
 KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -243,7 +246,7 @@ KEPT_OPERATIONS = {
 
 
 def _recomputed(forward: Callable, mode: str, dropout: bool) -> Callable:
-    """A forward that keeps its inputs alone ("full"), or also the costly results ("selective")."""
+    """A forward that keeps only its inputs ("full"), or also the costly results ("selective")."""
     context = {}
     if mode == "selective":
         context["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)

@@ -1,4 +1,4 @@
-"""Held-out loss, accuracy and margins, every pair counted once."""
+"""Held-out loss, accuracy and margins; every pair counts once."""
 
 import math
 
@@ -26,15 +26,15 @@ def evaluate(
 
 
 def all_log_probs(policy: Tensor, reference: Tensor, pairs: TokenizedPairs) -> PairLogProbs:
-    """What losses and metrics look at, for every pair; both tensors flat, see `score`."""
+    """The inputs of losses and metrics for every pair; both tensors flat, see `score`."""
     lengths = torch.from_numpy(pairs.lengths[:, 1:]).to(reference.device)
     return pair_log_probs(policy, reference, lengths, float(pairs.lengths[:, 1].mean()))
 
 
 def summarize(scored: PairLogProbs, loss: Loss) -> dict[str, float]:
-    """The means of `pair_metrics`; after supervised fine-tuning also the perplexity of a token."""
+    """The means of `pair_metrics`; for supervised fine-tuning also the perplexity per token."""
     sums = pair_metrics(loss(scored), scored, loss)
     metrics = {name: float(top / bottom) for name, (top, bottom) in sums.items()}
-    if not loss.uses_rejected:  # the loss is the negative log-likelihood of a token
+    if not loss.uses_rejected:  # the loss is the negative log-likelihood per token
         metrics["perplexity"] = math.exp(metrics["loss"])
     return metrics

@@ -1,4 +1,4 @@
-"""FLOPs: what training needs, what it executes, and what each kind of GPU can do."""
+"""FLOPs that training needs and executes, and the peak speed and memory of GPUs."""
 
 import re
 from typing import NamedTuple
@@ -7,15 +7,15 @@ import numpy as np
 import torch
 
 from notus.errors import UserError
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
 
 
 class Work(NamedTuple):
-    """What a step computes, beyond a forward and a full backward pass of the policy.
+    """The work of a step compared with a forward and a full backward pass of the policy.
 
     frozen: the base's weights take no gradient (low-rank adapters). recomputed: blocks compute
-    their forward pass again in the backward pass. scorings: forward passes without gradient, of a
-    reference that runs beside the policy, and of both before a step whose loss couples its pairs.
+    their forward pass again in the backward pass. scorings: forward passes without gradient, of an
+    online reference, and of both models before a step whose loss couples its pairs.
     """
 
     frozen: bool = False
@@ -29,7 +29,7 @@ FULL_TRAINING = Work()
 def forward_flops(shape: ModelShape, lengths: np.ndarray) -> tuple[float, float, float]:
     """FLOPs of one forward pass over these pairs: the blocks' products, attention, the head.
 
-    lengths: int64 [pairs, 3]. Counts each real token once (prompts shared by both responses), exact
+    lengths: int64 [pairs, 3]. Counts each real token once (both responses share the prompt), exact
     causal attention, and the head on scored tokens only; no padding.
     """
     prompt, chosen, rejected = lengths.astype(np.float64).T
@@ -48,21 +48,21 @@ def forward_flops(shape: ModelShape, lengths: np.ndarray) -> tuple[float, float,
 
 
 def model_flops(shape: ModelShape, lengths: np.ndarray, frozen: bool = False) -> float:
-    """FLOPs that training on these pairs needs: 3 x `forward_flops`, backward being twice as much.
+    """FLOPs that training on these pairs needs: 3 x `forward_flops`, as backward is twice forward.
 
     No recomputation, reference or padding. frozen: a product whose weight has no gradient counts
-    2 x; the adapters' own are left out.
+    2 x, and the adapters' own products are left out.
     """
     products, attention, head = forward_flops(shape, lengths)
     return (2 if frozen else 3) * (products + head) + 3 * attention
 
 
 def hardware_flops(shape: ModelShape, lengths: np.ndarray, slots: int, work: Work) -> float:
-    """FLOPs that a step with these pairs executes in `slots` slots, padding and all.
+    """FLOPs that a step with these pairs executes in `slots` slots, padding included.
 
-    On top of `model_flops`: the head's second forward pass, the scores that flash attention's
-    backward pass computes again (half of its forward pass), and `work`. Attention over padding is
-    left out, as kernels skip its blocks, and so is that of a prompt's second copy, and what weights
+    In addition to `model_flops`: the head's second forward pass, the scores that flash attention's
+    backward pass computes again (half of its forward pass), and `work`. Left out are attention over
+    padding, whose blocks kernels skip, attention of a prompt's second copy, and the weights of
     pairs in the head.
     """
     products, attention, head = forward_flops(shape, lengths)
@@ -81,9 +81,9 @@ def _triangle(length: np.ndarray) -> np.ndarray:
 class GPU(NamedTuple):
     """One kind of GPU.
 
-    name: what the user calls it. parts: words that are all in PyTorch's name of the device.
-    peak_flops: dense bfloat16 with float32 accumulation, FLOP/s, of the maker's data sheet (half of
-    the figure "with sparsity"). memory: bytes that the driver offers, less than the name says.
+    name: the user's name for it. parts: words that PyTorch's name of the device contains.
+    peak_flops: dense bfloat16 with float32 accumulation, FLOP/s, from the maker's data sheet (half
+    of the figure "with sparsity"). memory: bytes that the driver offers, fewer than in the name.
     """
 
     name: str
@@ -94,7 +94,7 @@ class GPU(NamedTuple):
 
 GIB = 2**30
 
-# A device is the first that fits, so the narrower names come first.
+# The first that matches a device counts, so narrower names come first.
 GPUS = (
     GPU("a100-40gb", ("A100", "40GB"), 312e12, int(39.4 * GIB)),
     GPU("a100-80gb", ("A100",), 312e12, int(79.1 * GIB)),
@@ -113,7 +113,7 @@ GPUS = (
 
 
 def gpu_named(name: str) -> GPU:
-    """The GPU that the user calls `name`, in any case. Raises UserError that lists the known."""
+    """The GPU with this name, in any case. Raises UserError that lists the known ones."""
     for gpu in GPUS:
         if gpu.name == name.lower():
             return gpu
@@ -132,7 +132,7 @@ def gpu_of_device(device_name: str) -> GPU | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of this device's data sheet, or None if it is not in GPUS."""
+    """Dense bfloat16 FLOP/s of this device from its data sheet, or None if it is not in GPUS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     gpu = gpu_of_device(name)
     return None if gpu is None else gpu.peak_flops

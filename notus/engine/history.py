@@ -1,7 +1,7 @@
-"""When, how and on what a run was started: history.jsonl of output_dir, for its model card.
+"""history.jsonl in output_dir: each start and end of a run, for its model card.
 
-One line of JSON when the program starts and one when it ends by itself; a killed one has no end. A
-run that was continued has as many starts as it took. Times are UTC, ISO 8601.
+One line of JSON when the program starts and one when it ends by itself; a killed one has no end,
+and a resumed run has several starts. Times are UTC, ISO 8601.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from notus.errors import UserError
+from notus.files import write_whole
 
 NAME = "history.jsonl"
 PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "numpy")
@@ -32,11 +33,11 @@ def record_start(
     data: Mapping[str, Any],
     paths: Sequence[str],
 ) -> None:
-    """Note a start and what it runs on; rank 0 alone does it.
+    """Record a start and what it runs on, on rank 0 only.
 
-    continues: the checkpoint's name, if there is one. data: what became of each data set, plain
-    JSON. paths: of models and data, as configured; those on this machine are noted as local, the
-    rest are hub ids. Raises UserError on rank 0 when the file cannot be written.
+    continues: the name of the checkpoint it resumes, if any. data: the counts of each data set,
+    plain JSON. paths: of models and data, as configured; those on this machine are recorded as
+    local, the rest are hub ids. Raises UserError on rank 0 when the file cannot be written.
     """
     if dist.get_rank() == 0:
         _append(
@@ -56,13 +57,13 @@ def record_start(
 
 
 def record_end(folder: Path) -> None:
-    """Note that the last start has ended; rank 0 alone does it. Raises UserError as above."""
+    """Record the end of the last start, on rank 0 only. Raises UserError as above."""
     if dist.get_rank() == 0:
         _append(folder, {"event": "end", "time": _now()})
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """All events, oldest first; none where the run left no such file.
+    """All events, oldest first; none if the folder has no such file.
 
     Raises UserError for a file that holds something else.
     """
@@ -76,9 +77,9 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The command that starts this program again, from sys.argv and what torchrun has set.
+    """The command that starts this program again, from sys.argv and torchrun's environment.
 
-    torchrun leaves no trace of where the machines met, so of several that is to be filled in.
+    torchrun does not tell the address at which several machines meet: a placeholder stands for it.
     """
     machines = int(environment.get("GROUP_WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" not in environment:
@@ -91,14 +92,14 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[st
 
 
 def device_name(device: torch.device) -> str:
-    """What PyTorch calls the GPU, or the kind of processor."""
+    """PyTorch's name of the GPU, or the kind of processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()})"
 
 
 def versions() -> dict[str, str]:
-    """Versions by name: of this project's sources too, where they are a git checkout."""
+    """Versions by name, with the commit of this project if it is a git checkout."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -112,7 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit that is checked out, with -dirty if tracked files differ from it."""
+    """The checked-out commit, with -dirty if tracked files differ from it."""
     if not (root / ".git").exists():
         return None
     describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
@@ -129,11 +130,8 @@ def _now() -> str:
 
 def _append(folder: Path, event: Mapping[str, Any]) -> None:
     path = folder / NAME
-    partial = path.with_suffix(".partial")
     events = [*read_history(folder), event]
     try:
-        text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in events))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

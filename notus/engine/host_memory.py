@@ -1,16 +1,14 @@
-"""How much of the host's memory is left."""
+"""The host's free memory."""
 
 import os
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup")
 
+def free_host_bytes(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory available without swapping, within the limit of this process's control group.
 
-def free_host_bytes() -> int:
-    """Memory that can be had without swapping, within the limit of this process's control group.
-
-    Limits of control groups, version 2, are what containers and batch systems set. Other systems
-    than Linux do not tell: half of the memory there is.
+    Containers and batch systems set such limits (version 2); a group's cached files count as free.
+    Systems other than Linux do not tell: half of the physical memory.
     """
     try:
         information = Path("/proc/meminfo").read_text().splitlines()
@@ -18,17 +16,9 @@ def free_host_bytes() -> int:
     except FileNotFoundError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     (free,) = (int(line.split()[1]) * 1024 for line in information if "MemAvailable:" in line)
-    for line in membership:
-        if line.startswith("0::"):
-            free = min(free, _left_in_group(GROUPS / line[3:].lstrip("/"), free))
+    name = next((line[3:].lstrip("/") for line in membership if line.startswith("0::")), "")
+    limit, used, counts = (groups / name / f"memory.{key}" for key in ("max", "current", "stat"))
+    if limit.is_file() and limit.read_text().strip() != "max":
+        cached = dict(line.split() for line in counts.read_text().splitlines())["file"]
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(cached))
     return max(0, free)
-
-
-def _left_in_group(folder: Path, otherwise: int) -> int:
-    """Bytes below the group's limit, cached files counted as free; `otherwise` without a limit."""
-    limit = folder / "memory.max"
-    if not limit.is_file() or limit.read_text().strip() == "max":
-        return otherwise
-    used = int((folder / "memory.current").read_text())
-    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int(limit.read_text()) - used + int(counts["file"])

@@ -26,13 +26,13 @@ def pair_metrics(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Numerator and denominator of every metric over these pairs, 0-d float64 on their device.
 
-    losses: float [B], what `loss` gave. Rewards are beta x (log-prob under the policy - under the
-    reference), summed over the response. Accuracy is strict: a tie is not a win. Log-probs in nats.
-    Without a reference its log-probs are 0, and there is no displacement from it. A loss that does
-    not look at rejected responses (SFT) has no rewards either: its metrics are the negative
-    log-likelihood per chosen token, however many steps the mean is taken over, and `logps/chosen`.
+    losses: float [B], the values of `loss`. Rewards are beta x (log-prob under the policy - under
+    the reference), summed over the response. Accuracy is strict: a tie is not a win. Log-probs in
+    nats. Without a reference its log-probs are 0, and the displacement metrics are left out. A loss
+    that ignores rejected responses (SFT) has no rewards either: its metrics are the negative
+    log-likelihood per chosen token, over any number of steps, and `logps/chosen`.
     """
-    # Not a tensor made from a number: that copy from the host would wait for the forward pass.
+    # torch.tensor(number) would copy from the host and wait for the forward pass; this does not.
     count = torch.full((), len(losses), dtype=torch.float64, device=losses.device)
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def pair_metrics(
 
 
 class Totals:
-    """Running sums of metrics, kept on the device until they are asked for.
+    """Running sums of metrics, on the device until they are reported.
 
     `means` divides once, after one reduction over all ranks, so a mean does not depend on how
     pairs were divided over microbatches and ranks.
@@ -77,13 +77,13 @@ class Totals:
         self._sums: Tensor | None = None
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add numerators and denominators, the same names every time."""
+        """Add numerators and denominators; every call must have the same names."""
         values = torch.stack([torch.stack(pair) for pair in metrics.values()])
         self._names = list(metrics)
         self._sums = values if self._sums is None else self._sums + values
 
     def add_step(self, step: "Totals", finite: bool) -> None:
-        """Add a step's sums; of one that is not finite, only that it was not (`nonfinite`)."""
+        """Add a step's sums; a step that is not finite only counts as `nonfinite`."""
         sums = step._sums if finite else torch.zeros_like(step._sums)
         counted = torch.ones_like(sums[:1])
         counted[0, 0] = float(not finite)
@@ -92,7 +92,7 @@ class Totals:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def snapshot(self) -> dict[str, list[list[float]]]:
-        """The sums of each rank by name, for a checkpoint between two reports; collective."""
+        """The sums of each rank by name, for a checkpoint between two reports. Collective."""
         if self._sums is None:
             return {}
         parts = [torch.empty_like(self._sums) for _ in range(dist.get_world_size())]
@@ -100,16 +100,16 @@ class Totals:
         return dict(zip(self._names, torch.stack(parts, 1).tolist(), strict=True))
 
     def restore(self, snapshot: Mapping[str, list[list[float]]], device: torch.device) -> None:
-        """Go on from `snapshot`: each rank from its own sums, or, of other ranks, a share."""
+        """Continue from `snapshot`, whose sums may be of more or fewer ranks."""
         if snapshot:
             parts = torch.tensor(list(snapshot.values()), dtype=torch.float64)
             own = parts[:, dist.get_rank() :: dist.get_world_size()].sum(1)
             self._names, self._sums = list(snapshot), own.to(device)
 
     def means(self) -> dict[str, float]:
-        """The exact means over all ranks since the last call; collective.
+        """The exact means over all ranks since the last call. Collective.
 
-        What was counted over nothing has none.
+        A metric whose denominator is 0 is left out.
         """
         sums, self._sums = self._sums, None
         dist.all_reduce(sums)
@@ -119,7 +119,7 @@ class Totals:
 
 
 class Verdict(NamedTuple):
-    """What all ranks know of a step before its update: the same on each.
+    """The facts about a step that decide on its update, equal on all ranks.
 
     loss: the mean over the step's pairs. finite: whether it and the gradient's norm are. stop,
     save: whether a signal has asked any rank for it.
@@ -133,13 +133,13 @@ class Verdict(NamedTuple):
 
 
 def judge_step(step_loss: Tensor, grad_norm: Tensor, pairs: int, stop: bool, save: bool) -> Verdict:
-    """Agree on what becomes of a step: one reduction, and the step's only wait for the device.
+    """Agree on a step over all ranks: one reduction, and the step's only wait for the device.
 
-    step_loss: 0-d float64, the sum over this rank's pairs. grad_norm: 0-d, of the whole gradient.
-    pairs: of the step, over all ranks.
+    step_loss: 0-d float64, the sum over this rank's pairs. grad_norm: 0-d, of the complete
+    gradient. pairs: their number in the step, over all ranks.
     """
     grad_norm = grad_norm.to(step_loss)
-    # Not tensors made from numbers: such a copy from the host would be a wait of its own.
+    # torch.tensor(flag) would copy from the host, a wait of its own.
     flags = [torch.full_like(step_loss, float(flag)) for flag in (stop, save)]
     sums = torch.stack([step_loss, (~grad_norm.isfinite()).to(step_loss), *flags])
     dist.all_reduce(sums)
@@ -160,7 +160,7 @@ def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 
 
 class Speed:
-    """Throughput since the last report, from what the plan says was done and the clock."""
+    """Throughput since the last report, from the plan's counts and the clock."""
 
     def __init__(
         self, shape: ModelShape, ranks: int, device: torch.device, work: Work = FULL_TRAINING
@@ -169,7 +169,7 @@ class Speed:
         self.restart()
 
     def restart(self) -> None:
-        """Leave out what happened since the last report (an evaluation, a checkpoint)."""
+        """Leave out the time since the last report (an evaluation, a checkpoint)."""
         self._began = time.perf_counter()
         self._pairs = self._tokens = self._slots = self._filled = 0.0
         self._needed = self._executed = 0.0  # FLOPs
@@ -185,7 +185,7 @@ class Speed:
         self._slots += slots
 
     def report(self) -> dict[str, float]:
-        """The perf/ metrics since the last call; utilisation where the GPU's peak is known."""
+        """The perf/ metrics since the last call; utilisation if the GPU's peak is known."""
         seconds = time.perf_counter() - self._began
         report = {
             "perf/tokens_per_second": self._tokens / seconds,
@@ -280,7 +280,7 @@ class Meter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: allocated on the GPU, or resident of this process."""
+    """Peak memory so far: allocated on the GPU, or this process's resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kib = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes

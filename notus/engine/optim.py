@@ -20,7 +20,7 @@ def make_optimizer(
     eps: float,
     state_dtype: torch.dtype = torch.float32,
 ) -> Optimizer:
-    """AdamW (arXiv 1711.05101) or RMSprop over float32 parameters; state has their sharding.
+    """AdamW (arXiv 1711.05101) or RMSprop over float32 parameters; the state is sharded like them.
 
     state_dtype: torch.bfloat16 halves the state, see `LowMemory`.
     """
@@ -35,14 +35,14 @@ def make_optimizer(
 
 
 class LowMemory(Optimizer):
-    """`inner`, an AdamW or RMSprop, with its state kept in bfloat16 between steps.
+    """`inner`, an AdamW or RMSprop, with its state in bfloat16 between steps.
 
-    One parameter at a time, the state is widened to float32, updated by `inner` as ever, and
+    One parameter at a time, the state is widened to float32, updated by `inner` as usual, and
     rounded back stochastically, so that the moving averages stay right on average where rounding to
     nearest would stop them: a step of 1e-3 of a bfloat16 value is below half its last place.
     Parameters, gradients and the update itself are float32 and never rounded; an update differs
     from that with float32 state by the relative error of bfloat16, 2^-8, in each average. The noise
-    depends on the step and the order of parameters alone, so a resumed run draws it again.
+    depends only on the step and the order of parameters, so a resumed run draws the same.
     """
 
     def __init__(self, inner: Optimizer) -> None:
@@ -61,7 +61,7 @@ class LowMemory(Optimizer):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
-            # What `inner` finds: this parameter alone, with its state in float32.
+            # `inner` sees only this parameter, with its state in float32.
             group["params"] = [parameter]
             self.inner.state[parameter] = {
                 key: value if key == "step" else value.float() for key, value in state.items()
@@ -89,10 +89,10 @@ class LowMemory(Optimizer):
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """A float32 tensor in bfloat16: up or down with odds that make the mean exact.
+    """A float32 tensor in bfloat16, rounded up or down with odds that make the mean exact.
 
-    The 16 bits that bfloat16 lacks are the chance of rounding away from zero: a uniform number
-    below 2^16 is added to them, and they are cut off.
+    The 16 bits that bfloat16 lacks, over 2^16, are the chance of rounding away from zero: a uniform
+    integer below 2^16 is added to them, and they are cut off.
     """
     bits = value.view(torch.int32)
     noise = torch.randint(
@@ -104,9 +104,9 @@ def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
 def schedule_factor(step: int, *, total: int, name: str, warmup_ratio: float) -> float:
     """The share of the peak learning rate that optimiser step `step` (from 0) of `total` uses.
 
-    Rises linearly from 0 over the first ceil(warmup_ratio * total) steps, then falls to 0 at
-    `total` linearly or as half a cosine, or stays. As transformers' schedulers of the same names,
-    so that published recipes keep their meaning.
+    It rises linearly from 0 over the first ceil(warmup_ratio * total) steps, then falls to 0 at
+    `total` linearly or as half a cosine, or stays. Equal to transformers' schedulers of the same
+    names, so that published recipes keep their meaning.
     """
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""A torch profiler trace of a few steps, and where their memory went."""
+"""A torch profiler trace of a few steps, and a record of their memory."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-WARMUP = 2  # steps that compile, fill caches and are left out of the trace
+WARMUP = 2  # first steps, which compile and fill caches; the trace leaves them out
 
 
 @contextmanager
 def profiled(folder: Path, steps: int | None, rank: int) -> Iterator[Callable[[], None]]:
-    """Trace `steps` optimiser steps, after two of warm-up; yields what is to be called after each.
+    """Trace `steps` optimiser steps after two of warm-up; yields a function to call after each.
 
-    Writes into `folder`, one file of each kind for every rank: trace-<rank>.json.gz, which
-    chrome://tracing and ui.perfetto.dev show, and on CUDA memory-<rank>.json, the allocator's
-    segments, blocks and history in the form of torch.cuda.memory's snapshots. A run of fewer steps
-    is traced as far as it goes. With None nothing is traced.
+    Writes two files per rank into `folder`: trace-<rank>.json.gz, for chrome://tracing and
+    ui.perfetto.dev, and on CUDA memory-<rank>.json, the allocator's segments, blocks and history in
+    the format of torch.cuda.memory's snapshots. A shorter run is traced to its end. None: no trace.
     """
     if steps is None:
         yield lambda: None

@@ -1,4 +1,4 @@
-"""Where ranks meet, swept clean of an earlier start's traces."""
+"""The store where ranks meet, without the traces of an earlier start."""
 
 import json
 import time
@@ -11,13 +11,14 @@ POLL_SECONDS = 0.02
 
 
 def fresh_store(store: Store, rank: int, ranks: int, timeout: timedelta) -> Store:
-    """`store` under a prefix that is common to this start of all ranks, and new.
+    """`store` under a new prefix that all ranks of this start share.
 
-    torchrun keeps one store while it starts its processes anew, and they would connect to addresses
-    that dead ones have left there (pytorch/pytorch issue 135712). How often each of its agents has
-    restarted need not be the same on all machines, so the ranks agree on a name: rank 0 invents one
-    and lists under it who has answered to it; a rank that finds itself in no list reads an earlier
-    start's name, and looks again. Raises TimeoutError, on ranks above 0, when there is no rank 0.
+    torchrun keeps one store while it restarts its processes, which would connect to addresses that
+    dead processes have left there (pytorch/pytorch issue 135712). Its agents may have restarted a
+    different number of times on each machine, so the ranks agree on a name: rank 0 invents one and
+    lists under it the ranks that have answered to it; a rank that the list lacks has read an
+    earlier start's name, and reads again. Raises TimeoutError, on ranks above 0, when there is no
+    rank 0.
     """
     answer = uuid.uuid4().hex
     if rank == 0:

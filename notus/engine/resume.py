@@ -1,26 +1,33 @@
-"""Whose output_dir it is, and what a run must have in common with the one that it continues."""
+"""The output_dir of a run, and what a run must have in common with the one that it resumes.
+
+The settings of an earlier start and today's are compared after both have been resolved, so that a
+key which the earlier program did not have counts with its default.
+"""
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from notus.data.tokenization import TokenizedPairs
-from notus.engine import lock
+from notus.engine import checkpoint, lock
 from notus.errors import UserError
+from notus.files import partial_path, read_object, write_json
 from notus.model.hf_config import ModelShape
 
 Plain = dict[str, Any]
+Resolve = Callable[[Plain], Plain]
 
 SETTINGS = "config.json"
-START = "start.json"  # {"path", "sha256"}: the checkpoint whose weights a run began from, if any
+START = "start.json"  # {"path", "sha256"}: the checkpoint whose weights a run started with, if any
+POLICY = "policy"  # the initial policy, where an adapter had to be merged
 
-# Settings that may change between a run and its continuation: none of them changes what is learnt.
-FREE = (
+# Settings that may change between a run and its resumption: none of them changes what is learnt.
+MAY_CHANGE = (
     "output_dir",
     "parallel",
     "log",
@@ -32,72 +39,171 @@ FREE = (
     "reference.log_probs",
     "train.max_nonfinite",
 )
-# Where things lie; a checkpoint holds the hashes of what they are instead.
+# Places of models and data; a checkpoint holds the hashes of their contents instead.
 PATHS = ("model.policy", "model.reference", "data.train")
 
 
-def essence(settings: Plain, ignored: tuple[str, ...] = FREE) -> Plain:
-    """The resolved configuration by dotted key, without the `ignored` sections and keys."""
-    flat = {
+def settings_that_matter(settings: Plain, ignored: tuple[str, ...] = MAY_CHANGE) -> Plain:
+    """The resolved settings by dotted key, without the `ignored` sections and keys."""
+    return {key: value for key, value in _flat(settings).items() if not _is_in(key, ignored)}
+
+
+def _flat(settings: Plain) -> Plain:
+    return {
         f"{section}.{key}" if isinstance(values, dict) else section: value
         for section, values in settings.items()
         for key, value in (values if isinstance(values, dict) else {section: values}).items()
     }
-    return {
-        key: value
-        for key, value in flat.items()
-        if key not in ignored and key.split(".")[0] not in ignored
-    }
 
 
-POLICY = "policy"  # of output_dir: the initial policy, where an adapter had to be merged
+def _is_in(key: str, places: tuple[str, ...]) -> bool:
+    return key in places or key.split(".")[0] in places
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun in this output_dir: its settings are there."""
+    """Whether a run has started in this output_dir: its settings are there."""
     return (folder / SETTINGS).is_file()
 
 
-def check_output_dir(folder: Path, settings: Plain, resume: str) -> None:
-    """Refuse an output_dir that holds anything but an earlier part of this same run.
+def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolve) -> None:
+    """Refuse an output_dir that holds anything except an earlier part of this same run.
 
-    Raises UserError that names the first differing setting, or what was found there.
+    resolve: settings of an earlier program -> the same with today's keys, defaults for those that
+    they lack; raises UserError for a key that there is no more. Raises UserError that names the
+    first setting that differs, or what was found there.
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         found = "cannot be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"output_dir: {folder} cannot be used: {nearest} {found}; give another one")
-    # What a run leaves that was killed before its settings were written.
-    begun = {lock.NAME, START, _partial(Path(START)).name, _partial(Path(SETTINGS)).name}
-    begun |= {POLICY, f".partial-{POLICY}"}
+    # The files of a run that was killed before its settings were written.
+    incomplete = {partial_path(Path(name)).name for name in (SETTINGS, START, POLICY)}
+    begun = {lock.NAME, START, POLICY} | incomplete
     if not folder.exists() or {path.name for path in folder.iterdir()} <= begun:
         return
     advice = "give another output_dir or remove it"
     try:
-        earlier = json.loads((folder / SETTINGS).read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        earlier = None
-    if not isinstance(earlier, dict) or earlier.keys() != settings.keys():
+        earlier = read_object(folder / SETTINGS)
+    except UserError:
+        earlier = {}
+    shared = earlier.keys() & settings.keys()
+    if not shared or any(type(earlier[key]) is not type(settings[key]) for key in shared):
         raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}")
-    different = differences(essence(earlier), essence(settings))
+    try:
+        before = _resolved(earlier, settings, MAY_CHANGE, resolve)
+        different = differences(before, settings_that_matter(settings))
+    except UserError as error:
+        different = str(error)
     if different:
         raise UserError(f"output_dir: {folder} holds another run ({different}); {advice}")
     if resume == "never":
         raise UserError(f"output_dir: {folder} holds a run, and --resume is never; {advice}")
 
 
-def recorded_start(folder: Path, given: Path | None) -> Plain | None:
-    """What START of this output_dir says; None if it is not there.
+def check_checkpoint(folder: Path, common: Plain, settings: Plain, resolve: Resolve) -> None:
+    """Refuse a checkpoint of a run that differs in `common`, which `what_must_match` gave.
 
-    given: the checkpoint whose weights this run is to begin from, or None. Raises UserError when
-    the run in the folder began otherwise.
+    settings, resolve: as for `check_output_dir`. Raises UserError that names what differs.
     """
+    state = checkpoint.read_state(folder)
+    earlier = state["common"]
     try:
-        record = json.loads((folder / START).read_text()) if holds_run(folder) else None
-    except FileNotFoundError:
-        record = None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / START}: not valid JSON; give another output_dir") from None
+        earlier |= _resolved(state["settings"], settings, MAY_CHANGE + PATHS, resolve)
+        earlier["model_shape"] = _shape_defaults() | earlier["model_shape"]
+        different = differences(earlier, common)
+    except UserError as error:
+        different = str(error)
+    if different:
+        raise UserError(
+            f"{folder}: made by another run ({different}); resume with the settings it was made "
+            "with, or start a new run in another output_dir"
+        )
+
+
+def _resolved(earlier: Plain, settings: Plain, ignored: tuple[str, ...], resolve: Resolve) -> Plain:
+    """The settings that matter of an earlier start, under today's keys.
+
+    Those that are `ignored` do not have to be readable: today's take their place.
+    """
+    matter = settings_that_matter(earlier, ignored)
+    flat = matter | {key: v for key, v in _flat(settings).items() if _is_in(key, ignored)}
+    nested: Plain = {}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        if name:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[section] = value
+    return settings_that_matter(resolve(nested), ignored)
+
+
+def _shape_defaults() -> Plain:
+    return {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
+
+
+def what_must_match(
+    settings: Plain,
+    shape: ModelShape,
+    pairs: TokenizedPairs,
+    reference: Mapping[str, Any] | None,
+    start: Mapping[str, Any] | None,
+    steps: int,
+) -> Plain:
+    """What a run and its resumption must share: settings, model, tokens, reference, steps."""
+    return settings_that_matter(settings, MAY_CHANGE + PATHS) | {
+        "model_shape": asdict(shape),
+        "tokens_sha256": pairs.fingerprint(),
+        "reference_sha256": reference["sha256"] if reference else None,
+        "start_sha256": start["sha256"] if start else None,
+        "steps": steps,
+    }
+
+
+# A reader learns nothing from two hashes; these words say what differs.
+HASH_WORDS = {
+    "tokens_sha256": "the training pairs' tokens differ (the data, its order or the tokenizer)",
+    "reference_sha256": "the reference's weights differ",
+    "base_sha256": "the weights under the adapters differ",
+    "start_sha256": "the checkpoint whose weights the run began from differs",
+}
+
+
+def differences(before: Plain, now: Plain) -> str:
+    """The first three entries that differ, in words, and how many more do; "" if none do."""
+    found = list(_differing(before, now))
+    words = [
+        HASH_WORDS.get(key, f"{key} was {_short(one)} and is {_short(other)}")
+        for key, one, other in found[:3]
+    ]
+    return "; ".join([*words, f"and {len(found) - 3} more"] if len(found) > 3 else words)
+
+
+def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, earlier and present value of each entry of nested objects that differs.
+
+    An entry that one side lacks counts as null there.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            at = f"{key}.{name}" if key else name
+            yield from _differing(before.get(name), now.get(name), at)
+    elif before != now:
+        yield key, before, now
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def recorded_start(folder: Path, given: Path | None) -> Plain | None:
+    """The contents of START in this output_dir; None if it is not there.
+
+    given: the checkpoint whose weights this run is to start with, or None. Raises UserError when
+    the run in the folder started with others.
+    """
+    path = folder / START
+    record = read_object(path) if holds_run(folder) and path.exists() else None
     if given is not None and holds_run(folder):
         began = record["path"] if record else "model.policy"
         if began != str(given.resolve()):
@@ -108,27 +214,27 @@ def recorded_start(folder: Path, given: Path | None) -> Plain | None:
     return record
 
 
-def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
-    """Write START, if there is one, and the settings into output_dir; rank 0 alone does it.
-
-    Raises UserError on rank 0 when the folder cannot be written to.
-    """
-    if dist.get_rank() == 0:
-        try:
-            if start is not None:
-                write_json(folder / START, start)
-            write_json(folder / SETTINGS, settings)
-        except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
-
-
 def make_output_dir(folder: Path) -> None:
-    """Create output_dir; rank 0 alone does it, and raises UserError when it cannot."""
+    """Create output_dir, on rank 0 only. Raises UserError there when it cannot."""
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir: {folder} cannot be made ({error.strerror})") from None
+
+
+def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
+    """Write START, if there is one, and the settings into output_dir, on rank 0 only.
+
+    Raises UserError there when the folder cannot be written to.
+    """
+    if dist.get_rank() == 0:
+        try:
+            if start is not None:
+                write_json(folder / START, start, durable=True)
+            write_json(folder / SETTINGS, settings, durable=True)
+        except OSError as error:
+            raise UserError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
 
 
 def check_shared(folder: Path) -> None:
@@ -138,59 +244,3 @@ def check_shared(folder: Path) -> None:
             f"output_dir: rank {dist.get_rank()} does not see {folder.resolve()}/{SETTINGS}, "
             "which rank 0 wrote; expected a folder on a file system that all machines share"
         )
-
-
-def common_ground(
-    settings: Plain,
-    shape: ModelShape,
-    pairs: TokenizedPairs,
-    reference: Mapping[str, Any] | None,
-    start: Mapping[str, Any] | None,
-    steps: int,
-) -> Plain:
-    """What a run and its continuation must share: settings, model, tokens, reference, steps."""
-    return essence(settings, FREE + PATHS) | {
-        "model_shape": asdict(shape),
-        "tokens_sha256": pairs.fingerprint(),
-        "reference_sha256": reference["sha256"] if reference else None,
-        "start_sha256": start["sha256"] if start else None,
-        "steps": steps,
-    }
-
-
-# A hash tells a reader nothing but that something differs; this says what.
-HASHED = {
-    "tokens_sha256": "the training pairs' tokens differ (the data, its order or the tokenizer)",
-    "reference_sha256": "the reference's weights differ",
-    "base_sha256": "the weights under the adapters differ",
-    "start_sha256": "the checkpoint whose weights the run began from differs",
-}
-
-
-def differences(before: Plain, now: Plain) -> str:
-    """The first entries that differ, in words, and how many more do; empty if none do."""
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    words = [
-        HASHED.get(key, f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}")
-        for key in keys[:3]
-    ]
-    return "; ".join([*words, f"and {len(keys) - 3} more"] if len(keys) > 3 else words)
-
-
-def write_json(path: Path, value: Plain) -> None:
-    """Write a JSON file that is there whole or not at all, whenever the process is killed."""
-    partial = _partial(path)
-    with partial.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_suffix(".partial")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

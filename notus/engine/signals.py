@@ -1,25 +1,27 @@
-"""Signals that ask a run to save, noted when they come and obeyed after the step they come in.
+"""Signals that ask a run to save: noted when they arrive, obeyed after the current step.
 
 SIGTERM (a preempted machine, a scheduler's time limit) and SIGINT (Ctrl-C): save and exit with
-code 0. SIGUSR1: save and go on. A signal to one process is enough, the ranks agree: `kill -TERM` of
-the process that `<output_dir>/lock` names ends the whole run. Another SIGINT kills at once.
+code 0. SIGUSR1: save and continue. One signalled process is enough, because the ranks agree:
+`kill -TERM` of the process that `<output_dir>/lock` names ends the run on every rank. A second
+SIGINT kills at once.
 
-torchrun passes SIGTERM and SIGINT on to its processes, and kills them when they have not ended
-after 30 s: where a step and a save take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds
+torchrun passes SIGTERM and SIGINT on to its processes, and kills those that have not ended after
+30 s: if a step and a save take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds
 (PyTorch 2.12; before, signal one of the processes instead). Its own exit code is then 1, though
-theirs is 0. SIGUSR1 it does not pass on: it dies of it.
+theirs is 0. torchrun does not pass SIGUSR1 on: that signal ends torchrun.
 """
 
 import signal
-from types import FrameType, TracebackType
+from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Self
 
 ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 ASK_TO_SAVE = signal.SIGUSR1
 
 
-class Interrupts:
-    """What signals have asked of this process since the context began; the main thread's alone."""
+class Interrupts(AbstractContextManager):
+    """The requests of signals to this process since the context began; for the main thread only."""
 
     def __init__(self) -> None:
         self._stop = self._save = False
@@ -29,17 +31,12 @@ class Interrupts:
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def take(self) -> tuple[bool, bool]:
-        """(stop, save): what was asked for. A save is handed out once."""
+        """(stop, save): whether each was asked for. A request to save is handed out once."""
         save = self._save
         if save:  # not cleared otherwise: a signal may come in between
             self._save = False
@@ -51,5 +48,5 @@ class Interrupts:
             return
         self._stop = True
         if number == signal.SIGINT:
-            # The next one must not wait for Python, which may be waiting for other ranks.
+            # The next SIGINT must not wait for Python, which may be waiting for other ranks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)

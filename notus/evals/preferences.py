@@ -25,7 +25,7 @@ from notus.data.packing import Rows
 from notus.data.preferences import Pair
 from notus.data.tokenization import TokenizedPairs, load_tokenizer
 from notus.engine import distributed
-from notus.engine.distributed import Ranks, divide
+from notus.engine.distributed import Ranks, map_over_ranks
 from notus.engine.evaluation import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.model.hf_config import ModelShape
@@ -387,7 +387,7 @@ def _load(options: argparse.Namespace, folder: Path, shape: ModelShape) -> Datas
         tokenization=tokenization,
         prefix_sharing=True,
         tokens_per_microbatch=options.tokens_per_microbatch,
-        map_over_ranks=divide,
+        map_over_ranks=map_over_ranks,
         seed=0,
     )["train"]
 

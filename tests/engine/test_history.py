@@ -1,4 +1,4 @@
-"""What history.jsonl says of a run's starts."""
+"""The starts and ends of a run in history.jsonl."""
 
 import json
 from importlib.metadata import version
@@ -36,7 +36,7 @@ def test_starts_and_ends_are_added(one_rank, tmp_path, monkeypatch):
     assert first["local"] == [str(tmp_path / "data.jsonl")]
     assert first["versions"]["torch"] == version("torch")
     assert end["event"] == "end" and first["time"] <= second["time"] <= end["time"]
-    assert [path.name for path in tmp_path.glob("*.partial")] == []
+    assert [path.name for path in tmp_path.glob(".partial-*")] == []
 
 
 def test_a_run_without_history_has_none(tmp_path):

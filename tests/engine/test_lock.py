@@ -1,4 +1,4 @@
-"""One run per output_dir, also where the file system cannot lock."""
+"""One run per output_dir."""
 
 import errno
 import fcntl
@@ -6,12 +6,10 @@ import json
 import os
 import resource
 import socket
-import subprocess
 
 import pytest
 import torch.distributed as dist
 
-from notus.engine import lock
 from notus.engine.lock import OutputLock
 from notus.errors import UserError
 
@@ -21,18 +19,7 @@ def first_rank(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
 
 
-@pytest.fixture(params=["flock", "no flock"])
-def locking(request, monkeypatch):
-    """Both kinds of file systems."""
-
-    def refuse(file, operation) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    if request.param == "no flock":
-        monkeypatch.setattr(fcntl, "flock", refuse)
-
-
-def test_the_second_is_told_who_holds_it(locking, tmp_path):
+def test_the_second_is_told_who_holds_it(tmp_path):
     with OutputLock(tmp_path) as held:
         held.take()
         held.take()  # once is enough
@@ -47,30 +34,24 @@ def test_the_second_is_told_who_holds_it(locking, tmp_path):
         third.take()
 
 
-def test_what_a_dead_process_left_is_free(locking, tmp_path):
-    with subprocess.Popen(["true"]) as process:
-        process.wait()
-    about = {"host": socket.gethostname(), "pid": process.pid, "started": "long ago"}
-    (tmp_path / "lock").write_text(json.dumps(about))
-    with OutputLock(tmp_path) as held:
-        held.take()
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-
-
-def test_another_host_may_be_alive_where_nobody_can_lock(monkeypatch, tmp_path):
+def test_what_a_dead_process_left_is_free(tmp_path):
     about = {"host": "elsewhere", "pid": 1, "started": "long ago"}
     (tmp_path / "lock").write_text(json.dumps(about))
     with OutputLock(tmp_path) as held:
-        held.take()  # the kernel knows better than the text
-    (tmp_path / "lock").write_text(json.dumps(about))
+        held.take()  # the kernel decides, not the text
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
     def refuse(file, operation) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    with OutputLock(tmp_path) as held, pytest.raises(UserError, match="process 1 on host elsewh"):
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with OutputLock(tmp_path) as held, OutputLock(tmp_path) as second:
         held.take()
-    assert json.loads((tmp_path / "lock").read_text()) == about
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert warning.startswith(f"warning: {tmp_path / 'lock'}: no lock (No locks available); ")
+        second.take()
 
 
 def test_no_space_for_it(tmp_path):

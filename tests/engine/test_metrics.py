@@ -1,48 +1,28 @@
+"""Exact means over pairs, what is agreed about a step, and speed."""
+
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.flop_counter import FlopCounterMode
+from test_flops import MISTRAL_7B
 
-from conftest import random_pairs
-from notus.data.packing import pack, slots_of
 from notus.data.planning import Division
 from notus.engine import metrics
-from notus.engine.flops import Work, forward_flops, hardware_flops, model_flops, peak_flops
-from notus.engine.log import MetricsLog
-from notus.engine.metrics import Speed, Totals, pair_metrics
-from notus.model.hf_config import ModelShape
-from notus.model.mistral import count_parameters
-from notus.objective.logprobs import token_log_probs
+from notus.engine.flops import forward_flops, model_flops
+from notus.engine.metrics import Speed, Totals, judge_step, nonfinite_pairs, pair_metrics
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
 
-MISTRAL_7B = ModelShape(
-    vocab_size=32_000,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
-)
+INF, NAN = float("inf"), float("nan")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="module")
 def one_process():
+    """A process group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -105,7 +85,7 @@ def test_metrics_of_supervised_fine_tuning():
     assert found == {"loss": [17.0, 6.0], "logps/chosen": [-17.0, 2.0]}
 
 
-def test_means_do_not_depend_on_the_division(one_process):
+def test_means_do_not_depend_on_the_division():
     rng = np.random.default_rng(0)
     values = {name: rng.normal(-50, 20, 40) for name in ("pc", "pr", "rc", "rr")}
     lengths = rng.integers(1, 30, (40, 2))
@@ -146,48 +126,6 @@ def test_means_do_not_depend_on_the_division(one_process):
     assert totals.means()["loss"] == pytest.approx(losses[7])  # nothing is left of what was told
 
 
-def mean_pair_flops(prompt, chosen, rejected):
-    return model_flops(MISTRAL_7B, np.array([[prompt, chosen, rejected]]))
-
-
-def test_model_flops_of_mistral_7b():
-    """Roofline by hand for 168 + 314 + 277 tokens: 32.6 TFLOP, each factor written out."""
-    block = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336
-    assert 32 * block == 6_979_321_856
-    linear = 2 * 6_979_321_856 * 759
-    # Own part and everything before it, each token with itself.
-    prompt, chosen, rejected = 168 * 169 // 2, 314 * 315 // 2, 277 * 278 // 2
-    attended = prompt + chosen + rejected + 168 * (314 + 277)
-    attention = 4 * 4096 * 32 * attended
-    head = 2 * 4096 * 32_000 * 591
-    found = mean_pair_flops(168, 314, 277)
-    assert found == 3 * (linear + attention + head)
-    assert found == pytest.approx(32.6e12, rel=2e-3)
-    two = model_flops(MISTRAL_7B, np.array([[168, 314, 277], [10, 20, 30]]))
-    assert two == found + mean_pair_flops(10, 20, 30)
-
-
-def test_model_flops_against_torch(tiny_model):
-    """torch counts the forward's matrix products, attention apart; training is three times that."""
-    pairs = random_pairs(3, seed=1)
-    batch = pack(pairs, [0, 1, 2], int(slots_of(pairs.lengths, True).sum()), prefix_sharing=True)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        token_log_probs(tiny_model, batch, False)
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    shape = tiny_model.shape
-    tokens = [(p, side) for p, *sides in pairs.lengths.tolist() for side in sides]
-    attended = sum(sum(range(1, p + 1)) for p in pairs.lengths[:, 0].tolist())
-    attended += sum(p + i for p, side in tokens for i in range(1, side + 1))
-    width = shape.num_attention_heads * shape.head_dim
-    attention = (
-        2 * 2 * width * attended * shape.num_hidden_layers
-    )  # q k and p v, a product-sum each
-    assert model_flops(shape, pairs.lengths) == 3 * (products + attention)
-    assert model_flops(shape, pairs.lengths, frozen=True) == 2 * products + 3 * attention
-
-
 def test_speed(monkeypatch):
     clock = iter([100.0, 102.0, 102.0, 106.0, 106.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
@@ -215,30 +153,6 @@ def test_speed(monkeypatch):
     assert speed.report()["perf/pairs_per_second"] == 1 / 4  # from zero again
 
 
-def test_hardware_flops_by_hand():
-    """One block of width 2 with one head of size 2, inner 3, vocabulary 5; P, C, R = 2, 1, 3."""
-    shape = replace(
-        MISTRAL_7B,
-        hidden_size=2,
-        intermediate_size=3,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        vocab_size=5,
-    )
-    lengths = np.array([[2, 1, 3]])
-    products = 2 * (4 * 2 * 2 + 3 * 2 * 3) * 6
-    attention = 4 * 2 * (3 + 2 * 4 + 1 + 6)
-    head = 2 * 2 * 5 * 4
-    assert forward_flops(shape, lengths) == (products, attention, head)
-    everything = Work(frozen=False, recomputed=True, scorings=2)
-    expected = 6 * products * 8 / 6 + 6.5 * attention + 6 * head
-    assert hardware_flops(shape, lengths, 8, everything) == pytest.approx(expected)
-    adapters = hardware_flops(shape, lengths, 6, Work(frozen=True))
-    assert adapters == pytest.approx(2 * products + 3.5 * attention + 3 * head)
-
-
 def test_time_left_out(monkeypatch):
     clock = iter([0.0, 50.0, 51.0, 51.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
@@ -250,61 +164,47 @@ def test_time_left_out(monkeypatch):
     assert "perf/mfu" not in report  # no peak is known of a CPU
 
 
-@pytest.mark.parametrize(
-    "name, peak",
-    [("NVIDIA H200", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("GeForce GTX 1080", None)],
-)
-def test_peak_flops(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda")) == peak
+@pytest.mark.parametrize("loss", [6.0, INF, NAN])
+@pytest.mark.parametrize("norm", [0.5, INF, NAN])
+def test_a_step_is_finite_when_loss_and_gradient_are(loss, norm):
+    total = torch.tensor(loss, dtype=torch.float64)
+    verdict = judge_step(total, torch.tensor(norm), 3, False, True)
+    assert verdict.finite == (loss == 6.0 and norm == 0.5)
+    assert (verdict.stop, verdict.save) == (False, True)
+    if verdict.finite:
+        assert (verdict.loss, verdict.grad_norm) == (2.0, 0.5)
 
 
-def write(folder, steps, *, step=0, active=True):
-    log = MetricsLog(folder, step=step, total=10, active=active)
-    for done in steps:
-        log.write(done, {"loss": 1.0 / (done + 1), "rewards/margins": float(done)})
-    log.close()
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_log_writes_lines_and_events(tmp_path):
-    write(tmp_path, [0, 2, 4])
-    assert lines(tmp_path) == [
-        {"step": 0, "loss": 1.0, "rewards/margins": 0.0},
-        {"step": 2, "loss": 1 / 3, "rewards/margins": 2.0},
-        {"step": 4, "loss": 1 / 5, "rewards/margins": 4.0},
+def test_pairs_whose_loss_is_not_finite():
+    seen = [
+        (torch.tensor([9, 4]), torch.tensor([1.0, NAN])),
+        (torch.tensor([], dtype=torch.int64), torch.tensor([])),
+        (torch.tensor([3, 7]), torch.tensor([-INF, 2.0])),
     ]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["loss", "rewards/margins"]
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert found == [(0, 1.0), (2, pytest.approx(1 / 3)), (4, pytest.approx(1 / 5))]
+    assert nonfinite_pairs(seen) == [3, 4]
 
 
-def test_resumed_log_replaces_later_steps(tmp_path):
-    write(tmp_path, [1, 2, 3, 4])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # torn when the run was killed
-    write(tmp_path, [3, 4, 5], step=2)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+def step_of(*losses: float) -> Totals:
+    step = Totals()
+    for loss in losses:
+        step.add({"loss": (torch.tensor(loss, dtype=torch.float64), torch.tensor(2.0).double())})
+    return step
 
 
-def test_other_ranks_and_empty_reports_write_nothing(tmp_path):
-    write(tmp_path, [1, 2], active=False)
-    assert not list(tmp_path.iterdir())
-    log = MetricsLog(tmp_path, step=0, total=10, active=True)
-    log.write(1, {})
-    assert log.bar.n == 1
-    log.close()
-    assert not (tmp_path / "metrics.jsonl").exists()
+def test_a_step_that_is_not_finite_counts_for_nothing_but_itself():
+    totals = Totals()
+    totals.add_step(step_of(1.0, 3.0), True)
+    totals.add_step(step_of(NAN, 3.0), False)
+    totals.add_step(step_of(5.0), True)
+    resumed = Totals()
+    resumed.restore(json.loads(json.dumps(totals.snapshot())), torch.device("cpu"))
+    expected = {"loss": (1.0 + 3.0 + 5.0) / 6, "nonfinite": 1 / 3}
+    assert totals.means() == resumed.means() == expected
+    totals.add_step(step_of(NAN), False)
+    assert totals.means() == {"nonfinite": 1.0}
 
 
-def test_parameters_of_the_shape():
-    """The blocks of the FLOP count are those of the model: 7,241,732,096 parameters in all."""
-    assert count_parameters(MISTRAL_7B) == 6_979_321_856 + 2 * 32_000 * 4096 + 65 * 4096
-    assert count_parameters(replace(MISTRAL_7B, tie_word_embeddings=True)) == 7_110_660_096
+def test_sums_of_more_ranks_than_there_are_now():
+    totals = Totals()
+    totals.restore({"loss": [[1.0, 2.0], [3.0, 2.0], [5.0, 4.0]]}, torch.device("cpu"))
+    assert totals.means() == {"loss": 9.0 / 8.0}

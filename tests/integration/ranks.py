@@ -110,18 +110,18 @@ def _rank(
 
 def _slow_disk() -> None:
     """Every file of a checkpoint takes a while, so that a save is under way most of the time."""
-    from notus.engine import checkpoint
+    from notus.engine import saver
 
-    to_disk, sync = checkpoint._to_disk, checkpoint._sync
-    checkpoint._to_disk = lambda path: (time.sleep(0.03), to_disk(path))[1]
-    checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]
+    to_disk, sync = saver._to_disk, saver.sync
+    saver._to_disk = lambda path: (time.sleep(0.03), to_disk(path))[1]
+    saver.sync = lambda path: (time.sleep(0.01), sync(path))[1]
 
 
 def _disk_full() -> None:
     """The second checkpoint finds no space for its optimiser state."""
-    from notus.engine import checkpoint
+    from notus.engine import saver
 
-    write = checkpoint._save_file
+    write = saver._save_file
 
     def refuse(path: Path, tensors: dict) -> None:
         if "step-00000004" in str(path) and path.name.startswith("optimizer"):
@@ -129,7 +129,7 @@ def _disk_full() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, tensors)
 
-    checkpoint._save_file = refuse
+    saver._save_file = refuse
 
 
 def _no_space_for_adapters() -> None:

@@ -100,7 +100,7 @@ def test_a_full_disk_costs_one_checkpoint(config, tmp_path):
     (warning,) = [line for line in told.splitlines() if line.startswith("warning: ")]
     for part in ("step-00000004 was not saved", "No space left on device", "optimizer-0000"):
         assert part in warning
-    assert "step-00000003 is kept, and training goes on" in warning
+    assert "step-00000003 is kept, and training continues" in warning
     assert checkpoints(output) == ["step-00000007", "step-00000008"]
     expected = whole(config, 2)
     assert [m["loss"] for m in metrics(output)] == [m["loss"] for m in metrics(expected)]

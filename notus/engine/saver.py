@@ -1,0 +1,315 @@
+"""Saving in the background: checkpoints during training, and the export of the trained model.
+
+A save. Every rank copies the complete tensors that it will write to the host; the next step then
+starts, while one thread per rank writes, syncs and hashes. Rank 0 writes the manifest, renames the
+folder and removes old ones. The folder gets its final name only when everything in it is on disk; a
+killed save leaves `.partial-step-*`, which the next one removes. At most one save runs at a time.
+
+When a save fails (no space, no permission), rank 0 reports it once, with path and reason; the files
+already written are removed, older checkpoints stay, and training continues. A run whose last save
+failed ends with an error, after its final model has been written.
+
+torch.distributed.checkpoint's HuggingFaceStorageWriter is no alternative: it writes slices, which
+one rank must read and write again before transformers can load the folder, and leaves optimiser
+state, hashes, the atomic rename and retention to its caller.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from notus.engine.checkpoint import (
+    MANIFEST,
+    MODEL,
+    STATE,
+    Plain,
+    Progress,
+    checkpoint_name,
+    checkpoints,
+    index_file,
+    render_manifest,
+    sha256,
+    trained_parameters,
+    weights_prefix,
+)
+from notus.engine.distributed import TIMEOUT
+from notus.engine.host_memory import free_host_bytes
+from notus.engine.log import warn
+from notus.errors import UserError, agreed
+from notus.files import partial_path, sync, write_json
+from notus.model.mistral import MistralForCausalLM
+from notus.model.weights import copy_tokenizer, gather_own
+
+
+class Saver(AbstractContextManager):
+    """Saves checkpoints under `root` in the background; the end of the context waits for the last.
+
+    keep: how many complete ones stay. source: the folder whose config.json and tokenizer describe
+    the model. facts: further entries of state.json; `resume.check_checkpoint` reads "common" and
+    "settings". previous: the step from which the run resumes.
+    host_bytes: limit for copies of tensors that wait on the host to be written; where this rank's
+    next file would exceed it, the step waits (one file may always wait). None: half of the host
+    memory that is free, divided by the ranks of this machine. All ranks must make the same calls.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        source: Path,
+        facts: Mapping[str, object],
+        previous: int = 0,
+        host_bytes: int | None = None,
+    ) -> None:
+        self.root, self.keep, self.source, self.facts = root, keep, source, facts
+        self.previous, self.host_bytes = previous, host_bytes
+        # The threads' collectives must not mix with those of the steps.
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._outcome: Future[str | None] | None = None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        # A UserError is raised on every rank. After any other exception ranks may be gone: no wait.
+        orderly = error is None or isinstance(error, UserError)
+        self._thread.shutdown(wait=orderly, cancel_futures=not orderly)
+        if orderly:
+            dist.destroy_process_group(self._group)
+
+    def save(
+        self,
+        model: MistralForCausalLM,
+        optimizer: Optimizer,
+        reference: MistralForCausalLM | None,
+        progress: Progress,
+    ) -> None:
+        """Write root/step-<step>; returns once the tensors have been copied to the host.
+
+        reference: the reference model if it changes during training.
+        """
+        self.wait()
+        folder = self.root / checkpoint_name(progress.step)
+        state = {**progress._asdict(), "updates": _updates(optimizer), **self.facts}
+        groups = {
+            weights_prefix(model): trained_parameters(model),
+            "optimizer": _optimizer_tensors(model, optimizer),
+        }
+        if reference is not None:
+            groups["reference"] = list(reference.named_parameters())
+        host_bytes = _spare_host_bytes() if self.host_bytes is None else self.host_bytes
+        ready = self._thread.submit(self._prepare, partial_path(folder))
+        indexes: dict[str, Plain] = {}
+        jobs: list[Future[Plain]] = []
+        waiting: list[tuple[Future[Plain], int]] = []
+        for prefix, tensors in groups.items():
+            size = _largest_share([tensor for _, tensor in tensors])
+            while waiting and size + sum(held for _, held in waiting) > host_bytes:
+                waiting.pop(0)[0].exception()  # only waits: `_publish` handles the error
+            indexes[prefix], file, own = gather_own(tensors, prefix)
+            path = partial_path(folder) / file
+            jobs.append(self._thread.submit(_write_tensors, path, own, ready))
+            waiting.append((jobs[-1], size))
+            del own  # the job's, which frees the tensors
+        self._outcome = self._thread.submit(self._publish, folder, jobs, indexes, state)
+
+    def wait(self) -> str | None:
+        """Wait for the last save; None if it succeeded or there is none, else why it failed."""
+        return self._outcome.result() if self._outcome else None
+
+    # The methods below run in the thread, on all ranks. What they return or raise is the same on
+    # each.
+
+    def _prepare(self, partial: Path) -> None:
+        """Make the folder to write into, and remove what killed saves have left."""
+        with agreed(self._group), _refusals():
+            if dist.get_rank() == 0:
+                for left in self.root.glob(partial_path(Path("*")).name):
+                    shutil.rmtree(left)
+                partial.mkdir(parents=True)
+                sync(self.root.parent)
+
+    def _publish(
+        self,
+        folder: Path,
+        jobs: Sequence[Future[Plain]],
+        indexes: Mapping[str, Plain],
+        state: Plain,
+    ) -> str | None:
+        """Name the folder when every rank has written its files; returns why that failed."""
+        first, partial = dist.get_rank() == 0, partial_path(folder)
+        files: Plain = {}
+        try:
+            with agreed(self._group):
+                for job in jobs:
+                    files |= job.result()
+            parts = [files] * dist.get_world_size()
+            dist.all_gather_object(parts, files, group=self._group)
+            with agreed(self._group), _refusals():
+                if first:
+                    for prefix, index in indexes.items():
+                        write_json(index_file(partial, prefix), index)
+                    if MODEL in indexes:
+                        _describe_model(partial, torch.float32, self.source)
+                    write_json(partial / STATE, state)
+                    self._finish(folder, {name: part[name] for part in parts for name in part})
+        except UserError as error:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                kept = checkpoints(self.root, upto=self.previous)
+                older = f"{kept[-1]} is kept" if kept else "there is no older one"
+                warn(f"{folder} was not saved: {error}; {older}, and training continues")
+            return str(error)
+        if first:
+            try:
+                with _refusals():
+                    retain(self.root, folder, previous=self.previous, keep=self.keep)
+            except UserError as error:
+                warn(f"an old checkpoint was not removed: {error}")
+            self.previous = state["step"]
+        return None
+
+    def _finish(self, folder: Path, files: Plain) -> None:
+        """Write the manifest and rename the folder; files: the manifest's entries of all ranks."""
+        partial = partial_path(folder)
+        others = [path for path in sorted(partial.iterdir()) if path.name not in files]
+        files |= {path.name: _to_disk(path) for path in others}
+        (partial / MANIFEST).write_text(render_manifest(files))
+        sync(partial / MANIFEST)
+        sync(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which was passed over
+        os.rename(partial, folder)
+        sync(self.root)
+
+
+def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
+    """Remove all but `newest`, which was just written, and the keep - 1 before it.
+
+    previous: the step of the save before, or the one from which the run resumed. Checkpoints of
+    later steps are removed as well: the run passed them over, as damaged or by an explicit
+    --resume.
+    """
+    before = [path for path in checkpoints(root, previous) if path != newest]
+    kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}
+    for path in checkpoints(root):
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:
+    """Write the trained model as a bfloat16 Hugging Face folder, which appears only when complete.
+
+    source: the folder of its config.json and tokenizer. Collective. Raises UserError, on every
+    rank, when it cannot be written.
+    """
+    partial, first = partial_path(folder), dist.get_rank() == 0
+    refusals = f"{folder} was not written: "
+    try:
+        with agreed(), _refusals(refusals):
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        tensors = ((name, p.detach().to(torch.bfloat16)) for name, p in model.named_parameters())
+        index, file, own = gather_own(tensors, MODEL)
+        with agreed(), _refusals(refusals):
+            if own:
+                _save_file(partial / file, own)
+        with agreed(), _refusals(refusals):
+            if first:
+                write_json(index_file(partial, MODEL), index)
+                _describe_model(partial, torch.bfloat16, source)
+                for path in (*partial.iterdir(), partial):
+                    sync(path)
+                os.rename(partial, folder)
+                sync(folder.parent)
+    except UserError:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _refusals(prefix: str = "") -> Iterator[None]:
+    """Raise UserError, with path and reason, for what the file system refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename2 or error.filename  # of a copy, where it goes
+        reason = f"{place}: {error.strerror}" if place else error.strerror
+        raise UserError(f"{prefix}{reason}") from None
+
+
+def _optimizer_tensors(model: MistralForCausalLM, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """State tensors by "<state>/<parameter>"; none before the first update."""
+    tensors = []
+    for name, parameter in trained_parameters(model):
+        state = optimizer.state.get(parameter, {})
+        assert state or not optimizer.state, f"{name}: no state; is it the sharded parameter?"
+        # "step" is equal for all: state.json holds it as "updates".
+        tensors += [(f"{key}/{name}", state[key]) for key in sorted(state) if key != "step"]
+    return tensors
+
+
+def _updates(optimizer: Optimizer) -> int:
+    """How often the optimiser has been applied: fewer times than steps if some were skipped."""
+    return next((int(state["step"]) for state in optimizer.state.values()), 0)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], ready: Future[None]) -> Plain:
+    """Write one safetensors file to disk and free its tensors; returns its manifest entry by name.
+
+    ready: done when the folder exists; its error is raised here. A rank without tensors has no
+    file.
+    """
+    try:
+        ready.result()
+        if not tensors:
+            return {}
+        with _refusals():
+            _save_file(path, tensors)
+            return {path.name: _to_disk(path)}
+    finally:
+        tensors.clear()
+
+
+def _save_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of an OSError, without the path
+        raise OSError(0, str(error), str(path)) from None
+
+
+def _to_disk(path: Path) -> Plain:
+    """The file's entry in the manifest, once its contents are on disk."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
+    """Add what makes weights a Hugging Face folder: the configuration and the tokenizer."""
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the key's name before transformers 5
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    copy_tokenizer(source, folder)
+
+
+def _largest_share(tensors: Sequence[Tensor]) -> int:
+    """An upper bound on the bytes that `gather_own` gives to any rank."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    return sum(sizes) // dist.get_world_size() + max(sizes, default=0)
+
+
+def _spare_host_bytes() -> int:
+    """Half of this machine's free memory, or of its container's, for each rank on it."""
+    return free_host_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,156 @@
+"""The files that a run writes its metrics to, on a full disk too, and its progress in a pipe."""
+
+import json
+import resource
+import sys
+from contextlib import contextmanager
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from notus.engine.log import LinesFile, MetricsLog, progress
+
+INF, NAN = float("inf"), float("nan")
+
+
+def write(folder, steps, *, step=0, active=True):
+    log = MetricsLog(folder, step=step, total=10, active=active)
+    for done in steps:
+        log.write(done, {"loss": 1.0 / (done + 1), "rewards/margins": float(done)})
+    log.close()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_log_writes_lines_and_events(tmp_path):
+    write(tmp_path, [0, 2, 4])
+    assert lines(tmp_path) == [
+        {"step": 0, "loss": 1.0, "rewards/margins": 0.0},
+        {"step": 2, "loss": 1 / 3, "rewards/margins": 2.0},
+        {"step": 4, "loss": 1 / 5, "rewards/margins": 4.0},
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "rewards/margins"]
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(0, 1.0), (2, pytest.approx(1 / 3)), (4, pytest.approx(1 / 5))]
+
+
+def test_resumed_log_replaces_later_steps(tmp_path):
+    write(tmp_path, [1, 2, 3, 4])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # torn when the run was killed
+    write(tmp_path, [3, 4, 5], step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+def test_other_ranks_and_empty_reports_write_nothing(tmp_path):
+    write(tmp_path, [1, 2], active=False)
+    assert not list(tmp_path.iterdir())
+    log = MetricsLog(tmp_path, step=0, total=10, active=True)
+    log.write(1, {})
+    assert log.bar.n == 1
+    log.close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_lines_of_a_file(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    file = LinesFile(path, 3)  # there is none yet
+    for step in (1, 2, 3):
+        file.add({"step": step, "loss": NAN if step == 2 else 0.5, "pairs": [1]})
+    with path.open("ab") as handle:
+        handle.write(b'{"step": 1, "lo{"step": 2}\n[]\n\0\0\0\n{"step": 4, "lo')
+    LinesFile(path, 2)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept == [
+        {"step": 1, "loss": 0.5, "pairs": [1]},
+        {"step": 2, "loss": None, "pairs": [1]},
+    ]
+    assert "NaN" not in path.read_text()
+
+
+@contextmanager
+def small_files():
+    """The kernel refuses files of more than 100 bytes, as a full disk would.
+
+    Only around what is tested: pytest's own output may go to a file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_whole_lines_and_is_reported_once(tmp_path, capsys):
+    with small_files():
+        file = LinesFile(tmp_path / "lines.jsonl", 0)
+        for step in range(5):
+            file.add({"step": step, "text": "30 bytes of it"})
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"warning: {file.path}: No space left on device; ")
+    file.add({"step": 5})
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 5]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_log_without_space(tmp_path, capsys):
+    with small_files():
+        log = MetricsLog(tmp_path, step=0, total=9, active=True)
+        for step in range(1, 9):
+            log.write(step, {"loss": 0.5, "learning_rate": 0.1})
+        log.close()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert sorted(line.split(": ")[1] for line in told) == [
+        str(tmp_path / "metrics.jsonl"),
+        str(tmp_path / "tensorboard"),
+    ]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_pipe_gets_whole_lines_with_the_time_left(capsys, monkeypatch):
+    """Resumed after 1,000 of 1,006 steps: 10, 15, 30, 45, 46 and 54 seconds after the start."""
+    now = [100.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar = progress(1006, 1000, "step")
+    for step, seconds in enumerate((10, 15, 30, 45, 46, 54), start=1):
+        now[0] = 100.0 + seconds
+        bar.set_postfix({"loss": f"{1 / step:.2f}"}, refresh=False)
+        bar.update(1)
+    bar.close()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "step 1,000 of 1,006, 00:00 so far, ? left",
+        "step 1,002 of 1,006, loss=0.50, 00:15 so far, 00:30 left",
+        "step 1,003 of 1,006, loss=0.33, 00:30 so far, 00:30 left",
+        "step 1,004 of 1,006, loss=0.25, 00:45 so far, 00:22 left",
+        "step 1,006 of 1,006, loss=0.17, 00:54 so far, 00:00 left",
+    ]
+
+
+def test_a_terminal_has_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress(3, 0, "step").close()
+    assert "0/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_only_rank_0_prints_lines_with_the_last_metrics(tmp_path, capsys, active):
+    log = MetricsLog(tmp_path, step=0, total=2, active=active)
+    log.write(0, {"eval_loss": 0.6931})
+    log.write(1, {"loss": 0.6931, "rewards/accuracies": 0.25, "rewards/margins": 0.0})
+    log.write(2, {"loss": 0.5, "eval_loss": 0.4})
+    log.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (2 if active else 0)
+    if active:
+        assert lines[0].startswith("step 0 of 2, ")
+        assert lines[1].startswith("step 2 of 2, loss=0.5000, ") and lines[1].endswith(" left")
