@@ -9,7 +9,6 @@ README.md says where to change what.
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,16 +21,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from notus.agreement import agree
 from notus.card.card import write_card
-from notus.config import Config, load_config, to_dict
+from notus.config import Config, load_config
 from notus.data.packing import slots_of
 from notus.data.planning import random_seed
-from notus.dryrun.memory import parameter_counts
-from notus.dryrun.preflight import Question, preflight, shard_size
-from notus.engine import checkpoint, distributed, history, resume
+from notus.engine import checkpoint, distributed, history
 from notus.engine.checkpoint import Progress, Saver
 from notus.engine.distributed import Ranks, accumulate
 from notus.engine.evaluation import evaluate
-from notus.engine.flops import Work, gpu_named
+from notus.engine.flops import Work
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
 from notus.engine.metrics import (
@@ -57,9 +54,7 @@ from notus.opening import (
     check_loss,
     lora_settings,
     make_scorer,
-    open_inputs,
     open_run,
-    plan_run,
     sample_prompts,
 )
 
@@ -247,46 +242,6 @@ def show_samples(config: Config, ranks: Ranks, run: Run, log: MetricsLog, done: 
         log.show(lambda board: record_samples(run.output, board, done, prompts, *texts))
 
 
-def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
-    """Check everything, report what the run would be; the exit code, 1 if it does not fit."""
-    gpu = None if options.gpu is None else gpu_named(options.gpu)
-    if options.gpus is not None and options.gpus < 1:
-        raise UserError(f"--gpus {options.gpus}: expected at least 1")
-    if options.price is not None and not 0 < options.price < math.inf:
-        raise UserError(f"--price {options.price:g}: expected the price of one GPU for one hour")
-    shard, replicate = config.parallel.shard, config.parallel.replicate
-    gpus = options.gpus or max(ranks.count, (shard or 1) * replicate)
-    shard_size(gpus, shard, replicate)
-    inputs = open_inputs(config, ranks, weights=False, describe=True)
-    output = Path(config.output_dir)
-    settings = to_dict(config) | {"loss": inputs.loss.settings}
-    agree(lambda: resume.check_output_dir(output, settings, options.resume))
-    if not options.model_only:
-        checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
-    else:
-        checkpoint.check_sound(Path(options.resume))
-    counts = parameter_counts(inputs.shape, lora_settings(config))
-    merged = inputs.adapter is not None and config.model.reference is not None
-    same_model = inputs.reference_folder.resolve() == inputs.source.resolve() and not merged
-    report, fits = preflight(
-        Question(
-            config=config,
-            shape=inputs.shape,
-            counts=counts,
-            plan=plan_run(config, inputs.pairs, gpus),
-            pairs=inputs.pairs,
-            held_out=inputs.held_out,
-            uses_reference=inputs.loss.uses_reference,
-            reference_is_base=counts.frozen > 0 and same_model,
-            couples_pairs=inputs.loss.couples_pairs,
-        ),
-        gpu,
-        options.price,
-    )
-    ranks.say(report)
-    return 0 if fits else 1
-
-
 def run_to_end(config: Config, ranks: Ranks, run: Run, profile: int | None) -> bool:
     """Train, save and export; whether the run is finished, and not stopped by a signal.
 
@@ -364,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_loss(config, options)
         ranks = distributed.start("cpu" if options.dry_run else config.parallel.device)
         if options.dry_run:
+            from notus.dryrun.preflight import dry_run
+
             return dry_run(config, ranks, options)
         if config.parallel.device == "auto" and ranks.device.type == "cpu":
             ranks.say(f"no CUDA device was found (PyTorch {torch.__version__}): using the CPU")

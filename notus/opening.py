@@ -6,7 +6,7 @@
 import argparse
 import os
 import shutil
-import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from notus.agreement import agree
 from notus.config import Config, Holdout, Source, to_dict
 from notus.data.packing import slots_of
-from notus.data.planning import RunPlan
+from notus.data.planning import RunPlan, idle_text
 from notus.data.preferences import Pair, load_preferences
 from notus.data.tokenization import Tokenized, TokenizedPairs, load_tokenizer, tokenize_pairs
 from notus.data.tokenized import WORTH_KEEPING, tokenize_once, tokens_file
-from notus.dryrun.preflight import idle_text
-from notus.dryrun.tokens import DataSet, token_report
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.checkpoint import Progress
@@ -104,6 +102,21 @@ class Inputs(NamedTuple):
     origins: list[str]  # where each of the pairs comes from, for messages
     held_out: TokenizedPairs | None
     counts: dict[str, Any]  # what became of each data set, for the model card
+    datasets: dict[str, "Dataset"]  # "train" and perhaps "eval", for the dry run's report
+    tokenizer: PreTrainedTokenizerFast
+
+
+class Dataset(NamedTuple):
+    """A data set as text and as tokens; dropped: rows dropped while reading, by reason."""
+
+    rows: Sequence[Pair]
+    tokenized: Tokenized
+    dropped: Mapping[str, int]
+
+    @property
+    def kept(self) -> list[Pair]:
+        """The pairs that have tokens, in their order."""
+        return [self.rows[place] for place in self.tokenized.kept]
 
 
 def answer_samples(
@@ -312,11 +325,11 @@ def record_start(config: Config, inputs: Inputs, ranks: Ranks, found: Path | Non
     )
 
 
-def open_inputs(config: Config, ranks: Ranks, *, weights: bool, describe: bool = False) -> Inputs:
+def open_inputs(config: Config, ranks: Ranks, *, weights: bool) -> Inputs:
     """Check and read what a run starts from, on any device, for any number of ranks.
 
-    weights: whether those of the models must be there. describe: whether to print what the data
-    are. Writes nothing but cached tokens. Raises UserError, alike on all ranks.
+    weights: whether those of the models must be there. Writes nothing but cached tokens. Raises
+    UserError, alike on all ranks.
     """
     loss = make_loss(config)
     check_settings(config, loss)
@@ -333,7 +346,7 @@ def open_inputs(config: Config, ranks: Ranks, *, weights: bool, describe: bool =
     spoken = source if adapter is None else tokenizer_folder(source, adapter)
     if config.evaluation.samples is not None:
         agree(lambda: check_prompts(config.evaluation.samples.prompts, spoken))
-    pairs, origins, held_out, counts = read_data(config, spoken, shape, ranks, describe)
+    pairs, origins, held_out, counts, *rest = read_data(config, spoken, shape, ranks)
     return Inputs(
         loss=loss,
         source=source,
@@ -345,6 +358,8 @@ def open_inputs(config: Config, ranks: Ranks, *, weights: bool, describe: bool =
         origins=origins,
         held_out=held_out,
         counts=counts,
+        datasets=rest[0],
+        tokenizer=rest[1],
     )
 
 
@@ -405,12 +420,10 @@ def check_settings(config: Config, loss: Loss) -> None:
         )
 
 
-def read_data(
-    config: Config, source: Path, shape: ModelShape, ranks: Ranks, describe: bool
-) -> tuple[TokenizedPairs, list[str], TokenizedPairs | None, dict[str, Any]]:
+def read_data(config: Config, source: Path, shape: ModelShape, ranks: Ranks) -> tuple[Any, ...]:
     """The training pairs as tokens, where each comes from, the held-out ones, if any, and counts.
 
-    describe: whether to print what they are.
+    Then both data sets and the tokenizer.
     """
     tokenizer = agree(lambda: load_tokenizer(source))
     if len(tokenizer) > shape.vocab_size:
@@ -467,14 +480,10 @@ def read_data(
             )
         origins = [pairs[index].where for index in result.kept]
         tokenized[name] = result.pairs, origins
-        described[name] = DataSet(pairs, result, earlier)
+        described[name] = Dataset(pairs, result, earlier)
         recorded[name] = {"pairs": len(result.pairs), "counts": counts}
-    if describe and ranks.first:
-        style, colours = config.data.tokenization, sys.stdout.isatty()
-        report = token_report(described, tokenizer, style=style, colours=colours)
-        print(f"\n{report}\n", flush=True)
     held_out, _ = tokenized.get("eval", (None, None))
-    return *tokenized["train"], held_out, recorded
+    return *tokenized["train"], held_out, recorded, described, tokenizer
 
 
 def data_sources(config: Config) -> list[Source]:

@@ -26,10 +26,10 @@ ORDER = """
     generate.prompts generate.decoding
     evals
     generate.samples
-    dryrun
     card
     demo
     opening
+    dryrun
     train eval
 """
 RANKS = {
