@@ -1,6 +1,6 @@
 """`train.py CONFIG --dry-run`: whether a run fits, how long it takes and what it costs.
 
-Everything is checked as a run would, on the CPU, without weights.
+Everything is checked as at the start of a run, on the CPU and without the models' weights.
 """
 
 import argparse
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from notus.agreement import agree
 from notus.config import Config, to_dict
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
@@ -29,12 +28,12 @@ from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint, resume
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
-from notus.errors import UserError
+from notus.errors import UserError, agreed
 from notus.opening import lora_settings, open_inputs, plan_run
 
 
 def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
-    """Check everything and print what the run would be; the exit code, 1 if it does not fit.
+    """Check everything and print what the run would take; the exit code, 1 if it does not fit.
 
     options: gpus, gpu, price, resume and model_only of train.py's command line. Collective. Raises
     UserError, on every rank, for all that a run would refuse.
@@ -58,10 +57,11 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     style, unit = config.data.tokenization, config.train.unit
     if ranks.first:
         report = token_report(inputs.datasets, inputs.tokenizer, style=style, unit=unit)
-        print(f"\n{report}\n", flush=True)
+        ranks.say(f"\n{report}\n")
     output = Path(config.output_dir)
     settings = to_dict(config) | {"loss": inputs.loss.settings}
-    agree(lambda: resume.check_output_dir(output, settings, options.resume))
+    with agreed():
+        resume.check_output_dir(output, settings, options.resume)
     if options.model_only:
         checkpoint.check_sound(Path(options.resume))
     else:
@@ -87,7 +87,7 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
 
 
 def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
-    """The report: plan, memory, and on `gpu` verdict and time, else how many of each kind it takes.
+    """The report: plan, memory, and verdict and time on `gpu`, or how many of each GPU it takes.
 
     price: of one GPU for one hour. A run on the CPU has neither verdict nor time.
     """
@@ -107,7 +107,7 @@ def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
 
 
 def size_text(size: int) -> str:
-    """Bytes for people."""
+    """Bytes in the unit of their size."""
     for unit, bytes_each in (("GiB", GIB), ("MiB", 2**20)):
         if size >= bytes_each / 10:
             return f"{size / bytes_each:.1f} {unit}"
@@ -115,7 +115,7 @@ def size_text(size: int) -> str:
 
 
 def hours_text(time: float) -> str:
-    """Hours for people, to two places; short runs are measured in seconds anyway."""
+    """Hours, with two decimals at most."""
     return "< 0.01" if time < 0.01 else f"{time:,.2f}" if time < 1 else f"{time:,.1f}"
 
 
@@ -152,7 +152,7 @@ def plan_text(estimate: Estimate) -> Iterator[str]:
 
 
 def memory_text(estimate: Estimate) -> Iterator[str]:
-    """The budget line by line, the fullest moment's lines last."""
+    """The budget line by line: what is always held, then the fullest moment, then the peak."""
     names = {}
     if estimate.reference == "none":  # the loop then reads as many zeros as cached log-probs
         names["reference log-probs (float32)"] = "zeros that stand for a reference (float32)"
