@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from notus.data.packing import Microbatch, pack
 from notus.data.tokenization import TokenizedPairs
-from notus.dryrun.memory import MODES, Load, memory_budget, parameter_counts
+from notus.dryrun.memory import MODES, MemorySettings, memory_budget, parameter_counts
 from notus.engine.distributed import accumulate, shard_model
 from notus.engine.optim import make_optimizer
 from notus.model.hf_config import ModelShape
@@ -60,7 +60,7 @@ def model_shape(layers: int, hidden: int, inner: int, heads: int, vocabulary: in
     )
 
 
-def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) -> Load:
+def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) -> MemorySettings:
     """What is predicted for and measured: full training; `settings` replace the defaults."""
     defaults = {
         "compute_width": 2,
@@ -72,11 +72,10 @@ def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) 
         "triton": device == "cuda",
     }
     part = slots // PAIRS
-    return Load(
+    return MemorySettings(
         shape=shape,
         shard=ranks,
         counts=parameter_counts(shape, None),
-        frozen_width=2,
         slots=slots,
         scored=PAIRS * 2 * (part // 3),
         scoring_slots=slots,
@@ -88,7 +87,7 @@ def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) 
     )
 
 
-def microbatch(load: Load) -> Microbatch:
+def microbatch(load: MemorySettings) -> Microbatch:
     """Random pairs that fill the row: as many tokens in each response as in the prompt, or more."""
     part = load.slots // PAIRS
     response = part // 3
@@ -99,7 +98,7 @@ def microbatch(load: Load) -> Microbatch:
     return pack(pairs, range(PAIRS), load.slots, prefix_sharing=True)
 
 
-def train_two_steps(load: Load, device: torch.device) -> None:
+def train_two_steps(load: MemorySettings, device: torch.device) -> None:
     """Build, shard and train the model that `load` describes, as train.py does."""
     mesh = init_device_mesh(device.type, (load.shard,), mesh_dim_names=("shard",))
     with torch.device("meta"):
@@ -171,7 +170,7 @@ def peak_on_gpu(work: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measured_peak(load: Load) -> int:
+def measured_peak(load: MemorySettings) -> int:
     """The peak of a rank in bytes."""
     device = torch.device("cpu" if load.on_cpu else "cuda")
     measure = peak_on_cpu if load.on_cpu else peak_on_gpu

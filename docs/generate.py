@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,19 +21,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from benchmarks.memory import model_shape  # noqa: E402
+from notus.build import build_plan, make_loss  # noqa: E402
 from notus.config import CONFLICTS, INERT, Config, load_config  # noqa: E402
 from notus.data.tokenization import TokenizedPairs  # noqa: E402
+from notus.dryrun.estimate import UTILISATION, Estimate, fewest_gpus, usable  # noqa: E402
 from notus.dryrun.memory import parameter_counts  # noqa: E402
-from notus.dryrun.preflight import (  # noqa: E402
-    UTILISATION,
-    Answers,
-    Question,
-    hours_text,
-    needs,
-    usable,
-)
-from notus.engine.flops import GIB, gpu_named  # noqa: E402
-from notus.opening import plan_run  # noqa: E402
+from notus.dryrun.preflight import hours_text  # noqa: E402
+from notus.engine.flops import GIB, GPU, GPUS, gpu_named  # noqa: E402
 from notus.strict import describe  # noqa: E402
 
 HEAD = """# Configuration
@@ -147,8 +141,8 @@ has been measured yet.
 On 8 x a100-40gb, as the published run was, a GPU's peak is {peak} GiB of {usable} that tensors can
 have, without CPU offload, and {selective} with `parallel.activation_checkpointing=selective`.
 
-GPUs without fast links between them (the last five) are slowed by gathering the weights, which this
-does not count. For your own data, model and settings:
+GPUs without fast links between them (the last five) are slowed by gathering the weights, which is
+not counted here. For your own data, model and settings:
 
 ```
 python train.py configs/notus.json --dry-run
@@ -175,51 +169,55 @@ def ultrafeedback_like(count: int, longest: int) -> TokenizedPairs:
     return TokenizedPairs(np.zeros(total, np.int32), np.zeros(total, bool), lengths)
 
 
-def notus_question() -> Question:
-    """The dry run of the published recipe on one GPU."""
+def notus_estimate() -> Estimate:
+    """The published recipe on one GPU."""
     config = load_config(ROOT / "configs" / "notus.json")
     shape = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
     pairs = ultrafeedback_like(PAIRS, config.data.max_length)
     held_out = ultrafeedback_like(config.data.eval.holdout, config.data.max_length)
-    return Question(
+    plan = build_plan(config, pairs, 1)
+    return Estimate(
         config=config,
+        gpus=1,
         shape=shape,
         counts=parameter_counts(shape, None),
-        plan=plan_run(config, pairs, 1),
+        loss=make_loss(config),
+        reference_is_base=False,
         pairs=pairs,
         held_out=held_out,
-        uses_reference=True,
-        reference_is_base=False,
+        steps=[plan.pairs_of(step) for step in range(plan.steps)],
     )
 
 
+def hardware_row(estimate: Estimate, gpu: GPU) -> str:
+    """The line of the table for one kind of GPU."""
+    cells = [gpu.name, f"{gpu.memory / GIB:.1f}", "yes" if estimate.fits(gpu) else "no"]
+    if needed := fewest_gpus(estimate, gpu):
+        hours = needed.hours(gpu)
+        cells += [str(needed.gpus), hours_text(hours), hours_text(hours * needed.gpus)]
+    else:
+        cells += ["more", "", ""]
+    return f"| {' | '.join(cells)} |"
+
+
 def hardware() -> str:
-    """The whole page."""
-    question = notus_question()
-    answers = Answers(question)
-    published = replace(question.setup, gpus=8, shard=8)
-    selective = replace(published, activation_checkpointing="selective")
-    table = []
-    for gpu, fits, gpus, time in needs(answers, question.setup):
-        ends = ("more", "", "")
-        if gpus is not None:
-            ends = (str(gpus), hours_text(time), hours_text(time * gpus))
-        cells = (gpu.name, f"{gpu.memory / GIB:.1f}", "yes" if fits else "no", *ends)
-        table.append(f"| {' | '.join(cells)} |")
-    means = dict(zip(LENGTHS, question.pairs.lengths.mean(0), strict=True))
+    """The complete page."""
+    estimate = notus_estimate()
+    published = estimate.on_gpus(8)
+    selective = published.with_setting("parallel.activation_checkpointing", "selective")
     return HARDWARE.format(
-        optimizer={"rmsprop": "RMSprop", "adamw": "AdamW"}[question.config.optimizer.name],
-        slots=question.config.data.tokens_per_microbatch,
-        steps=question.plan.steps,
+        optimizer={"rmsprop": "RMSprop", "adamw": "AdamW"}[estimate.config.optimizer.name],
+        slots=estimate.config.data.tokens_per_microbatch,
+        steps=len(estimate.steps),
         pairs=PAIRS,
         share=UTILISATION[1],
-        evaluations=question.evaluations,
-        held_out=len(question.held_out),
-        table="\n".join(table),
-        peak=f"{answers.budget(published).peak / GIB:.1f}",
-        selective=f"{answers.budget(selective).peak / GIB:.1f}",
+        evaluations=estimate.evaluations,
+        held_out=len(estimate.held_out),
+        table="\n".join(hardware_row(estimate, gpu) for gpu in GPUS),
+        peak=f"{published.memory.peak / GIB:.1f}",
+        selective=f"{selective.memory.peak / GIB:.1f}",
         usable=f"{usable(gpu_named('a100-40gb')) / GIB:.1f}",
-        **means,
+        **dict(zip(LENGTHS, estimate.pairs.lengths.mean(0), strict=True)),
     )
 
 

@@ -24,7 +24,7 @@ from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.errors import UserError, agreed
-from notus.generate.prompts import Prompt, read_prompts
+from notus.generate.prompts import Prompt, check_prompts, read_prompts
 from notus.generate.samples import write_samples
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
@@ -203,6 +203,8 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
     """The data sets "train" and, if pairs are held out, "eval". Collective, as `load_datasets`."""
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
+        if config.evaluation.samples is not None:
+            check_prompts(config.evaluation.samples.prompts, models.tokenizer)
     wanted = config.data.eval
     holdout = wanted if isinstance(wanted, Holdout) else None
     datasets = load_datasets(

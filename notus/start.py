@@ -16,9 +16,8 @@ from notus.build import Models
 from notus.config import Config
 from notus.data.dataset import Dataset
 from notus.data.packing import Rows, pack_division
-from notus.data.planning import Plan
+from notus.data.planning import Plan, idle_text
 from notus.data.tokenization import TokenizedPairs
-from notus.dryrun.preflight import idle_text
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
@@ -27,7 +26,6 @@ from notus.engine.log import MetricsLog
 from notus.engine.metrics import Meter, Progress, Speed
 from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
-from notus.generate.prompts import check_prompts
 from notus.kernels.dispatch import check_backend
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
@@ -83,9 +81,10 @@ def open_run(
     """
     with agreed():
         check_backend(config.parallel.kernels, ranks.device)
+        models = build.find_models(config, weights=True)
+        build.attention_backend(config, models.shape, ranks.device)
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
     loss = build.make_loss(config)
-    models = find_models(config, ranks)
     data = build.load_data(config, models, ranks)
     pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build.build_plan(config, pairs, ranks.count)
@@ -167,16 +166,6 @@ def open_run(
             "ranks": ranks.count,
         },
     )
-
-
-def find_models(config: Config, ranks: Ranks) -> Models:
-    """The models' folders, with what else must fit them: attention, prompts. Collective."""
-    with agreed():
-        models = build.find_models(config, weights=True)
-        build.attention_backend(config, models.shape, ranks.device)
-        if config.evaluation.samples is not None:
-            check_prompts(config.evaluation.samples.prompts, models.tokenizer)
-    return models
 
 
 def find_beginning(

@@ -91,6 +91,19 @@ def pairs_of_step(
     return np.asarray(order[within * pairs_per_step : (within + 1) * pairs_per_step], np.int64)
 
 
+def idle_text(pairs_per_step: int, ranks: int, unit: str) -> str | None:
+    """A warning of ranks that have nothing to do in any step; None if there are none.
+
+    Such a run works: its idle ranks compute on empty rows, and hold their share of the model.
+    """
+    if ranks <= pairs_per_step:
+        return None
+    return (
+        f"warning: a step has {pairs_per_step:,} {unit}, so at least {ranks - pairs_per_step:,} of "
+        f"{ranks:,} ranks idle in every step; start fewer, or raise train.pairs_per_step"
+    )
+
+
 def random_seed(seed: int, step: int, rank: int) -> int:
     """The seed of a rank's random numbers in a step (dropout): a resumed run draws them again."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

@@ -1,6 +1,7 @@
 """`train.py --dry-run`: what a run would need, before it starts.
 
-memory     the peak memory of a rank by formula
-preflight  the report: does it fit, how long, what would help
-tokens     what the pairs look like as tokens
+preflight  the checks and the report
+estimate   what a run takes: memory, FLOPs, hours
+memory     the peak memory of a rank, by formula
+tokens     the data as the model sees them
 """

@@ -1,10 +1,10 @@
-"""The memory of one rank while it trains: the largest sum of tensors that are alive together.
+"""The memory of one rank while it trains: the largest sum of tensors that exist together.
 
 Computed from the decoder's shape and the length of a row. What is kept for the backward pass
 follows model/mistral.py line by line; what is gathered when follows PyTorch's fully_shard
 (torch/distributed/fsdp/_fully_shard): a unit is a transformer block, the head, or the root with the
-embedding. tests/dryrun/test_memory.py compares the sum with what the allocator really gave,
-benchmarks/memory.py does so on a GPU. All sizes are in bytes.
+embedding. tests/dryrun/test_memory.py compares the sum with what the CPU allocator gave,
+benchmarks/memory.py with what the GPU's did. All sizes are in bytes.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from notus.errors import UserError
 from notus.kernels.reference import CHUNK_LOGITS
 from notus.model.hf_config import ModelShape
 from notus.model.lora import LoraSettings, add_adapters
@@ -23,12 +24,19 @@ MODES = ("none", "selective", "full")  # of activation checkpointing, by what is
 OPTIMIZER_STATES = {"adamw": 2, "rmsprop": 1}  # numbers per trainable parameter
 # Of kernels/linear_log_probs.py, which cannot be imported without Triton.
 TRITON_CHUNK_ROWS = 2048
+# The block that `block_bytes_kept` was written for; a bias keeps nothing.
+BLOCK_PARAMETERS = {
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+}
 
 
-class Counts(NamedTuple):
-    """Parameters of the whole policy, and what its adapters, if any, add to a block.
+class ParameterCounts(NamedTuple):
+    """The policy's parameters, and the results of its adapters, if any.
 
-    trainable: in float32. frozen: 0 in full training; with adapters, these alone are trained.
+    trainable: in float32. frozen: 0 in full training; with adapters, only these are trained.
     adapter_results: numbers per token that the products of one block's adapters give.
     """
 
@@ -37,23 +45,23 @@ class Counts(NamedTuple):
     adapter_results: int
 
 
-def parameter_counts(shape: ModelShape, lora: LoraSettings | None) -> Counts:
-    """Counted in the modules. Raises UserError for adapters that the decoder cannot have."""
+def parameter_counts(shape: ModelShape, lora: LoraSettings | None) -> ParameterCounts:
+    """The counts, from the modules. Raises UserError for adapters that the decoder cannot have."""
     with torch.device("meta"):
         model = MistralForCausalLM(shape)
         if lora is not None:
             add_adapters(model, lora)
     trainable = [p for p in model.parameters() if p.requires_grad]
     adapters = model.model.layers[0].parameters() if lora is not None else ()
-    return Counts(
+    return ParameterCounts(
         trainable=_count(trainable),
         frozen=_count(model.parameters()) - _count(trainable),
         adapter_results=sum(len(p) for p in adapters if p.requires_grad),
     )
 
 
-class Units(NamedTuple):
-    """Parameters of what is gathered at once: one block, the root's own, the head (0 if tied)."""
+class UnitSizes(NamedTuple):
+    """Parameters that are gathered at once: a block's, the root's own, the head's (0 if tied)."""
 
     block: int
     root: int
@@ -61,14 +69,22 @@ class Units(NamedTuple):
 
 
 @lru_cache
-def units_of(shape: ModelShape) -> Units:
-    """The decoder's units, counted in the modules themselves."""
+def unit_sizes(shape: ModelShape) -> UnitSizes:
+    """The decoder's units, from its modules. Raises UserError for a block of other parameters."""
     with torch.device("meta"):
         model = MistralForCausalLM(shape)
+    names = {name for name, _ in model.model.layers[0].named_parameters()}
+    for name in sorted(names ^ BLOCK_PARAMETERS):
+        if name in BLOCK_PARAMETERS or not name.endswith(".bias"):
+            problem = "expects" if name in BLOCK_PARAMETERS else "does not know"
+            raise UserError(
+                f"the memory formula {problem} the parameter {name} of a block; edit "
+                "block_bytes_kept and BLOCK_PARAMETERS in notus/dryrun/memory.py"
+            )
     block = _count(model.model.layers[0].parameters())
     head = 0 if shape.tie_word_embeddings else _count(model.lm_head.parameters())
     everything = _count(model.parameters())
-    return Units(block, everything - shape.num_hidden_layers * block - head, head)
+    return UnitSizes(block, everything - shape.num_hidden_layers * block - head, head)
 
 
 def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
@@ -76,11 +92,11 @@ def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the memory of one rank depends on.
+class MemorySettings:
+    """All that the memory of one rank depends on.
 
-    shard: ranks that divide one copy of the parameters. counts: see Counts; frozen_width: bytes of
-    each frozen one. compute_width: bytes of the type of forward and backward. slots: length of the
+    shard: ranks that divide one copy of the parameters. counts: see ParameterCounts. compute_width:
+    bytes of the type of forward and backward, and of each frozen parameter. slots: length of the
     longest row trained on, of which `scored` predict a response token; scoring_slots: of the
     longest row without gradient (evaluation, reference). state_width: bytes of each of the
     optimiser's numbers per parameter, see OPTIMIZER_STATES. reference_width: bytes per parameter of
@@ -91,8 +107,7 @@ class Load:
 
     shape: ModelShape
     shard: int
-    counts: Counts
-    frozen_width: int
+    counts: ParameterCounts
     compute_width: int
     slots: int
     scored: int
@@ -109,42 +124,25 @@ class Load:
     on_cpu: bool
 
 
-class Line(NamedTuple):
-    """One entry of the budget: bytes on one rank."""
+class MemoryBudget(NamedTuple):
+    """The memory of one rank, as names and bytes.
 
-    name: str
-    size: int
-
-
-class Phase(NamedTuple):
-    """What is alive at one moment of a step beside what always is."""
-
-    name: str
-    lines: tuple[Line, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(line.size for line in self.lines)
-
-
-class Budget(NamedTuple):
-    """The memory of one rank, in bytes.
-
-    resident: held all the time. phases: the moments that can be the fullest. host: what CPU offload
-    moves to the memory of the machine, for this rank.
+    resident: held all the time. phases: the moments that can be the fullest, and what is held then
+    in addition. host: what CPU offload moves to the memory of the machine, for this rank.
     """
 
-    resident: tuple[Line, ...]
-    phases: tuple[Phase, ...]
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
     host: int
 
     @property
-    def fullest(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.size)
+    def fullest(self) -> str:
+        """The phase with the most bytes."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak(self) -> int:
-        return sum(line.size for line in self.resident) + self.fullest.size
+        return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
 
 
 def block_bytes_kept(shape: ModelShape, width: int, mode: str, compiled: bool) -> int:
@@ -193,187 +191,157 @@ def block_bytes_at_work(shape: ModelShape, width: int, mode: str, compiled: bool
     return recomputed + gradients
 
 
-def _gathered_and_trained(load: Load) -> tuple[Units, Units]:
-    """The parameters of each unit: all that is gathered, and those that have gradients."""
-    units = units_of(load.shape)
-    if not load.counts.frozen:
+def _block_activations(settings: MemorySettings) -> tuple[int, int]:
+    """One block's activations: kept for its backward pass, and needed by that pass."""
+    mode, width, slots = settings.activation_checkpointing, settings.compute_width, settings.slots
+    kept = block_bytes_kept(settings.shape, width, mode, settings.compiled)
+    at_work = block_bytes_at_work(settings.shape, width, mode, settings.compiled)
+    if mode == "selective":  # the results of the adapters' products are kept too
+        kept += width * settings.counts.adapter_results
+    if settings.on_cpu and mode == "none":  # attention keeps the mask as numbers, in every block
+        kept += width * slots
+    elif settings.on_cpu:
+        at_work += width * slots
+    return kept * slots, at_work * slots
+
+
+def _unit_parameters(settings: MemorySettings) -> tuple[UnitSizes, UnitSizes]:
+    """The parameters of each unit: all of them, which are gathered, and those with a gradient."""
+    units = unit_sizes(settings.shape)
+    if not settings.counts.frozen:
         return units, units
-    # Adapters sit in the blocks, and nothing else is trained.
-    adapters = load.counts.trainable // load.shape.num_hidden_layers
-    return units._replace(block=units.block + adapters), Units(adapters, 0, 0)
+    # Adapters are in the blocks, and nothing else is trained.
+    adapters = settings.counts.trainable // settings.shape.num_hidden_layers
+    return units._replace(block=units.block + adapters), UnitSizes(adapters, 0, 0)
 
 
-class _Sharded(NamedTuple):
-    """What is divided over the ranks; all but the gradients is held all the time."""
-
-    parameters: Line
-    state: Line
-    reference: Line
-    gradients: Line
-
-
-def _sharded(load: Load) -> _Sharded:
-    trainable, frozen, _ = load.counts
-    states = load.state_width * OPTIMIZER_STATES[load.optimizer] * trainable
-    weights = 4 * trainable + load.frozen_width * frozen
-    reference = load.reference_width * (frozen or trainable)
-    return _Sharded(
-        parameters=Line("parameters", weights // load.shard),
-        state=Line(f"{load.optimizer} state", states // load.shard),
-        reference=Line("reference model", reference // load.shard),
-        gradients=Line("gradients (float32)", 4 * trainable // load.shard),
-    )
-
-
-class _BlockActivations(NamedTuple):
-    """Bytes of one block's activations: kept for its backward pass, and needed by that pass."""
-
-    kept: int
-    at_work: int
-
-
-def _block_activations(load: Load) -> _BlockActivations:
-    mode, width = load.activation_checkpointing, load.compute_width
-    kept = block_bytes_kept(load.shape, width, mode, load.compiled)
-    work = block_bytes_at_work(load.shape, width, mode, load.compiled)
-    if mode == "selective":  # which keeps the results of the adapters' products too
-        kept += width * load.counts.adapter_results
-    if load.on_cpu:  # attention keeps the mask as numbers, in every block
-        kept += width * load.slots if mode == "none" else 0
-        work += width * load.slots if mode != "none" else 0
-    return _BlockActivations(kept * load.slots, work * load.slots)
-
-
-class _GatheredLines(NamedTuple):
-    """Whole parameters while a block works, while the head does, and while gradients are reduced.
+def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int], ...]:
+    """What is gathered while a block works, while the head does, and while gradients are reduced.
 
     A unit goes through a buffer, and the next one's buffer fills meanwhile.
     """
-
-    at_block: tuple[Line, ...]
-    at_head: tuple[Line, ...]
-    at_reduction: tuple[Line, ...]
-
-
-def _gathered_lines(load: Load, units: Units) -> _GatheredLines:
-    width, (trainable, frozen, _) = load.compute_width, load.counts
-    if load.keep_gathered:
-        model = Line("gathered model, kept for the step", width * (frozen + trainable))
-        return _GatheredLines((model,), (model,), (model,))
-    buffer = 0 if load.shard == 1 else width * units.block
-    root = Line("gathered embedding", width * units.root)
-    block = Line("gathered block and the prefetched one", width * units.block + buffer)
-    head = Line("gathered head and the prefetched block", width * units.head + buffer)
-    return _GatheredLines((root, block), (root, head), (root, Line("prefetched block", buffer)))
-
-
-def _reduction(load: Load, parameters: int) -> Line:
-    """The gradients, their float32 copy and its share; alone a whole output and a copy more."""
-    shared = (4 + load.compute_width) * parameters + 4 * parameters // load.shard
-    size = 12 * parameters if load.shard == 1 else shared
-    return Line("float32 gradients being reduced", size)
-
-
-class _HeadLines(NamedTuple):
-    """The head's chunk of rows with a gradient, the same without one, and its own gradient."""
-
-    trained: Line
-    scored: Line
-    gradient: Line
-
-
-def _head_lines(load: Load) -> _HeadLines:
-    """The head goes through its rows in chunks, and adds up its gradient in float32.
-
-    Of its operands a GPU rounds the logits' gradient (Triton in place) and the CPU widens the
-    weight.
-    """
-    width, hidden, words = load.compute_width, load.shape.hidden_size, load.shape.vocab_size
-    most_rows = TRITON_CHUNK_ROWS if load.triton else max(1, CHUNK_LOGITS // words)
-    rows = min(load.scored, most_rows)
-    widened = 4 * words * hidden if load.on_cpu and width < 4 else 0
-    rounded = 0 if load.triton or load.on_cpu or width == 4 else width * words * rows
-    logits = Line("logits of one chunk of rows", 4 * words * rows + widened)
-    gradient = 4 * words * hidden + (width * words * hidden if width < 4 else 0)
-    return _HeadLines(
-        trained=logits._replace(size=logits.size + rounded + 4 * hidden * rows),
-        scored=logits._replace(size=0) if load.triton else logits,  # fused without gradient
-        gradient=Line("gradient of the head", 0 if load.counts.frozen else gradient),
+    width, (trainable, frozen, _) = settings.compute_width, settings.counts
+    if settings.keep_gathered:
+        return ({"gathered model, kept for the step": width * (frozen + trainable)},) * 3
+    buffer = 0 if settings.shard == 1 else width * units.block
+    root = {"gathered embedding": width * units.root}
+    return (
+        root | {"gathered block and the prefetched one": width * units.block + buffer},
+        root | {"gathered head and the prefetched block": width * units.head + buffer},
+        root | {"prefetched block": buffer},
     )
 
 
-def memory_budget(load: Load) -> Budget:
+def _reduction(settings: MemorySettings, parameters: int) -> dict[str, int]:
+    """The gradients, their float32 copy and its share; on one rank a full output and a copy."""
+    width, shard = settings.compute_width, settings.shard
+    shared = (4 + width) * parameters + 4 * parameters // shard
+    return {"float32 gradients being reduced": 12 * parameters if shard == 1 else shared}
+
+
+def _head(settings: MemorySettings) -> tuple[int, int, int]:
+    """The head's chunk of rows with a gradient, the same without one, and the weight's gradient.
+
+    The head goes through its rows in chunks, and adds up its gradient in float32. Of its operands a
+    GPU rounds the logits' gradient (Triton in place) and the CPU widens the weight.
+    """
+    width, triton, on_cpu = settings.compute_width, settings.triton, settings.on_cpu
+    hidden, words = settings.shape.hidden_size, settings.shape.vocab_size
+    most_rows = TRITON_CHUNK_ROWS if triton else max(1, CHUNK_LOGITS // words)
+    rows = min(settings.scored, most_rows)
+    widened = 4 * words * hidden if on_cpu and width < 4 else 0
+    rounded = 0 if triton or on_cpu or width == 4 else width * words * rows
+    logits = 4 * words * rows + widened
+    gradient = 4 * words * hidden + (width * words * hidden if width < 4 else 0)
+    return (
+        logits + rounded + 4 * hidden * rows,
+        0 if triton else logits,  # fused without gradient
+        0 if settings.counts.frozen else gradient,
+    )
+
+
+def memory_budget(settings: MemorySettings) -> MemoryBudget:
     """What one rank holds at the fullest moments of a step.
 
     The moments: the head's backward pass, with all blocks' activations; the last block's, in its
     feed-forward part and when all its gradients are there; the reduction of a block's gradients;
     that of the embedding's; the optimiser's step; and scoring without gradient.
     """
-    shape, width, slots = load.shape, load.compute_width, load.slots
-    mode = load.activation_checkpointing
+    shape, width, slots = settings.shape, settings.compute_width, settings.slots
+    shard, mode = settings.shard, settings.activation_checkpointing
     layers, hidden, inner = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
-    units, trained = _gathered_and_trained(load)
-    sharded, block, head = _sharded(load), _block_activations(load), _head_lines(load)
-    gathered = _gathered_lines(load, units)
-    on_host = sharded if load.cpu_offload else ()
-    masks = slots * slots if load.on_cpu else 0
-    resident = (
-        *(() if on_host else (sharded.parameters, sharded.state, sharded.reference)),
-        Line("reference log-probs (float32)", 4 * load.kept_log_probs),
-        # int64 tokens and rows, the layout, and two float32 tables
-        Line("microbatch and rotary tables", slots * (32 + 8 * shape.head_dim) + masks),
-    )
-    gradients = sharded.gradients._replace(size=0 if on_host else sharded.gradients.size)
-    activations = Line(
-        f"activations of {layers} blocks ({mode} checkpointing)", layers * block.kept
-    )
-    other_activations = activations._replace(size=(layers - 1) * block.kept)
-    recomputed = "" if mode == "none" else "recomputed activations and "
-    last_product = min(trained.block, hidden * inner)
-    # Those of the unit before: their reduction may not have ended.
-    in_flight = Line("float32 gradients being reduced", 4 * max(trained.block, trained.head))
+    trainable, frozen, _ = settings.counts
+    states = settings.state_width * OPTIMIZER_STATES[settings.optimizer] * trainable // shard
+    sharded = {
+        "parameters": (4 * trainable + width * frozen) // shard,
+        f"{settings.optimizer} state": states,
+        "reference model": settings.reference_width * (frozen or trainable) // shard,
+    }
+    gradients = {"gradients (float32)": 4 * trainable // shard}
     # RMSprop takes the square roots of all its averages at once; AdamW is fused, and with bfloat16
     # state one parameter is updated after another.
-    at_once = load.optimizer == "rmsprop" and load.state_width == 4
-    roots = sharded.state.size if at_once and not (on_host or load.on_cpu) else 0
-    moments = {
-        "backward pass of the head": (
-            gradients,
-            activations,
-            Line("hidden states of scored tokens", load.scored * hidden * (4 + 4 * width)),
-            *gathered.at_head,
-            head.trained,
-            head.gradient,
-        ),
-        "backward pass of a block": (
-            gradients,
-            activations,
-            Line(f"{recomputed}gradients, of one block", block.at_work),
-            *gathered.at_block,
-            Line("gradient of the last product's weight", width * last_product),
-            in_flight,
-        ),
-        "end of a block's backward pass": (
-            gradients,
-            other_activations,
-            Line("activations of the first norm", (4 + 4 * width) * hidden * slots),
-            *gathered.at_block,
-            Line("gradients of a block's parameters", width * trained.block),
-            in_flight,
-        ),
-        "reduction of a block's gradients": (
-            gradients,
-            other_activations,
-            *gathered.at_reduction,
-            _reduction(load, trained.block),
-        ),
-        "reduction of the embedding's gradients": (gradients, _reduction(load, trained.root)),
-        "optimiser step": (gradients, Line("square roots of the averages", roots)),
-        "scoring without gradient": (
-            *gathered.at_block,
-            Line("activations of one block", 3 * width * (inner + hidden) * load.scoring_slots),
-            head.scored,
-        ),
+    at_once = settings.optimizer == "rmsprop" and settings.state_width == 4
+    roots = states if at_once and not (settings.cpu_offload or settings.on_cpu) else 0
+    host = 0
+    if settings.cpu_offload:
+        host = sum(sharded.values()) + sum(gradients.values())
+        sharded, gradients = {}, {}
+    masked = slots if settings.on_cpu else 0
+    resident = sharded | {
+        "reference log-probs (float32)": 4 * settings.kept_log_probs,
+        # int64 tokens and rows, the layout, two float32 tables, and on the CPU the mask
+        "microbatch and rotary tables": slots * (32 + 8 * shape.head_dim + masked),
     }
-    phases = tuple(Phase(name, lines) for name, lines in moments.items())
-    return Budget(resident, phases, host=sum(line.size for line in on_host))
+
+    units, trained = _unit_parameters(settings)
+    at_block, at_head, at_reduction = _gathered(settings, units)
+    kept, at_work = _block_activations(settings)
+    trained_logits, scored_logits, head_gradient = _head(settings)
+    name = f"activations of {layers} blocks ({mode} checkpointing)"
+    activations, other_activations = {name: layers * kept}, {name: (layers - 1) * kept}
+    recomputed = "" if mode == "none" else "recomputed activations and "
+    # Those of the unit before: their reduction may not have ended.
+    in_flight = {"float32 gradients being reduced": 4 * max(trained.block, trained.head)}
+    phases = {
+        "backward pass of the head": {
+            **gradients,
+            **activations,
+            "hidden states of scored tokens": settings.scored * hidden * (4 + 4 * width),
+            **at_head,
+            "logits of one chunk of rows": trained_logits,
+            "gradient of the head": head_gradient,
+        },
+        "backward pass of a block": {
+            **gradients,
+            **activations,
+            f"{recomputed}gradients, of one block": at_work,
+            **at_block,
+            "gradient of the last product's weight": width * min(trained.block, hidden * inner),
+            **in_flight,
+        },
+        "end of a block's backward pass": {
+            **gradients,
+            **other_activations,
+            "activations of the first norm": (4 + 4 * width) * hidden * slots,
+            **at_block,
+            "gradients of a block's parameters": width * trained.block,
+            **in_flight,
+        },
+        "reduction of a block's gradients": {
+            **gradients,
+            **other_activations,
+            **at_reduction,
+            **_reduction(settings, trained.block),
+        },
+        "reduction of the embedding's gradients": {
+            **gradients,
+            **_reduction(settings, trained.root),
+        },
+        "optimiser step": {**gradients, "square roots of the averages": roots},
+        "scoring without gradient": {
+            **at_block,
+            "activations of one block": 3 * width * (inner + hidden) * settings.scoring_slots,
+            "logits of one chunk of rows": scored_logits,
+        },
+    }
+    return MemoryBudget(resident, phases, host)

@@ -5,17 +5,19 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.memory import load_of, measured_peak, model_shape
+from notus.dryrun.estimate import usable
 from notus.dryrun.memory import (
     TRITON_CHUNK_ROWS,
-    Counts,
+    ParameterCounts,
     block_bytes_kept,
     memory_budget,
     parameter_counts,
-    units_of,
+    unit_sizes,
 )
-from notus.dryrun.preflight import usable
 from notus.engine.distributed import _recomputed
 from notus.engine.flops import gpu_named
+from notus.errors import UserError
+from notus.model import mistral as decoder
 from notus.model.lora import LoraSettings
 from notus.model.mistral import Block, rope_tables
 
@@ -62,7 +64,7 @@ def test_compiled_blocks_keep_what_is_predicted(mode):
     forward = torch.compile(forward, backend="aot_eager_decomp_partition")
     rope = rope_tables(shape, torch.arange(slots))
     mask = torch.ones(slots, slots, dtype=torch.bool).tril()
-    # Not of the block alone: its weights, the tables, and the mask (as numbers, on the CPU alone).
+    # Not the block's own: its weights, the tables, and the mask (as numbers, only on the CPU).
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *rope, mask)}
     kept = {}
 
@@ -86,9 +88,35 @@ def mistral(ranks: int, **settings):
 
 
 def test_units():
-    units = units_of(MISTRAL_7B)
+    units = unit_sizes(MISTRAL_7B)
     assert units == (BLOCK, 32_000 * 4096 + 4096, 32_000 * 4096)
-    assert units_of(replace(MISTRAL_7B, tie_word_embeddings=True)).head == 0
+    assert unit_sizes(replace(MISTRAL_7B, tie_word_embeddings=True)).head == 0
+
+
+def q_norm(block):
+    block.self_attn.q_norm = torch.nn.RMSNorm(8)
+
+
+def gateless(block):
+    del block.mlp.gate_proj
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (q_norm, "does not know the parameter self_attn.q_norm.weight of a block"),
+        (gateless, "expects the parameter mlp.gate_proj.weight of a block"),
+    ],
+)
+def test_an_edited_block_is_noticed(monkeypatch, edit, words):
+    class Edited(Block):
+        def __init__(self, shape):
+            super().__init__(shape)
+            edit(self)
+
+    monkeypatch.setattr(decoder, "Block", Edited)
+    with pytest.raises(UserError, match=words):
+        unit_sizes.__wrapped__(SMALL)  # without its cache
 
 
 def test_parameter_counts():
@@ -111,14 +139,14 @@ def test_logits_follow_the_kernels_that_run():
         (True, 2048 * 4 * (32_000 + 4096), 0),
         (False, 1048 * (6 * 32_000 + 4 * 4096), 1048 * 4 * 32_000),
     ):
-        first, *_, last = memory_budget(mistral(8, triton=triton)).phases
-        assert dict(first.lines)[name] == trained and dict(last.lines)[name] == scored
+        first, *_, last = memory_budget(mistral(8, triton=triton)).phases.values()
+        assert first[name] == trained and last[name] == scored
 
 
 def test_budget_of_mistral_7b_on_eight_gpus_by_hand():
     """RMSprop and full checkpointing, as for Notus; every line from the architecture's numbers."""
     budget = memory_budget(mistral(8, optimizer="rmsprop"))
-    lines = {line.name: line.size for line in (*budget.resident, *budget.fullest.lines)}
+    lines = budget.resident | budget.phases[budget.fullest]
     norms, attention = 2 * 2 * 2 * 4096 + 8, 2 * (2 * 4096 + 2 * 1024) + 2 * 2 * 128 + 4 * 32
     block = norms + attention + 3 * 2 * 14_336
     assert lines == {
@@ -136,7 +164,7 @@ def test_budget_of_mistral_7b_on_eight_gpus_by_hand():
         "gradient of the last product's weight": 2 * 4096 * 14_336,
         "float32 gradients being reduced": 4 * BLOCK,
     }
-    assert budget.fullest.name == "backward pass of a block"
+    assert budget.fullest == "backward pass of a block"
     assert budget.peak == sum(lines.values())
     assert budget.host == 0
 
@@ -144,18 +172,16 @@ def test_budget_of_mistral_7b_on_eight_gpus_by_hand():
 def test_budget_of_adapters_and_of_a_resident_reference():
     """A frozen bfloat16 base with float32 adapters: only these have gradients and state."""
     adapters = 41_943_040
-    load = mistral(8, counts=Counts(adapters, PARAMETERS, 0), optimizer="adamw")
+    load = mistral(8, counts=ParameterCounts(adapters, PARAMETERS, 0), optimizer="adamw")
     budget = memory_budget(load)
-    lines = {line.name: line.size for line in (*budget.resident, *budget.phases[1].lines)}
+    lines = budget.resident | budget.phases["backward pass of a block"]
     assert lines["parameters"] == (2 * PARAMETERS + 4 * adapters) // 8
     assert lines["adamw state"] == 8 * adapters // 8
     assert lines["gradients (float32)"] == 4 * adapters // 8
     assert lines["gradient of the last product's weight"] == 2 * adapters // 32
-    assert {line.name: line.size for line in budget.phases[0].lines}["gradient of the head"] == 0
+    assert budget.phases["backward pass of the head"]["gradient of the head"] == 0
     assert lines["reference model"] == 0  # the base without its adapters
-    online = {
-        line.name: line.size for line in memory_budget(mistral(8, reference_width=2)).resident
-    }
+    online = memory_budget(mistral(8, reference_width=2)).resident
     assert online["reference model"] == 2 * PARAMETERS // 8
 
 

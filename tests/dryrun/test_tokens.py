@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import train
+from notus.data.dataset import Dataset
 from notus.data.preferences import Pair, find_leaks
 from notus.data.tokenization import (
     AS_TEXT,
@@ -14,14 +15,8 @@ from notus.data.tokenization import (
     tokenize_pairs,
 )
 from notus.dryrun.tokens import (
-    COLOURS,
-    DataSet,
-    Lengths,
-    _set_section,
     common_shares,
-    lengths_of,
-    nearest_rank,
-    pair_pieces,
+    length_table,
     pair_text,
     repeated_prompts,
     telling_pairs,
@@ -71,26 +66,20 @@ def tokenize(tokenizer, *rows, **options):
 # Counting, against numbers worked out by hand
 
 
-@pytest.mark.parametrize(
-    ("percent", "rank"), [(1, 10), (50, 20), (51, 30), (75, 30), (76, 40), (90, 40), (100, 40)]
-)
-def test_nearest_rank(percent, rank):
-    assert nearest_rank(np.array([40, 10, 30, 20]), percent) == rank
-
-
 def test_lengths():
-    found = lengths_of(
-        cut(
-            whole=[(10, 5, 7), (20, 4, 1), (6, 9, 9), (30, 2, 3)],
-            kept=[(10, 5, 7), (12, 4, 1), (6, 8, 6), (12, 2, 2)],
-        )
+    """Percentiles by nearest rank: of four values the second, and the fourth."""
+    tokenized = cut(
+        whole=[(10, 5, 7), (20, 4, 1), (6, 9, 9), (30, 2, 3)],
+        kept=[(10, 5, 7), (12, 4, 1), (6, 8, 6), (12, 2, 2)],
     )
-    assert found == {
-        "prompt": Lengths(total=66, percentiles=(10, 30, 30), longest=30, cut=2, lost=8 + 18),
-        "chosen": Lengths(total=20, percentiles=(4, 9, 9), longest=9, cut=1, lost=1),
-        "rejected": Lengths(total=20, percentiles=(3, 9, 9), longest=9, cut=2, lost=3 + 1),
-        "sequence": Lengths(total=89, percentiles=(17, 33, 33), longest=33, cut=3, lost=31),
-    }
+    heads = ["tokens before truncation", "50%", "90%", "99%", "longest", "pairs cut", "tokens lost"]
+    assert [re.split("  +", line.strip()) for line in length_table(tokenized, "pairs")] == [
+        heads,
+        ["prompt", "10", "30", "30", "30", "2 (50.0%)", "26 (39.4%)"],
+        ["chosen", "4", "9", "9", "9", "1 (25.0%)", "1 (5.0%)"],
+        ["rejected", "3", "9", "9", "9", "2 (50.0%)", "4 (20.0%)"],
+        ["prompt + longer response", "17", "33", "33", "33", "3 (75.0%)"],
+    ]
 
 
 def test_common_shares():
@@ -124,63 +113,63 @@ def test_leaks():
 # Pairs as text
 
 
-def joined(pieces):
-    return "".join(piece.text for piece in pieces)
+def parts_of(found, tokenizer, style="clean"):
+    """The text of each part of the first pair."""
+    data = Dataset([text("p")] * found.inputs, found, {})
+    lines = pair_text(data, 0, tokenizer, style).split("\n--- ")[1:]
+    return {line.split(",")[0]: line.split("\n", 1)[1] for line in lines}
 
 
-def test_pieces_spell_the_rendered_text(tokenizer):
+def test_texts_spell_the_rendered_text(tokenizer):
     row = chat("What is  2 plus 2?", "It is 4, isn't </s> it?", "  5")
-    shown = pair_pieces(tokenize(tokenizer, row), 0, tokenizer, "clean")
+    shown = parts_of(tokenize(tokenizer, row), tokenizer)
     for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
         rendered = tokenizer.apply_chat_template([*row.prompt, *answer], tokenize=False)
-        pieces = [*shown["prompt"], *shown[name]]
-        plain = joined(pieces).replace("⟦", "").replace("⟧", "")
+        marked = shown["prompt"] + shown[name]
+        plain = marked.replace("⟦", "").replace("⟧", "")
         assert plain == rendered[: len(plain)] and not rendered[len(plain) :].strip()
-        specials = [piece.text for piece in pieces if piece.kind == "special"]
-        assert specials.count("⟦</s>⟧") == rendered.count("</s>") - (name == "chosen")
-    assert "It is 4, isn't </s> it?" in joined(shown["chosen"])
+        assert marked.count("⟦</s>⟧") == rendered.count("</s>") - (name == "chosen")
+    assert "It is 4, isn't </s> it?" in shown["chosen"]
 
 
-def test_pieces_of_plain_text(tokenizer):
-    shown = pair_pieces(tokenize(tokenizer, text("2 and", " 2", " 3.")), 0, tokenizer, "clean")
-    assert joined(shown["prompt"]).endswith("2 and")
-    assert joined(shown["chosen"]) == " 2⟦</s>⟧"
-    assert joined(shown["rejected"]) == " 3.⟦</s>⟧"
+def test_plain_text(tokenizer):
+    shown = parts_of(tokenize(tokenizer, text("2 and", " 2", " 3.")), tokenizer)
+    assert shown["prompt"].endswith("2 and")
+    assert (shown["chosen"], shown["rejected"]) == (" 2⟦</s>⟧", " 3.⟦</s>⟧")
 
 
 def test_hidden_tokens_are_marked(tokenizer):
     found = tokenize(tokenizer, chat("Hi", "4", "5"), style="trl-0.7.4")
-    shown = pair_pieces(found, 0, tokenizer, "trl-0.7.4")
-    assert joined(shown["chosen"]).startswith("4⟦</s>, hidden⟧")
-    assert joined(shown["chosen"]).endswith("⟦</s>⟧")
+    chosen = parts_of(found, tokenizer, "trl-0.7.4")["chosen"]
+    assert chosen.startswith("4⟦</s>, hidden⟧") and chosen.endswith("⟦</s>⟧")
 
 
 @pytest.mark.parametrize("style", ["clean", "trl-0.7.4"])
 def test_cuts_are_marked_where_they_are(tokenizer, style):
     row = chat("one two three four five six seven", "a b c d e f g h", "a")
-    whole = tokenize(tokenizer, row, style=style)
-    lengths = whole.pairs.lengths[0]
+    lengths = tokenize(tokenizer, row, style=style).pairs.lengths[0]
     limits = {"max_prompt_length": int(lengths[0]) - 3, "max_length": int(lengths[0]) + 2}
     found = tokenize(tokenizer, row, style=style, **limits)
-    shown = pair_pieces(found, 0, tokenizer, style)
+    shown = parts_of(found, tokenizer, style)
     lost = lengths - found.pairs.lengths[0]
     assert lost[0] == 3 and lost[1] > 0
-    kinds = [piece.kind for piece in shown["prompt"]]
-    assert kinds.index("cut") == int(kinds[0] == "special")
-    assert f"[{lost[0]:,} tokens cut]" in joined(shown["prompt"])
-    assert joined(shown["chosen"]).endswith(f"[{lost[1]:,} tokens cut]")
-    assert shown["rejected"][-1].kind == ("cut" if lost[2] else "special")
+    assert shown["prompt"].startswith("[3 tokens cut]")
+    assert shown["chosen"].endswith(f"[{lost[1]:,} tokens cut]")
+    assert shown["rejected"].endswith(f"[{lost[2]:,} tokens cut]" if lost[2] else "⟧")
 
 
-def test_long_texts_lose_their_middle_and_colours_are_wanted(tokenizer):
-    rows = [chat("Hi", "ab" * 500, "no")]
-    data = DataSet(rows, tokenize(tokenizer, *rows, max_length=5000), {})
-    plain = pair_text(data, 0, tokenizer, "clean", colours=False)
-    coloured = pair_text(data, 0, tokenizer, "clean", colours=True)
-    assert "ab" * 125 + " […500 characters…] " + "ab" * 125 + "⟦</s>⟧" in plain
-    assert "\033" not in plain
-    assert re.sub(r"\033\[\d*m", "", coloured) == plain
-    assert f"{COLOURS['rejected']}no" in coloured
+def test_a_prompt_is_cut_after_its_bos(tokenizer):
+    """As "clean" truncation leaves it."""
+    pairs = tokens_of([[tokenizer.bos_token_id, 7, 8], [9], [10]])
+    whole = np.array([[5, 1, 1]])
+    found = Tokenized(pairs, np.arange(1), 1, whole, {}, {})
+    assert re.match(r"⟦<s>⟧\[2 tokens cut\].", parts_of(found, tokenizer)["prompt"])
+
+
+def test_long_texts_lose_their_middle(tokenizer):
+    found = tokenize(tokenizer, chat("Hi", "ab" * 500, "no"), max_length=5000)
+    middle = "ab" * 125 + " […500 characters…] " + "ab" * 125 + "⟦</s>⟧"
+    assert parts_of(found, tokenizer)["chosen"].strip() == middle
 
 
 def test_telling_pairs(tokenizer):
@@ -209,19 +198,18 @@ def test_report(tokenizer):
     ]
     held_out = [text("say B?", " yes", " no", "e:1")]
     sets = {
-        "train": DataSet(rows, tokenize(tokenizer, *rows), {"empty chosen response": 2}),
-        "eval": DataSet(held_out, tokenize(tokenizer, *held_out), {}),
+        "train": Dataset(rows, tokenize(tokenizer, *rows), {"empty chosen response": 2}),
+        "eval": Dataset(held_out, tokenize(tokenizer, *held_out), {}),
     }
-    lines = lines_of(token_report(sets, tokenizer, style="clean", colours=False))
+    lines = lines_of(token_report(sets, tokenizer, style="clean", unit="pairs"))
     assert lines[0] == "2 of 3 training pairs; special tokens: ⟦…⟧"
     for line in (
         "train: 3 pairs",
         "2 dropped: empty chosen response",
         "1 dropped: identical responses after truncation, first t:4",
         "1 with special-token text in content, read as special tokens, first t:3",
-        "0 with identical responses",
+        "0 whose responses have 90% or more in common",
         "1 with the prompt of an earlier one",
-        "1 of 3 rated pairs with equal ratings",
         "eval: 1 pairs",
         "leakage: 1 of 3 training prompts are, or nearly are, held-out prompts (1 of 1)",
         "t:3 is like e:1",
@@ -233,23 +221,31 @@ def test_report(tokenizer):
     assert row in lines
 
 
-def test_report_of_responses_alone(tokenizer):
+def test_nearly_identical_responses_are_counted(tokenizer):
+    rows = [chat("Hi", "a b c d e f g h", "no", "t:1")]
+    rows += [chat("Ho", "a b c d e f g h i j k l m", "a b c d e f g h i j k l n", "t:2")]
+    data = Dataset(rows, tokenize(tokenizer, *rows), {})
+    report = token_report({"train": data}, tokenizer, style="clean", unit="pairs")
+    assert "1 whose responses have 90% or more in common, first t:2" in lines_of(report)
+
+
+def test_report_of_responses_without_pairs(tokenizer):
     rows = [text(" Say a.", " yes", "", "t:1", (5.0, 5.0)), text(" Say b.", " no", "", "t:2")]
-    data = DataSet(rows, tokenize(tokenizer, *rows), {})
-    report = token_report({"train": data, "eval": data}, tokenizer, style="clean", colours=False)
+    data = Dataset(rows, tokenize(tokenizer, *rows), {})
+    sets = {"train": data, "eval": data}
+    report = token_report(sets, tokenizer, style="clean", unit="responses")
     lines = lines_of(report)
     assert lines[0] == "1 of 2 training responses; special tokens: ⟦…⟧"
     assert "train: 2 responses" in lines and "0 with the prompt of an earlier one" in lines
     names = [line.split(" ")[0] for line in lines[lines.index("train: 2 responses") + 1 :][:4]]
     assert names == ["tokens", "prompt", "chosen", "prompt"]
-    for word in ("rejected", "pair", "identical", "longer", "ratings"):
+    for word in ("rejected", "pair", "in common", "longer"):
         assert word not in report, word
 
 
 @pytest.mark.parametrize("longest", [9, 9_000_000])
 def test_columns_stand_apart_and_end_together(longest):
-    data = DataSet([text("p")], cut(whole=[(longest, 5, 7)], kept=[(2, 5, 7)]), {})
-    _, head, *rows = _set_section("train", data)
+    head, *rows = length_table(cut(whole=[(longest, 5, 7)], kept=[(2, 5, 7)]), "pairs")
     ends = [match.end() for match in re.finditer(r"\S+( \S+)*", head)][1:]
     for row in rows[:3]:
         cells = list(re.finditer(r"\S+( \S+)*", row))[1:]
