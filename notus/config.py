@@ -52,16 +52,16 @@ class Holdout:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    train: tuple[Source, ...]  # what is trained on, mixed by weight; each of them as below
+    train: tuple[Source, ...]  # the training data, mixed by weight; each source as below
     eval: tuple[Source, ...] | Holdout | None = None  # null: no evaluation
-    # training pairs whose prompt is an evaluation pair's, or nearly: kept, or left out
+    # training pairs whose prompt is that of an evaluation pair, or nearly: kept, or left out
     leaks: Literal["keep", "drop"] = "keep"
     max_length: Count = 1024  # tokens of prompt and response together
     max_prompt_length: Count = 512  # tokens left of a prompt whose pair is too long
     # a pair over max_length: "pair" shortens the prompt from its start, then both responses from
     # their end; "sequence" keeps each sequence's first max_length tokens; "drop" leaves it out
     truncation: Literal["pair", "sequence", "drop"] = "pair"
-    # "trl-0.7.4" is the tokenization that Zephyr and Notus were trained with, to the token
+    # "trl-0.7.4" is, token for token, the tokenization that Zephyr and Notus were trained with
     tokenization: Literal["clean", "trl-0.7.4"] = "clean"
     system_prompt: str | None = None  # system turn of rows without one ("": empty); null: none
     shuffle: bool = True  # a new order of pairs in each epoch; false: the files' order in each
@@ -94,7 +94,7 @@ class Reference:
     log_probs: Literal["cached", "online", "none"] = "cached"
     # TR-DPO: every so many steps the online reference moves towards the policy by this share
     sync_every: Count | None = None
-    sync_share: Fraction = 0.6  # 0: stays where it is; 1: becomes the policy
+    sync_share: Fraction = 0.6  # 0: does not move; 1: becomes the policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ class Optimizer:
 
     name: Literal["adamw", "rmsprop"] = "adamw"  # two moments for each parameter, or one
     learning_rate: NonNegative = 5e-7  # the highest of the schedule
-    # adamw: each step takes this x the rate off a parameter; rmsprop: adds it to the gradient
+    # adamw: each step shrinks a parameter by this x the rate; rmsprop: adds this x the parameter
+    # to its gradient
     weight_decay: NonNegative = 0.0
     # adamw: decay of the first and second moment
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
@@ -116,7 +117,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    # what follows the warmup: a fall to 0 at the last step ("linear", "cosine"), or no change
+    # after the warmup: a fall to 0 at the last step ("linear", "cosine"), or no change
     name: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1  # share of all steps over which the rate rises from 0
 
@@ -135,7 +136,7 @@ class Train:
 
     @property
     def unit(self) -> str:
-        """What a step counts, in words."""
+        """The noun for the examples that a step counts."""
         return "responses" if self.objective == "sft" else "pairs"
 
 
@@ -144,13 +145,13 @@ class Parallel:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto": CUDA where there is a GPU
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
-    cpu_offload: bool = False  # parameters and optimiser state rest in the host's memory
-    keep_gathered: bool = False  # the whole model stays gathered between a step's microbatches
-    # what the backward pass computes again: nothing, a block's cheap operations, whole blocks
+    cpu_offload: bool = False  # parameters and optimiser state are kept in the host's memory
+    keep_gathered: bool = False  # the model stays gathered between a step's microbatches
+    # recomputed in the backward pass: nothing, a block's cheap operations, or entire blocks
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
-    # FlexAttention, causal segments (by FlashAttention on CUDA, which does not repeat to the bit),
-    # or a whole mask; "auto": "flex" on CUDA; on the CPU "varlen", or "dense" if compiled
+    # FlexAttention, causal segments (by FlashAttention on CUDA, where repeated runs differ in
+    # rounding), or a dense mask; "auto": "flex" on CUDA; on the CPU "varlen", "dense" if compiled
     attention: Literal["auto", "flex", "varlen", "dense"] = "auto"
     # the head (kernels/): "triton", "plain" for PyTorch's own operations, "auto": Triton on CUDA
     kernels: Literal["auto", "triton", "plain"] = "auto"
@@ -160,7 +161,7 @@ class Parallel:
 class Samples:
     """Responses of policy and reference to the same prompts, at each evaluation and at the end."""
 
-    # a JSONL file, each line {"prompt": text or messages} and perhaps "answer", the right response
+    # a JSONL file, each line {"prompt": text or messages}, optionally "answer", the right response
     prompts: Text
     count: Count = 3  # prompts shown side by side; all are answered
     max_new_tokens: Count = 64  # of one answer
@@ -169,7 +170,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    every: Count | None = 100  # steps; null: at the start and the end only
+    every: Count | None = 100  # steps; null: only at the start and the end
     samples: Samples | None = None  # null: none
 
 
@@ -200,7 +201,7 @@ class Config:
     output_dir: Text  # relative to the working directory
 
 
-# (key, does it do nothing?, why): an error where the key is given, and left out of `to_dict`.
+# (key, has it no effect?, why): giving the key is an error, and `to_dict` leaves it out.
 # `{0}` in the words is the configuration.
 Rule = tuple[str, Callable[[Config], bool], str]
 # fmt: off
@@ -209,7 +210,7 @@ INERT: tuple[Rule, ...] = (
     ("reference.sync_share", lambda c: c.reference.sync_every is None,
      "reference.sync_every is null"),
     ("data.max_prompt_length", lambda c: c.data.truncation != "pair",
-     'data.truncation is "{0.data.truncation}", and only "pair" shortens prompts by themselves'),
+     'data.truncation is "{0.data.truncation}", and only "pair" shortens prompts separately'),
     ("loss.name", lambda c: c.loss.mix is not None, "loss.mix names the losses"),
     ("loss.name", lambda c: c.train.objective == "sft" and c.loss.name != "sft",
      'train.objective is "sft"'),
@@ -225,7 +226,7 @@ INERT: tuple[Rule, ...] = (
 CONFLICTS: tuple[Rule, ...] = (
     ("model.lora",
      lambda c: c.model.lora is not None and c.reference.sync_every is not None,
-     "found beside reference.sync_every {0.reference.sync_every}, expected one of them: the "
+     "found with reference.sync_every {0.reference.sync_every}, expected only one of them: the "
      "reference is the base without adapters, which cannot follow the policy"),
     ("data.train",
      lambda c: any(source.curation == Curation() for source in c.data.train),
@@ -240,7 +241,7 @@ CONFLICTS: tuple[Rule, ...] = (
      'found a curation with "match" and no "decontaminate", expected both, or neither'),
     ("loss",
      lambda c: c.train.objective == "sft" and (c.loss.mix is not None or bool(c.loss.options)),
-     'found {0.loss.section} with train.objective "sft", which has a loss of its own; leave it '
+     'found {0.loss.section} with train.objective "sft", which has its own loss; leave it '
      "out"),
     ("reference.sync_every",
      lambda c: c.reference.sync_every is not None and c.reference.log_probs != "online",
@@ -259,10 +260,10 @@ CONFLICTS: tuple[Rule, ...] = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a JSON file, with `section.key=value` overrides that win over it.
+    """Read a JSON file, with `section.key=value` overrides that win over it.
 
-    An override's value is JSON or, failing that, a plain string; `data.train.0.path=x` reaches into
-    lists, and the index one past the end appends. Raises UserError, which names the file or the
+    An override's value is JSON or else a plain string; `data.train.0.path=x` reaches into lists,
+    and the index one past the end appends. Raises UserError, which names the file or the
     override, the dotted key, what was found and what was expected.
     """
     try:
@@ -291,7 +292,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as JSON-able objects, without the keys that do nothing in it.
+    """The resolved configuration as JSON-able objects, without the keys that have no effect.
 
     Written as JSON and read by `load_config`, it gives an equal Config.
     """
@@ -304,7 +305,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]) -> None:
-    """Sets one key of the tree; `origins` gains that key and every container made on the way."""
+    """Set one key of the tree; `origins` gains that key and every container made on the way."""
     key, equals, text = override.partition("=")
     if not key or not equals:
         raise UserError(f'command line: found "{override}", expected section.key=value')
@@ -336,7 +337,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]
 
 
 def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
-    """The override that gave the key, or the value around it; else the file."""
+    """The override that gave the key or the object around it; else the file."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
@@ -363,7 +364,11 @@ def _reject_contradictions(config: Config) -> None:
 def _reject_inert(
     config: Config, tree: dict[str, Any], before: Config | None, origins: dict[str, str]
 ) -> None:
-    """before: the file without overrides. What an override made inert in it cannot be left out."""
+    """Raise Invalid for a given key without effect.
+
+    before: the configuration of the file without overrides. A key in the file that has an effect
+    there, and loses it by an override, is no error.
+    """
     for key, is_inert, reason in INERT:
         section, name = key.split(".")
         if name not in tree.get(section, {}) or not is_inert(config):

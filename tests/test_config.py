@@ -185,7 +185,7 @@ WRONG_FILES = [
             "model": {"policy": "a", "lora": {"rank": 1, "alpha": 1}},
             "reference": {"log_probs": "online", "sync_every": 2},
         },
-        "model.lora: found beside reference.sync_every 2, expected one of them",
+        "model.lora: found with reference.sync_every 2, expected only one of them",
     ),
     ({"data": {"train": []}}, "data.train: found [], expected a list of one or more values, each "),
     ({"data": {"train": [{}]}}, "data.train.0.path: missing, expected a non-empty string"),

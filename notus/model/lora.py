@@ -58,7 +58,7 @@ class LoraSettings:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter. `weight` and `bias` are those of the layer it replaces."""
+    """A linear layer with an adapter; `weight` and `bias` are those of the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, settings: LoraSettings) -> None:
         inner, outer, device = linear.in_features, linear.out_features, linear.weight.device
@@ -74,9 +74,9 @@ class LoraLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype of `input`.
 
-        The product with the adapter is computed in the adapter's dtype as this finds it: float32 as
-        it is stored (what PEFT does), FSDP's compute dtype where that has gathered it; the sum is
-        rounded once. The factor is applied where a row has only `rank` entries.
+        The product with the adapter is computed in the adapter's dtype: float32 as it is stored
+        (as in PEFT), or the compute dtype in which FSDP has gathered it; the sum is rounded once.
+        The factor is applied where a row has only `rank` entries.
         """
         base = super().forward(input)
         if not self.adapter_on:
@@ -102,7 +102,7 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
 
 
 def _chosen(linears: Iterable[str], targets: tuple[str, ...] | str) -> list[str]:
-    """The layers that `targets` mean; a target means all whose name is or ends in it."""
+    """The layers that `targets` select: all whose name is a target, or ends in one after a dot."""
     if targets == ALL_LINEAR:
         return list(linears)
     for target in targets:
@@ -120,7 +120,7 @@ def _ends_in(name: str, target: str) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name, all that is trained: "model.layers.0...q_proj.lora_A"."""
+    """The adapters' parameters, the only trained ones: "model.layers.0...q_proj.lora_A"."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -130,7 +130,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model, to the bit: inside, no adapter is computed and no dropout drawn."""
+    """Inside, the model is bit-identical to its base: no adapter is computed, no dropout drawn."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     before = [layer.adapter_on for layer in layers]
     for layer in layers:
@@ -144,17 +144,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def initialize_adapters(model: nn.Module, seed: int) -> None:
-    """PEFT's start: A uniform in +-1 / sqrt(in) (He's with a = sqrt(5)), B = 0.
+    """PEFT's initial values: A uniform in +-1 / sqrt(in) (He's with a = sqrt(5)), B = 0.
 
-    A value depends on `seed` and the parameter's name alone: not on the number of ranks, nor on
+    A value depends only on `seed` and the parameter's name: not on the number of ranks, nor on
     which other layers have an adapter. Parameters may be plain or sharded along their first
     dimension; each rank draws all of an A and keeps its rows.
     """
     for name, parameter in adapter_parameters(model).items():
         local, rows = local_rows(parameter)
-        whole = torch.zeros(parameter.shape, dtype=torch.float32)
+        full = torch.zeros(parameter.shape, dtype=torch.float32)
         if name.endswith(".lora_A"):
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        local.copy_(whole[rows])
+            nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
+        local.copy_(full[rows])

@@ -48,8 +48,8 @@ def rope_tables(shape: ModelShape, position_T: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x_TNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate each head by its position (Hugging Face's rotate-half layout), in x's dtype.
 
-    The tables are rounded to x's dtype first, as transformers does, so that a model trained here
-    and served there computes the same thing.
+    The tables are first rounded to x's dtype, as in transformers, so that a model trained here
+    computes the same when it is served there.
     """
     cos, sin = (table.to(x_TNH.dtype) for table in rope)
     first, second = x_TNH.chunk(2, dim=-1)
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
 
 
 class LogProbHead(nn.Module):
-    """The output projection and the log-softmax in one, so that logits need never be stored."""
+    """Output projection and log-softmax in one, so that logits never have to be stored."""
 
     def __init__(self, shape: ModelShape, kernels: str = "auto") -> None:
         """kernels: "auto", "triton" or "plain", as in notus/kernels/dispatch.py."""
@@ -150,8 +150,8 @@ class LogProbHead(nn.Module):
         """Log-prob of each row's target token, natural logarithm: float32 [S].
 
         With `sum_squares`, [2, S]: the second row is log sum_v p(v)^2, without gradient. Without
-        targets the rows' logits, float32 [S, V], for the few rows of which a token is sampled; they
-        are computed in the weight's dtype, as transformers serves them.
+        targets the rows' logits, float32 [S, V], for the few rows where a token is sampled; they
+        are computed in the weight's dtype, as in transformers.
         """
         if targets_S is None:
             return F.linear(hidden_SD.to(self.weight.dtype), self.weight).float()
@@ -168,9 +168,9 @@ class MistralForCausalLM(nn.Module):
     def __init__(
         self, shape: ModelShape, kernels: str = "auto", attention: str | None = None
     ) -> None:
-        """kernels: "auto", "triton" or "plain", what computes the head.
+        """kernels: the head's implementation, "auto", "triton" or "plain".
 
-        attention: backend for packed rows, see notus/model/attention.py; None: the device's.
+        attention: the backend for packed rows, see notus/model/attention.py; None: the device's.
         """
         super().__init__()
         self.shape = shape

@@ -31,6 +31,7 @@ from notus.model.weights import (
     INDEX,
     TOKENIZER_FILES,
     copy_tokenizer,
+    header_shapes,
     local_rows,
     model_folder,
     open_model,
@@ -50,7 +51,7 @@ class PeftConfig:
     lora_alpha: Positive
     lora_dropout: FractionBelowOne = 0.0
     use_rslora: bool = False
-    target_modules: tuple[Text, ...] | Text | None = None  # names, a pattern, or not by name
+    target_modules: tuple[Text, ...] | Text | None = None  # names, or a pattern
 
 
 # Other entries that change no result. Any further one that is set (use_dora, modules_to_save,
@@ -144,16 +145,8 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in an adapter's file, by our name; every A has its B."""
     if not file.is_file():
         raise UserError(f"{file.parent}: no {WEIGHTS}; expected the adapter's weights under it")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            stored = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
-    except SafetensorError as error:
-        raise UserError(
-            f"{file}: found no complete safetensors file ({error}); expected one; copy or "
-            "download it again"
-        ) from None
     shapes = {}
-    for key, shape in stored.items():
+    for key, shape in header_shapes(file).items():
         match = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", key)
         if match is None:
             raise UserError(
@@ -205,30 +198,26 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 def _check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError unless the adapter's parameters are the expected ones."""
-    advice = "was the adapter made for another base or other target modules?"
     for name in sorted({*expected, *adapter.shapes}):
-        peft_name, shape = _peft_name(name), adapter.shapes.get(name)
-        if shape is None:
-            raise UserError(
-                f"{adapter.file}: tensor {peft_name} is missing; expected shape {expected[name]}: "
-                f"{advice}"
-            )
-        if name not in expected:
-            raise UserError(
-                f"{adapter.file}: tensor {peft_name} belongs to no adapted linear layer of the "
-                f"model: {advice}"
-            )
-        if shape != expected[name]:
-            raise UserError(
-                f"{adapter.file}: tensor {peft_name} has shape {shape}, expected {expected[name]}: "
-                f"{advice}"
-            )
+        found, wanted = adapter.shapes.get(name), expected.get(name)
+        if found == wanted:
+            continue
+        if found is None:
+            problem = f"is missing; expected shape {wanted}"
+        elif wanted is None:
+            problem = "belongs to no adapted linear layer of the model"
+        else:
+            problem = f"has shape {found}, expected {wanted}"
+        raise UserError(
+            f"{adapter.file}: tensor {_peft_name(name)} {problem}: was the adapter made for "
+            "another base or other target modules?"
+        )
 
 
 def check_fits(adapter: Adapter, shape: ModelShape) -> set[str]:
     """The layers that the adapter changes in a base of this shape.
 
-    Raises UserError when it was made for another.
+    Raises UserError when it was made for another base.
     """
     with torch.device("meta"):
         model = MistralForCausalLM(shape)

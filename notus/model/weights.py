@@ -1,11 +1,10 @@
-"""Hugging Face safetensors <-> a sharded model, tensor by tensor, without a rename.
+"""Hugging Face safetensors <-> a sharded model, tensor by tensor, without renaming.
 
-Loading reads only this rank's slices; saving divides whole tensors over the ranks by bytes, so
-that every rank writes one file and none ever holds the model.
+Loading reads only this rank's slices; saving divides unsharded tensors over the ranks by bytes, so
+that every rank writes one file and none ever holds the entire model.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError
+from notus.files import read_object
 from notus.model.hf_config import ModelShape, read_shape
 from notus.model.mistral import MistralForCausalLM
 
@@ -45,13 +45,13 @@ IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies on disk, and its shape there."""
+    """A tensor's file, and its shape there."""
 
     file: Path
     shape: tuple[int, ...]
 
 
-# Why a hub id is of no use; the first class that fits. The library's own words are for programmers.
+# Why a hub id cannot be used: the first class that fits. The library's words are for programmers.
 HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
     (HFValidationError, "and cannot be a Hugging Face hub id"),
     (GatedRepoError, "and on the hub it is gated: ask for access on its page and log in"),
@@ -61,10 +61,10 @@ HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
 
 
 def model_folder(path: str, weights: bool = True) -> Path:
-    """The local folder of a model: `path` itself, or a hub id's snapshot (downloaded if need be).
+    """The local folder of a model: `path` itself, or a hub id's snapshot (downloaded if needed).
 
-    weights: whether they are needed, or config.json and the tokenizer alone.
-    Raises UserError when `path` is neither a folder nor a repository that can be had.
+    weights: False if only config.json and the tokenizer are needed.
+    Raises UserError when `path` is neither a folder nor an accessible repository.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -82,15 +82,15 @@ def model_folder(path: str, weights: bool = True) -> Path:
                 ],
             )
         )
-    except (HFValidationError, OSError) as error:  # OSError: what the hub's other errors are
+    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         first_line = str(error).strip().split("\n")[0]
         known = (reason for kind, reason in HUB_REASONS if isinstance(error, kind))
-        reason = next(known, f"and not to be had from the Hugging Face hub ({first_line})")
+        reason = next(known, f"and the Hugging Face hub does not provide it ({first_line})")
         raise UserError(f"{path}: no such model folder here, {reason}") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a model folder by name, from the files' headers alone.
+    """Every tensor of a model folder by name, read only from the files' headers.
 
     Raises UserError for missing, truncated or unreadable files.
     """
@@ -105,36 +105,37 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: missing, though {INDEX} names it")
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                    shape = tuple(handle.get_slice(key).get_shape())
-                    tensors[key] = Stored(file, shape)
-        except SafetensorError as error:
-            raise UserError(
-                f"{file}: found no complete safetensors file ({error}); expected one, so copy or "
-                "download it anew"
-            ) from None
+        tensors |= {key: Stored(file, shape) for key, shape in header_shapes(file).items()}
     return tensors
 
 
-def _indexed_files(index: Path) -> list[str]:
-    """The files that an index distributes the tensors over, sorted."""
+def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a safetensors file. Raises UserError if it is damaged."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(file) for file in weight_map.values()})
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{index}: not valid JSON ({error})") from None
-    except (KeyError, TypeError, AttributeError):  # no such key, or no object where one belongs
+        with safe_open(file, framework="pt") as handle:
+            names = handle.keys()  # a list: the handle is no mapping
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: found no complete safetensors file ({error}); expected one; copy or "
+            "download it again"
+        ) from None
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The files over which an index distributes the tensors, sorted."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise UserError(
             f'{index}: found no "weight_map", expected {{"weight_map": {{tensor: file, ...}}}}'
-        ) from None
+        )
+    return sorted({str(file) for file in weight_map.values()})
 
 
 def check_weights(
     folder: Path, expected: Mapping[str, torch.Size], tied: bool
 ) -> dict[str, Stored]:
-    """The stored tensors, once every expected one is there in its shape and none is unknown.
+    """The stored tensors, after a check that they are the expected ones in name and shape.
 
     expected: full shapes by name. tied: the head shares the embedding, and a stored
     `lm_head.weight` is redundant. Raises UserError that names file, tensor and both shapes.
@@ -163,17 +164,16 @@ def check_weights(
 
 
 def open_model(path: str, weights: bool = True) -> tuple[Path, ModelShape]:
-    """The folder and shape of a model, local or on the hub, whose weights are all there.
+    """The folder and shape of a model, local or on the hub, with its weights checked.
 
-    Without `weights` they need not be, and are never downloaded; those of a local folder that holds
-    some are checked all the same. Raises UserError when anything needed is missing or does not fit
-    together.
+    weights: False if they are not needed. Then they are never downloaded, and checked only if a
+    local folder holds some. Raises UserError when anything needed is missing or inconsistent.
     """
     folder = model_folder(path, weights)
     for place in (folder, folder / "adapter"):
         if not (folder / "config.json").is_file() and (place / "adapter_config.json").is_file():
             raise UserError(
-                f"{place}: found an adapter, expected a whole model; merge it first: "
+                f"{place}: found an adapter, expected a complete model; merge it first: "
                 f"python -m notus.model.peft merge BASE {place} OUT"
             )
     shape = read_shape(folder)
@@ -190,8 +190,8 @@ def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -
     """Fill the model's parameters from a Hugging Face folder, each rank its own slices.
 
     Parameters may be plain or sharded along their first dimension; values are cast to their dtype.
-    others: parameters that are not the folder's, and stay as they are. Raises UserError, on the
-    ranks that meet it alone, for values that are not finite.
+    others: names of parameters that are not in the folder and stay unchanged. Raises UserError,
+    only on the ranks that read them, for values that are not finite.
     """
     parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
     parameters = {name: p for name, p in parameters.items() if name not in others}
@@ -212,14 +212,14 @@ def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
-    """This rank's part of a tensor, and the rows of the whole tensor that it holds."""
+    """This rank's part of a tensor, and the rows of the full tensor that it holds."""
     if not isinstance(tensor, DTensor):
         return tensor, slice(0, len(tensor))
     mesh, placements = tensor.device_mesh, tensor.placements
     sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
     assert len(sharded) == 1 and placements[sharded[0]].dim == 0, placements
     ranks = mesh.size(sharded[0])
-    chunk = -(-len(tensor) // ranks)  # as torch.chunk divides: the last ranks may get less
+    chunk = -(-len(tensor) // ranks)  # as torch.chunk divides: the last ranks may get fewer
     start = min(chunk * mesh.get_local_rank(sharded[0]), len(tensor))
     local = tensor.to_local()
     return local, slice(start, start + len(local))
@@ -246,9 +246,9 @@ def hash_weights(path: str, folder: Path) -> dict[str, str]:
 def save_sharded(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, prefix: str
 ) -> dict[str, Any]:
-    """Write tensors as `<prefix>-0000r-of-0000W.safetensors`, every rank its own whole tensors.
+    """Write tensors as `<prefix>-0000r-of-0000W.safetensors`, every rank its own full tensors.
 
-    Collective; returns the Hugging Face index, equal on all ranks, for the caller to write.
+    Collective. Returns the Hugging Face index, equal on all ranks, for the caller to write.
     """
     index, file, own = gather_own(tensors, prefix)
     if own:
@@ -259,12 +259,12 @@ def save_sharded(
 def gather_own(
     tensors: Iterable[tuple[str, Tensor]], prefix: str
 ) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
-    """Divide whole tensors over the ranks by bytes, and copy this rank's to the host.
+    """Divide full tensors over the ranks by bytes, and copy this rank's to the host.
 
     tensors: (name, plain or sharded tensor) in the same order on all ranks. A tensor belongs to
     the rank with the fewest bytes so far. Returns the Hugging Face index, equal on all ranks, the
     name of this rank's file, and the copies that belong in it. Collective. Memory: the copies on
-    the host, and one whole tensor at a time on the device.
+    the host, and one full tensor at a time on the device.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     given = [0] * ranks
@@ -274,19 +274,19 @@ def gather_own(
         owner = given.index(min(given))
         given[owner] += tensor.numel() * tensor.element_size()
         weight_map[name] = f"{prefix}-{owner + 1:05d}-of-{ranks:05d}.safetensors"
-        whole = tensor.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        full = tensor.detach()
+        full = full.full_tensor() if isinstance(full, DTensor) else full
         if owner == rank:
             own[name] = torch.empty_like(
-                whole, device="cpu", memory_format=torch.contiguous_format
-            ).copy_(whole)
-        del whole
+                full, device="cpu", memory_format=torch.contiguous_format
+            ).copy_(full)
+        del full
     index = {"metadata": {"total_size": sum(given)}, "weight_map": weight_map}
     return index, f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors", own
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they stand: writing them anew could change what they do."""
+    """Copy the tokenizer's files unchanged: writing them again could change their effect."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

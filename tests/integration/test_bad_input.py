@@ -411,7 +411,7 @@ def yarn() -> None:
         (lambda: cut(WEIGHTS, 0), ("policy/model.safetensors: found no complete", "expected one")),
         (lambda: write(INDEX, "{"), (f"{INDEX}: not valid JSON",)),
         (lambda: write(INDEX, "{}"), (f'{INDEX}: found no "weight_map", expected',)),
-        (lambda: write(INDEX, "[]"), (f'{INDEX}: found no "weight_map", expected',)),
+        (lambda: write(INDEX, "[]"), (f"{INDEX}: expected a JSON object, found list",)),
         (
             lambda: write(INDEX, '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'),
             ("policy/model-1.safetensors: missing, though model.safetensors.index.json names it",),

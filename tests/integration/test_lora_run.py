@@ -415,7 +415,7 @@ def test_an_export_without_space_is_one_message(demo, tmp_path):
         (["model.lora.r=8"], ("model.lora.r: unknown key; valid keys here: model.lora.rank",)),
         (
             ["reference.log_probs=online", "reference.sync_every=2"],
-            ("model.lora: found beside reference.sync_every 2, expected one of them",),
+            ("model.lora: found with reference.sync_every 2, expected only one of them",),
         ),
     ],
 )

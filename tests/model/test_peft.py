@@ -293,7 +293,7 @@ def test_the_merge_command(tiny_folder, tmp_path, capsys):
     assert main(arguments) == 2
     assert "merged: exists already" in capsys.readouterr().err
     assert main(["merge", str(adapter), str(adapter), str(tmp_path / "no")]) == 2
-    assert "found an adapter, expected a whole model; merge it first" in capsys.readouterr().err
+    assert "found an adapter, expected a complete model; merge it first" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([*arguments[:3], str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err
