@@ -183,7 +183,7 @@ def real_pairs(
 ) -> TokenizedPairs:
     """`count` pairs drawn from a preference file, as train.py tokenizes them.
 
-    form: a name from notus/data/preferences.py. tokenizer: a folder, or a sentencepiece model, to
+    form: a name from notus/data/formats.py. tokenizer: a folder, or a sentencepiece model, to
     which a chat template is given. Raises UserError where there are too few.
     """
     if Path(tokenizer).is_dir():

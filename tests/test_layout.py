@@ -16,7 +16,7 @@ ORDER = """
     errors agreement files strict
     config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
-    data.preferences data.special_tokens data.tokenization data.planning data.packing
+    data.formats data.preferences data.special_tokens data.tokenization data.planning data.packing
     data.dataset
     kernels
     model.attention model.mistral model.weights model.lora

@@ -1,6 +1,7 @@
 """Preference data: from files to packed token rows.
 
-preferences     rows of many formats become pairs
+formats         rows of many formats become pairs
+preferences     sources are mixed, split and cleaned
 special_tokens  special tokens that a row's text spells out
 tokenization    pairs become token ids through the chat template
 planning        which pairs a step trains on, and how ranks and microbatches share them

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from notus.data.formats import Pair
 from notus.data.packing import slots_of
-from notus.data.preferences import Pair, Source, load_preferences
+from notus.data.preferences import Source, load_preferences
 from notus.data.tokenization import Tokenized, TokenizedPairs, tokenize_pairs
 from notus.errors import UserError, agreed
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.preferences import Message, Pair
+from notus.data.formats import Message, Pair
 
 # Noncharacters, which no text is to hold: BREAK goes into the text of special tokens that were said
 # while a template renders it; those that the template wrote become OPEN, their id, CLOSE.

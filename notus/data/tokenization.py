@@ -26,7 +26,7 @@ import sentencepiece
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.preferences import Message, Pair
+from notus.data.formats import Message, Pair
 from notus.data.special_tokens import guard_of, spells_special, without_ends
 from notus.errors import UserError
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from notus.agreement import agree
-from notus.data.preferences import Message
+from notus.data.formats import Message
 from notus.data.tokenization import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks

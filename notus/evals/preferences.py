@@ -21,7 +21,7 @@ from notus.agreement import agree
 from notus.config import Curation, Source
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset, load_datasets
-from notus.data.preferences import Pair
+from notus.data.formats import Pair
 from notus.data.tokenization import TokenizedPairs, load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks, divide

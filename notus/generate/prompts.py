@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
 from notus.curation.rows import read_rows
-from notus.data.preferences import Message, read_messages
+from notus.data.formats import Message, read_messages
 from notus.data.tokenization import load_tokenizer, with_system_prompt
 from notus.errors import UserError
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.preferences import Pair
+from notus.data.formats import Pair
 from notus.data.special_tokens import BREAK, CLOSE, OPEN
 from notus.data.tokenization import (
     AS_SPECIAL,

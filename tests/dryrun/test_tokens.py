@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import train
-from notus.data.preferences import Pair, find_leaks
+from notus.data.formats import Pair
+from notus.data.preferences import find_leaks
 from notus.data.tokenization import (
     AS_TEXT,
     Tokenized,
