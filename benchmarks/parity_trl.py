@@ -75,7 +75,7 @@ from trl import DPOConfig, DPOTrainer
 from notus.config import Curation, Source
 from notus.data.formats import Message
 from notus.data.preferences import load_preferences
-from notus.data.tokenization import load_tokenizer, sentencepiece_backend
+from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
 from notus.errors import UserError
 from notus.model.lora import WEIGHTS, LoraSettings, add_adapters, initialize_adapters, save_adapter
 from notus.model.mistral import MistralForCausalLM as OurMistral

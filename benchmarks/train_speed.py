@@ -74,12 +74,8 @@ from benchmarks.roofline import (
 from notus.config import Source
 from notus.data.packing import slots_of
 from notus.data.preferences import load_preferences
-from notus.data.tokenization import (
-    TokenizedPairs,
-    load_tokenizer,
-    sentencepiece_backend,
-    tokenize_pairs,
-)
+from notus.data.tokenization import TokenizedPairs, tokenize_pairs
+from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
 from notus.engine.metrics import model_flops, peak_flops, peak_memory_bytes
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM, ModelShape

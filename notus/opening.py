@@ -19,7 +19,8 @@ from notus.config import Config, Holdout, Source, to_dict
 from notus.data.dataset import load_datasets
 from notus.data.packing import slots_of
 from notus.data.planning import RunPlan
-from notus.data.tokenization import TokenizedPairs, load_tokenizer
+from notus.data.tokenization import TokenizedPairs
+from notus.data.tokenizer import load_tokenizer
 from notus.dryrun.preflight import idle_text
 from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint, distributed, history

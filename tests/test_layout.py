@@ -16,8 +16,9 @@ ORDER = """
     errors agreement files strict
     config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
-    data.formats data.preferences data.special_tokens data.tokenization data.planning data.packing
-    data.dataset
+    data.formats data.preferences
+    data.tokenizer data.special_tokens data.tokenized data.tokenization
+    data.planning data.packing data.dataset
     kernels
     model.attention model.mistral model.weights model.lora
     objective.losses objective.logprobs objective.reference

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.agreement import agree
 from notus.data.formats import Message
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.errors import UserError

@@ -19,11 +19,10 @@ from notus.data.tokenization import (
     AS_TEXT,
     Tokenized,
     TokenizedPairs,
-    load_tokenizer,
-    sentencepiece_backend,
     tokenize_pairs,
     truncate,
 )
+from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
 from notus.errors import UserError
 
 CORPUS = """The river runs through the old town and over the stones to the sea.
