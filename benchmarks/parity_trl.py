@@ -73,8 +73,9 @@ from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
 from notus.config import Curation, Source
-from notus.data.preferences import Message, load_preferences
-from notus.data.tokenization import load_tokenizer, sentencepiece_backend
+from notus.data.formats import Message
+from notus.data.preferences import load_preferences
+from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
 from notus.errors import UserError
 from notus.model.hf_config import read_shape
 from notus.model.lora import LoraSettings, add_adapters, initialize_adapters

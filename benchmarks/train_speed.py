@@ -74,12 +74,8 @@ from benchmarks.roofline import (
 from notus.config import Source
 from notus.data.packing import slots_of
 from notus.data.preferences import load_preferences
-from notus.data.tokenization import (
-    TokenizedPairs,
-    load_tokenizer,
-    sentencepiece_backend,
-    tokenize_pairs,
-)
+from notus.data.tokenization import TokenizedPairs, tokenize_pairs
+from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
 from notus.engine.flops import model_flops, peak_flops
 from notus.engine.metrics import peak_memory_bytes
 from notus.errors import UserError
@@ -185,7 +181,7 @@ def real_pairs(
 ) -> TokenizedPairs:
     """`count` pairs drawn from a preference file, as train.py tokenizes them.
 
-    form: a name from notus/data/preferences.py. tokenizer: a folder, or a sentencepiece model, to
+    form: a name from notus/data/formats.py. tokenizer: a folder, or a sentencepiece model, to
     which a chat template is given. Raises UserError where there are too few.
     """
     if Path(tokenizer).is_dir():

@@ -17,7 +17,8 @@ from notus.config import Config, Holdout, to_dict
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
-from notus.data.tokenization import TokenizedPairs, load_tokenizer
+from notus.data.tokenization import TokenizedPairs
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Work

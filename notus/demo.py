@@ -40,7 +40,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from notus.data.tokenization import sentencepiece_merges
+from notus.data.tokenizer import sentencepiece_merges
 from notus.errors import UserError
 
 SEED = 42

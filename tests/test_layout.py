@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     errors agreement files strict
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
-    data.preferences data.special_tokens data.tokenization data.planning data.packing
-    data.dataset
+    data.formats data.preferences
+    data.tokenizer data.special_tokens data.tokenized data.tokenization
+    data.planning data.packing data.dataset
     kernels
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache

@@ -68,10 +68,15 @@ class Hit(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Why a row gives no pair, and the benchmark prompt that it holds where that is why."""
+    """Why a row gives no pair.
+
+    hit: the benchmark prompt that it holds, if that is why. is_row: whether it still counts as a
+    row of its source when held-out rows are drawn.
+    """
 
     reason: str
     hit: Hit | None = None
+    is_row: bool = False
 
 
 class BenchmarkPrompts:

@@ -1,7 +1,10 @@
 """Preference data: from files to packed token rows.
 
-preferences     rows of many formats become pairs
+formats         rows of many formats become pairs
+preferences     sources are mixed, split and cleaned
+tokenizer       the tokenizer of a model folder
 special_tokens  special tokens that a row's text spells out
+tokenized       a data set as token ids
 tokenization    pairs become token ids through the chat template
 planning        which pairs a step trains on, and how ranks and microbatches share them
 packing         pairs become rows of token slots, a prompt shared by its two responses

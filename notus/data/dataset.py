@@ -7,9 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from notus.data.formats import Pair
 from notus.data.packing import slots_of
-from notus.data.preferences import Pair, Source, load_preferences
-from notus.data.tokenization import Tokenized, TokenizedPairs, tokenize_pairs
+from notus.data.preferences import Source, load_preferences
+from notus.data.tokenization import tokenize_pairs
+from notus.data.tokenized import Tokenized, TokenizedPairs
 from notus.errors import UserError, agreed
 
 # Gives each rank a contiguous share of the pairs and returns all ranks' results, in order.

@@ -12,7 +12,7 @@ from functools import lru_cache
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.preferences import Message, Pair
+from notus.data.formats import Message, Pair
 
 # Noncharacters, which no text is to hold: BREAK goes into the text of special tokens that were said
 # while a template renders it; those that the template wrote become OPEN, their id, CLOSE.
@@ -26,21 +26,25 @@ def spells_special(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def without_ends(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Pair:
-    """The pair without a BOS that begins plain text and EOS that end a response.
+    """The pair without a BOS at the beginning of plain text and without EOS that end a response.
 
-    They are where the tokenizer and the template put their own, and mean no more than these.
+    The tokenizer and the template put their own there, so these add nothing.
     """
+
+    def trimmed(response: str | list[Message]) -> str | list[Message]:
+        if isinstance(response, str):
+            return _without_final(response, tokenizer.eos_token)
+        if not response:  # in supervised fine-tuning there is no rejected one
+            return response
+        *first, last = response
+        return [*first, {**last, "content": _without_final(last["content"], tokenizer.eos_token)}]
+
     prompt, bos = pair.prompt, tokenizer.bos_token
     if isinstance(prompt, str) and bos:
         prompt = prompt.removeprefix(bos)
-    responses = []
-    for response in (pair.chosen, pair.rejected):
-        if isinstance(response, str):
-            responses.append(_without_final(response, tokenizer.eos_token))
-        else:
-            content = _without_final(response[-1]["content"], tokenizer.eos_token)
-            responses.append([*response[:-1], {**response[-1], "content": content}])
-    return replace(pair, prompt=prompt, chosen=responses[0], rejected=responses[1])
+    return replace(
+        pair, prompt=prompt, chosen=trimmed(pair.chosen), rejected=trimmed(pair.rejected)
+    )
 
 
 def _without_final(text: str, eos: str) -> str:

@@ -14,7 +14,7 @@ from notus.build import build_plan, find_models, load_data, make_loss, settings_
 from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.dryrun.estimate import (
     MOST_GPUS,
     RESERVED,

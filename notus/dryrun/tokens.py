@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.curation.decontamination import whole_text, words_of
 from notus.data.dataset import Dataset
-from notus.data.preferences import Pair, find_leaks
+from notus.data.formats import Pair
+from notus.data.preferences import find_leaks
 from notus.data.tokenization import AS_SPECIAL, AS_TEXT, Tokenized, TokenizedPairs
 
 PARTS = ("prompt", "chosen", "rejected")

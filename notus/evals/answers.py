@@ -27,8 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from notus.agreement import agree
-from notus.data.preferences import Message
-from notus.data.tokenization import load_tokenizer
+from notus.data.formats import Message
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.errors import UserError

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.evals.leaderboard import read_results, report_lm_eval, result_files
 from notus.evals.published import LEADERBOARD_TASKS

@@ -21,9 +21,10 @@ from notus.agreement import agree
 from notus.config import Curation, Source
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset, load_datasets
+from notus.data.formats import Pair
 from notus.data.packing import Rows
-from notus.data.preferences import Pair
-from notus.data.tokenization import TokenizedPairs, load_tokenizer
+from notus.data.tokenization import TokenizedPairs
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks, map_over_ranks
 from notus.engine.evaluation import all_log_probs, summarize

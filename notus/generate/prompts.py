@@ -10,8 +10,9 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
 from notus.curation.rows import read_rows
-from notus.data.preferences import Message, read_messages
-from notus.data.tokenization import load_tokenizer, with_system_prompt
+from notus.data.formats import Message, read_messages
+from notus.data.tokenization import with_system_prompt
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 
 PROMPT_FORMATS = ("template", "published")

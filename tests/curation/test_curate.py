@@ -16,7 +16,8 @@ from notus.curation.curate import Screen, Settings, curate, curate_row, main, ne
 from notus.curation.decontamination import Dropped
 from notus.curation.ratings import find_rated_format
 from notus.curation.rows import read_rows
-from notus.data.preferences import Pair, load_preferences
+from notus.data.formats import Pair
+from notus.data.preferences import load_preferences
 from notus.errors import UserError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")

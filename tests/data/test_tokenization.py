@@ -1,106 +1,51 @@
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import sentencepiece
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_text import BOS, EOS, odd_texts, quick, sentencepiece_of, texts, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.preferences import Pair
+from notus.data.formats import Pair
 from notus.data.special_tokens import BREAK, CLOSE, OPEN
 from notus.data.tokenization import (
     AS_SPECIAL,
     AS_TEXT,
-    Tokenized,
-    TokenizedPairs,
-    load_tokenizer,
-    sentencepiece_backend,
     tokenize_pairs,
     truncate,
 )
+from notus.data.tokenized import Tokenized, TokenizedPairs
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 
-CORPUS = """The river runs through the old town and over the stones to the sea.
-What is the capital of the country? The capital is the largest city of the country.
-def f(x):
-    return x + 1 if x else  f(x - 1)    # two  spaces, then   three
-Hello there! Hi, how are you? I am well, thank you, and you are too.
-A big bus above all, a bird and a bee.
-12345 + 67.89 = ? The answer is 4. user system assistant <|user|> <|assistant|>
-""".splitlines()
-
-# The published one, with its line ends: transformers trims them after blocks.
-ZEPHYR = (
-    "{% for message in messages %}\n"
-    "{% if message['role'] == 'user' %}\n"
-    "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'system' %}\n"
-    "{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n"
-    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
-    "{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n"
-    "{{ '<|assistant|>' }}\n"
-    "{% endif %}\n"
-    "{% endfor %}"
-)
 WITH_BOS = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
     "else m['content'] + eos_token }}"
     "{% endfor %}"
 )
-UNK, BOS, EOS = 0, 1, 2
-
-quick = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-pieces = st.sampled_from(
-    [*"abeht .?!1\n\té日🤗", "the", " the", "  ", "    ", " river", "Hello", "<|user|>", "</s"]
-)
-odd_pieces = pieces | st.sampled_from(["</s>", "<s>", "<unk>", "<0x0A>", "▁", "▁▁"])
-texts = st.lists(pieces, min_size=1, max_size=12).map("".join)
-odd_texts = st.lists(odd_pieces, max_size=12).map("".join)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as Mistral's: tokenizer.model with Llama's settings and Zephyr's template."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS),
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=420,
-            hard_vocab_limit=False,
-            character_coverage=1.0,
-            split_digits=True,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            num_threads=1,
-            minloglevel=2,
-        )
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": ZEPHYR, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def zephyr(folder):
     return load_tokenizer(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def spm(folder):
+    return sentencepiece_of(folder)
+
+
+@pytest.fixture(scope="module")
 def with_bos(folder):
     """The same vocabulary with a template that writes the BOS token."""
     tokenizer = load_tokenizer(folder)
@@ -108,7 +53,7 @@ def with_bos(folder):
     return tokenizer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exact(folder):
     """Without the space in front of each text, so that decoding gives back the text itself."""
     tokenizer = load_tokenizer(folder)
@@ -117,11 +62,6 @@ def exact(folder):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer
-
-
-@pytest.fixture(scope="session")
-def spm(folder):
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def chat(question, chosen, rejected, *earlier):
@@ -157,77 +97,6 @@ def hidden_of(pairs: TokenizedPairs, index=0):
 
 def same(a: TokenizedPairs, b: TokenizedPairs):
     return a.fingerprint() == b.fingerprint()
-
-
-def by_sentencepiece(spm, text):
-    """The original algorithm: sentencepiece on each stretch between special tokens."""
-    ids = []
-    for part in re.split("(<unk>|<s>|</s>)", text):
-        special = {"<unk>": UNK, "<s>": BOS, "</s>": EOS}.get(part)
-        ids += spm.encode(part) if special is None else [special]
-    return ids
-
-
-# The tokenizer
-
-
-@settings(quick, max_examples=300)
-@given(text=odd_texts)
-def test_backend_equals_sentencepiece(zephyr, spm, text):
-    assert zephyr(text, add_special_tokens=False)["input_ids"] == by_sentencepiece(spm, text)
-
-
-@pytest.mark.parametrize(
-    "text, pieces",
-    [  # Mistral's tokenizer gives the same shapes: a lone ▁ where a text or segment begins
-        ("</s>\n", ["</s>", "▁", "<0x0A>"]),
-        ("\n", ["▁", "<0x0A>"]),
-        ("a\nb", ["▁a", "<0x0A>", "b"]),
-        ("🤗", ["▁", "<0xF0>", "<0x9F>", "<0xA4>", "<0x97>"]),
-        ("", []),
-    ],
-)
-def test_backend_pieces(zephyr, text, pieces):
-    ids = zephyr(text, add_special_tokens=False)["input_ids"]
-    assert zephyr.convert_ids_to_tokens(ids) == pieces
-
-
-def test_backend_puts_bos_before_plain_text(folder, spm):
-    backend = sentencepiece_backend(folder / "tokenizer.model")
-    assert backend.encode("Hello there").ids == [BOS, *spm.encode("Hello there")]
-
-
-def test_tokenizer_json_is_taken_as_it_stands(zephyr, tmp_path):
-    zephyr.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not looked at")
-    loaded = load_tokenizer(tmp_path)
-    assert (
-        loaded("  two  spaces\n    four")["input_ids"]
-        == zephyr("  two  spaces\n    four")["input_ids"]
-    )
-    assert loaded.chat_template == ZEPHYR
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        (None, None, "no tokenizer.json or tokenizer.model"),
-        ("tokenizer.model", b"rubbish", "tokenizer.model: not a sentencepiece model"),
-        ("tokenizer.json", b'{"model": ', "the tokenizer cannot be read"),
-    ],
-)
-def test_unreadable_tokenizer(tmp_path, name, content, message):
-    if name:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_tokenizer(tmp_path)
-
-
-def test_tokenizer_without_eos(folder, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    with pytest.raises(UserError, match="tokenizer_config.json: no eos_token"):
-        load_tokenizer(tmp_path)
 
 
 # Clean: rendered as one text, encoded once
@@ -560,7 +429,7 @@ def test_trl_0_7_4_cuts_a_bos_like_any_token(zephyr):
     assert ids_of(found)[0] == ids_of(whole)[0][-4:]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     """(the published ids, the tokenizer they belong to), from a folder of files not kept here."""
     shared = Path(os.environ.get("NOTUS_SHARED_DATA", "."))
@@ -704,27 +573,21 @@ def test_mixed_kinds_equal_one_at_a_time(zephyr, monkeypatch):
     assert ids_of(together.pairs, 4)[0] == [BOS]  # all that is left of an empty plain prompt
 
 
+@pytest.mark.parametrize("style", ["clean", "trl-0.7.4"])
+def test_a_response_without_a_rejected_one_has_the_same_tokens(zephyr, style):
+    """In supervised fine-tuning, for every kind of row."""
+    rows = [*MIXED, chat(FORGED, "no </s> here</s>", "no"), text("a</s>b", " c</s>", " d")]
+    pairs = tokenize(zephyr, *rows, style=style)
+    single = [replace(row, rejected=type(row.rejected)()) for row in rows]
+    found = tokenize(zephyr, *single, style=style)
+    assert [ids_of(found.pairs, i) for i in range(len(found.pairs))] == [
+        [*ids_of(pairs.pairs, i)[:2], []] for i in range(len(pairs.pairs))
+    ]
+    assert found.pairs.lengths[:, 2].tolist() == [0] * len(found.pairs)
+    assert (found.kept.tolist(), found.counts) == (pairs.kept.tolist(), pairs.counts)
+
+
 def test_empty_prompt_is_dropped(zephyr):
     found = tokenize(zephyr, *MIXED, style="trl-0.7.4")
     assert found.counts == {"dropped: empty prompt": 1}
     assert found.kept.tolist() == [0, 1, 2, 3, 5]
-
-
-def test_flat_arrays():
-    lengths = np.array([[2, 1, 3], [1, 2, 1]])
-    pairs = TokenizedPairs(np.arange(10, dtype=np.int32), np.zeros(10, bool), lengths)
-    assert len(pairs) == 2
-    assert pairs.starts.tolist() == [[0, 2, 3], [6, 7, 9]]
-    assert pairs.response_starts.tolist() == [0, 4, 7]
-    assert ids_of(pairs, 0) == [[0, 1], [2], [3, 4, 5]]
-    assert ids_of(pairs, 1) == [[6], [7, 8], [9]]
-
-
-def test_fingerprint_tells_sets_apart():
-    def pairs(tokens=(5, 6, 7, 8), hidden=(0, 0, 0, 0), lengths=((2, 1, 1),)):
-        arrays = np.array(tokens, np.int32), np.array(hidden, bool), np.array(lengths, np.int64)
-        return TokenizedPairs(*arrays).fingerprint()
-
-    others = [pairs(tokens=(5, 6, 8, 7)), pairs(hidden=(0, 1, 0, 0)), pairs(lengths=((1, 2, 1),))]
-    assert pairs() == pairs()
-    assert len({pairs(), *others}) == 4

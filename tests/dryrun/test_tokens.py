@@ -6,14 +6,10 @@ import pytest
 
 import train
 from notus.data.dataset import Dataset
-from notus.data.preferences import Pair, find_leaks
-from notus.data.tokenization import (
-    AS_TEXT,
-    Tokenized,
-    TokenizedPairs,
-    load_tokenizer,
-    tokenize_pairs,
-)
+from notus.data.formats import Pair
+from notus.data.preferences import find_leaks
+from notus.data.tokenization import AS_TEXT, Tokenized, TokenizedPairs, tokenize_pairs
+from notus.data.tokenizer import load_tokenizer
 from notus.dryrun.tokens import (
     common_shares,
     length_table,

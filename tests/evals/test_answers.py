@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import eval as command
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.evals import answers
 from notus.evals.answers import batches, default_name, temperature_of
 from notus.generate.prompts import Prompt

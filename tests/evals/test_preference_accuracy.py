@@ -14,8 +14,10 @@ import transformers
 
 import eval as command
 from notus.config import Curation, Source
-from notus.data.preferences import Pair, load_preferences
-from notus.data.tokenization import load_tokenizer, tokenize_pairs
+from notus.data.formats import Pair
+from notus.data.preferences import load_preferences
+from notus.data.tokenization import tokenize_pairs
+from notus.data.tokenizer import load_tokenizer
 from notus.evals.preferences import SECTIONS, Row, groups, section_scores, table, wilson
 
 ROOT = Path(__file__).parents[2]

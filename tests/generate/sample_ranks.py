@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import eval as command
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.generate.prompts import read_prompts
 from notus.generate.samples import write_samples

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.generate.decoding import (
     Request,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.generate import prompts
 from notus.generate.prompts import Prompt, check_prompts, encode_published, read_prompt_set

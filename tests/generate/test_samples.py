@@ -12,7 +12,7 @@ import transformers
 from torch.utils.tensorboard import SummaryWriter
 
 import eval as command
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.generate import samples
 from notus.generate.prompts import Prompt, read_prompts

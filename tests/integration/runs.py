@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from notus.config import Config
 from notus.data.preferences import load_preferences
-from notus.data.tokenization import TokenizedPairs, load_tokenizer, tokenize_pairs
+from notus.data.tokenization import TokenizedPairs, tokenize_pairs
+from notus.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import transformers
 
 from conftest import flat_log_probs
 from notus.config import load_config
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from runs import base_config, metrics, pairs_of, run, stored
 
 STEPS = 5

@@ -1,0 +1,112 @@
+"""A model folder's tokenizer, from tokenizer.json or from sentencepiece's tokenizer.model."""
+
+import json
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from notus.errors import UserError
+
+
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, from an unchanged tokenizer.json or from tokenizer.model.
+
+    vocab_size: the model's, if the tokenizer is to be checked against it.
+
+    Not AutoTokenizer: for Llama-type tokenizers transformers 5 rebuilds the normaliser, and from a
+    tokenizer.model also the merges, after which runs of spaces split otherwise than in training.
+    Raises UserError when the folder has neither file, when it names no end-of-sequence token, and
+    when the tokenizer has more tokens than the model.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            _check_tokenizer_json(folder / "tokenizer.json")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        elif (folder / "tokenizer.model").is_file():
+            backend = sentencepiece_backend(folder / "tokenizer.model")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
+        else:
+            raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; expected a tokenizer")
+    except (json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "
+            f"{vocab_size}; expected at least as many"
+        )
+    return tokenizer
+
+
+def _check_tokenizer_json(path: Path) -> None:
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this very class, never a narrower one
+        raise UserError(
+            f"{path}: the tokenizer cannot be read ({error}); expected a file that the tokenizers "
+            "library wrote"
+        ) from None
+
+
+def sentencepiece_backend(path: Path) -> Tokenizer:
+    """A fast tokenizer equal to the sentencepiece BPE model at `path`, with its offsets.
+
+    For models with Llama's settings: text taken as it is, a space put in front, byte fallback.
+    Raises UserError when the file is not a sentencepiece model.
+    """
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: not a sentencepiece model ({error})") from None
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    bpe = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)},
+        sentencepiece_merges(model),
+        unk_token=pieces[model.unk_id()],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [model.unk_id(), model.bos_id(), model.eos_id()]
+    tokenizer.add_special_tokens([AddedToken(pieces[i], normalized=False) for i in special])
+    bos = pieces[model.bos_id()]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, model.bos_id())]
+    )
+    return tokenizer
+
+
+def sentencepiece_merges(
+    model: sentencepiece.SentencePieceProcessor,
+) -> list[tuple[str, str]]:
+    """The merges of a sentencepiece BPE model, in the order in which they are to be applied.
+
+    sentencepiece joins the adjacent pair whose joined piece has the best score, so they are all
+    splits of every piece into two known pieces, best piece first.
+    """
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i, piece in enumerate(pieces):
+        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
+            continue  # no text is ever joined into one of these
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
+        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(-model.get_score(i), pair) for pair in known]
+    merges.sort(key=lambda merge: merge[0])  # stable: equal scores keep the pieces' order
+    return [pair for _, pair in merges]
