@@ -48,7 +48,8 @@ from notus.engine.optim import schedule_factor
 from notus.engine.profiling import profiled
 from notus.engine.signals import Interrupts
 from notus.errors import UserError
-from notus.generate.samples import record_samples, show_result
+from notus.generate.result import show_result
+from notus.generate.samples import record_samples
 from notus.model.lora import export_adapter
 from notus.objective.logprobs import couple_step, pack_plan, pair_log_probs, token_log_probs
 from notus.objective.losses import PairLogProbs

@@ -33,7 +33,7 @@ from notus.engine.lock import OutputLock
 from notus.engine.optim import make_optimizer
 from notus.engine.progress import progress
 from notus.errors import UserError
-from notus.generate.prompts import Prompt, check_prompts, read_prompts
+from notus.generate.prompts import Prompt, check_prompts, read_prompt_set
 from notus.generate.samples import write_samples
 from notus.kernels.dispatch import check_backend
 from notus.model.attention import default_backend
@@ -125,7 +125,8 @@ def answer_samples(
 
 def sample_prompts(config: Config) -> list[Prompt]:
     """The prompts of evaluation.samples that are shown."""
-    return read_prompts(config.evaluation.samples.prompts)[: config.evaluation.samples.count]
+    samples = config.evaluation.samples
+    return read_prompt_set(samples.prompts).prompts[: samples.count]
 
 
 def open_run(

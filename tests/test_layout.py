@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors agreement files strict
+    errors agreement files strict tables
     config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing
@@ -24,9 +24,8 @@ ORDER = """
     engine.rendezvous engine.distributed engine.optim engine.metrics engine.evaluation
     engine.signals engine.lock engine.resume engine.history engine.host_memory
     engine.checkpoint engine.profiling
-    generate.prompts generate.decoding
+    generate.prompts generate.decoding generate.answering generate.samples generate.result
     evals
-    generate.samples
     dryrun
     card
     demo

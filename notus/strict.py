@@ -1,0 +1,286 @@
+"""JSON read by annotation: every value that a user writes is checked here, and nothing is guessed.
+
+`parse` reads a JSON value as a type: frozen dataclasses, bool, int, float, str, None, unions,
+Literal, tuples (of a fixed length or with `...`), dict, Any, and Annotated with a Bound.
+`parse_keywords` reads an object as a function's keyword-only parameters. A key that the annotation
+does not know, a missing key, a value of another type or out of bounds, a NaN and a key given twice
+raise `Invalid`, which names the dotted key, what was found and what was expected. `plain` is the
+inverse of `parse`.
+"""
+
+import difflib
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from notus.errors import UserError
+
+
+class Bound(NamedTuple):
+    """A restriction on an Annotated type: the words for a message, and the test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+Text = Annotated[str, Bound("a non-empty string", lambda x: x != "")]
+Count = Annotated[int, Bound("an integer of at least 1", lambda x: x >= 1)]
+Seed = Annotated[int, Bound("an integer from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
+Positive = Annotated[float, Bound("a number above 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Bound("a number of at least 0", lambda x: x >= 0)]
+Fraction = Annotated[float, Bound("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+FractionBelowOne = Annotated[float, Bound("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+PositiveFraction = Annotated[float, Bound("a number above 0 and at most 1", lambda x: 0 < x <= 1)]
+Smoothing = Annotated[float, Bound("a number from 0 to below 0.5", lambda x: 0 <= x < 0.5)]
+PositiveSmoothing = Annotated[float, Bound("a number above 0 and below 0.5", lambda x: 0 < x < 0.5)]
+
+
+class Invalid(UserError):
+    """A problem at a dotted key; the message begins with the key."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}" if key else problem)
+        self.key = key
+
+
+class Key(NamedTuple):
+    """What an object may hold under one name; `default` is MISSING if the key is required."""
+
+    annotation: Any
+    default: Any
+
+
+def parse(value: Any, annotation: Any, key: str = "") -> Any:
+    """A JSON value as the annotated type; `key` is its own dotted key. Raises Invalid.
+
+    Lists become tuples and whole numbers floats where the annotation says so. A dataclass in a
+    dataclass may be left out if none of its keys is required. A dataclass may have one field with
+    the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked.
+    """
+    _reject_malformed(value, key)
+    try:
+        return _parse(value, annotation, key)
+    except _UnknownKey as unknown:
+        nearest = _nearest(unknown.key, dict.fromkeys(_valid_keys(annotation, key)))
+        raise Invalid(unknown.key, f"unknown key; {nearest}") from None
+
+
+def parse_keywords(value: Mapping[str, Any], function: Callable, key: str = "") -> dict[str, Any]:
+    """Each keyword-only parameter of a function: from the JSON object, else its default.
+
+    Raises Invalid.
+    """
+    _reject_malformed(value, key)
+    keys = keys_of(function)
+    try:
+        given = _parse_keys(value, keys, key)
+    except _UnknownKey as unknown:
+        nearest = _nearest(unknown.key, [_join(key, name) for name in keys])
+        raise Invalid(unknown.key, f"unknown key; {nearest}") from None
+    return {name: given.get(name, entry.default) for name, entry in keys.items()}
+
+
+def keys_of(owner: Any) -> dict[str, Key]:
+    """The fields of a dataclass, or the keyword-only parameters of a function, by name."""
+    hints = get_type_hints(owner, include_extras=True)
+    if is_dataclass(owner):
+        defaults = {
+            entry.name: (
+                entry.default if entry.default_factory is MISSING else entry.default_factory()
+            )
+            for entry in fields(owner)
+            if entry.name != _rest_field(owner)
+        }
+    else:
+        defaults = {
+            entry.name: MISSING if entry.default is entry.empty else entry.default
+            for entry in inspect.signature(owner).parameters.values()
+            if entry.kind is entry.KEYWORD_ONLY
+        }
+    return {name: Key(hints[name], default) for name, default in defaults.items()}
+
+
+def plain(value: Any) -> Any:
+    """A parsed value as JSON-able objects, the inverse of `parse`."""
+    if is_dataclass(value):
+        entries = {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+        return entries | entries.pop(_rest_field(type(value)), {})
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def describe(annotation: Any) -> str:
+    """The values that an annotation accepts, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return args[1].expected
+    if origin in (Union, UnionType, Literal):
+        words = [show(arg) if origin is Literal else describe(arg) for arg in args]
+        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if origin is tuple:
+        size = "one or more values" if args[-1] is Ellipsis else f"{len(args)} values"
+        return f"a list of {size}, each {describe(args[0])}"
+    if is_dataclass(annotation):
+        return f"an object with the keys {', '.join(entry.name for entry in fields(annotation))}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return {**words, NoneType: "null"}.get(annotation, "an object")
+
+
+def show(value: Any) -> str:
+    """A value as JSON for a message, at most 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=lambda _: "...")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" with the known word that is spelled most like it, or ""."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def read_json(text: str) -> Any:
+    """JSON for `parse`, which rejects a key that one object holds twice. Raises JSONDecodeError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        return {name: _REPEATED if names.count(name) > 1 else value for name, value in pairs}
+
+    # Python limits the digits of an integer with an error of its own; no key needs over 64 bits.
+    def integer(digits: str) -> int | float:
+        return int(digits) if len(digits) < 20 else float(digits)
+
+    return json.loads(text, object_pairs_hook=unique, parse_int=integer)
+
+
+_REPEATED = object()  # the value of a repeated key, until `parse` knows its dotted key
+
+
+class _UnknownKey(Exception):
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _reject_malformed(node: Any, key: str) -> None:
+    """Raise Invalid for repeated keys, NaN and infinities anywhere in the tree."""
+    if node is _REPEATED:
+        raise Invalid(key, "occurs twice in one object, expected once")
+    if isinstance(node, float) and not math.isfinite(node):
+        raise Invalid(key, f"found {show(node)}, expected a finite number")
+    if isinstance(node, Mapping | list | tuple):
+        for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
+            _reject_malformed(child, _join(key, name))
+
+
+def _parse(value: Any, annotation: Any, key: str) -> Any:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        for member in args:
+            if _fits(value, member):
+                return _parse(value, member, key)
+    elif _fits(value, annotation):
+        if is_dataclass(annotation):
+            return _parse_dataclass(value, annotation, key)
+        if origin is Annotated:
+            value = _parse(value, args[0], key)
+            if args[1].holds(value):
+                return value
+        elif origin is tuple:
+            members = args[:1] * len(value) if args[-1] is Ellipsis else args
+            if value and len(value) == len(members):
+                items = enumerate(zip(value, members, strict=True))
+                return tuple(_parse(item, member, _join(key, i)) for i, (item, member) in items)
+        elif origin is dict:
+            return {name: _parse(item, args[1], _join(key, name)) for name, item in value.items()}
+        else:
+            return float(value) if annotation is float else value
+    raise Invalid(key, f"found {show(value)}, expected {describe(annotation)}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether the value is of the JSON type that the annotation is read from."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin is Annotated:
+        return _fits(value, args[0])
+    if origin is Literal:  # 1 equals True in Python, but not in JSON
+        return any(type(value) is type(choice) and value == choice for choice in args)
+    if origin is tuple:
+        return isinstance(value, list | tuple)
+    if origin is dict or is_dataclass(annotation):
+        return isinstance(value, Mapping)
+    if annotation is float and type(value) is int:
+        return abs(value) < 2**1023  # larger ones overflow a float
+    return type(value) is (NoneType if annotation is None else annotation)
+
+
+def _parse_dataclass(value: Mapping[str, Any], cls: type, key: str) -> Any:
+    keys, rest = keys_of(cls), _rest_field(cls)
+    if rest is None:
+        return cls(**_parse_keys(value, keys, key))
+    known = {name: value[name] for name in value if name in keys}
+    others = {name: value[name] for name in value if name not in keys}
+    return cls(**_parse_keys(known, keys, key), **{rest: others})
+
+
+def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Key], key: str) -> dict[str, Any]:
+    """The given keys, parsed, and the dataclasses left out; the defaults are the caller's."""
+    for name in value:
+        if name not in keys:
+            raise _UnknownKey(_join(key, name))
+    parsed = {}
+    for name, entry in keys.items():
+        at = _join(key, name)
+        if name in value:
+            parsed[name] = _parse(value[name], entry.annotation, at)
+        elif entry.default is MISSING and is_dataclass(entry.annotation):
+            parsed[name] = _parse_dataclass({}, entry.annotation, at)
+        elif entry.default is MISSING:
+            raise Invalid(at, f"missing, expected {describe(entry.annotation)}")
+    return parsed
+
+
+def _rest_field(cls: type) -> str | None:
+    """The field that takes an object's other keys."""
+    names = (entry.name for entry in fields(cls) if "other_keys_such_as" in entry.metadata)
+    return next(names, None)
+
+
+def _nearest(unknown: str, valid: Iterable[str]) -> str:
+    """The valid key most like an unknown one: in its object, else one whose name is like its."""
+    section, name = _split(unknown)
+    names = {key: _split(key)[1] for key in valid}
+    same_section = [key for key in names if _split(key)[0] == section]
+    for pool, cutoff in ((same_section, 0.6), (list(names), 0.8)):
+        for near in difflib.get_close_matches(name, [names[key] for key in pool], 1, cutoff):
+            keys = [key for key in pool if names[key] == near]
+            likeness = {k: difflib.SequenceMatcher(None, k, unknown).ratio() for k in keys}
+            return f"nearest valid key: {max(keys, key=likeness.get)}"
+    return f"valid keys here: {', '.join(same_section) or 'none'}"
+
+
+def _split(key: str) -> tuple[str, str]:
+    """A dotted key's object, with 0 for every index into a list, and its name in it."""
+    section, _, name = re.sub(r"\.\d+\.", ".0.", key).rpartition(".")
+    return section, name
+
+
+def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
+    """Every dotted key below an annotation, with 0 for the index into a list."""
+    if is_dataclass(annotation):
+        for entry in fields(annotation):
+            for name in entry.metadata.get("other_keys_such_as", ()):
+                yield _join(key, name)
+        for name, entry in keys_of(annotation).items():
+            yield _join(key, name)
+            yield from _valid_keys(entry.annotation, _join(key, name))
+    for member in get_args(annotation):
+        yield from _valid_keys(member, _join(key, 0) if get_origin(annotation) is tuple else key)
+
+
+def _join(key: str, name: str | int) -> str:
+    return f"{key}.{name}" if key else str(name)
