@@ -38,7 +38,7 @@ def test_every_command_has_help(capsys):
     assert stopped.value.code == 0
     listed = capsys.readouterr().out
     for command in ("preferences", "generate", "samples", "score", "harness", "compare"):
-        assert f"\n  {command} " in listed or f"    {command} " in listed
+        assert f"\n    {command}" in listed
         with pytest.raises(SystemExit):
             command_line.main([command, "--help"])
         assert f" {command} " in capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_every_command_has_help(capsys):
 
 def test_a_users_mistake_is_one_line_and_code_2(tmp_path, capsys, monkeypatch):
     code, out, err = run(capsys, "score", "mt_bench", tmp_path / "no.jsonl")
-    assert (code, out, err) == (2, "", f"error: {tmp_path / 'no.jsonl'}: no such file\n")
+    assert (code, out, err) == (2, "", f"error: {tmp_path / 'no.jsonl'}: no such file or folder\n")
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, "score", "mt_bench", tmp_path / "no.jsonl") == (2, "", "")
 

@@ -1,6 +1,7 @@
 """The commands of eval.py: measure a model as Notus was measured.
 
 preferences   loss, accuracy and margins on held-out pairs
+accuracy      accuracies of groups of pairs, with intervals
 answers       answers to the prompts of MT-Bench and AlpacaEval
 benchmarks    what the two benchmarks want: temperatures, lengths, seeds, file formats
 side_by_side  answers of a model and its reference on one page

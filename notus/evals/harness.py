@@ -10,7 +10,6 @@ Each task's results are written as soon as it is done, to a new file that `score
 import argparse
 import difflib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,17 +29,14 @@ FEW_SHOT = {task.name: task.few_shot for task in LEADERBOARD_TASKS}
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `harness` to the command line."""
     about = "run lm-evaluation-harness with the few-shot counts of Notus's table"
-    parser = commands.add_parser("harness", help=about, description=about)
-    add = parser.add_argument
+    more = "; tasks that are not in the table have their own counts"
+    parser = commands.add_parser("harness", help=about, description=about + more)
+    add, dtypes, out = parser.add_argument, ("bfloat16", "float16", "float32"), "runs/lm_eval"
     add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
-    add("--tasks", default="openllm", help="names with commas between (default: openllm, the "
-        "leaderboard's seven tasks of November 2023); those seven get the leaderboard's few-shot "
-        "counts, others their own")  # fmt: skip
+    add("--tasks", default="openllm", help="names with commas between (default: the table's seven)")
     add("--tasks-dir", type=Path, help="a folder of your own task files (YAML), for --tasks")
-    add("--out", type=Path, default=Path("runs/lm_eval"), help="the results go to a folder in this "
-        "one, named after the model (default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, default=Path(out), help=f"results go to OUT/MODEL (default: {out})")
     add("--batch-size", default="8", help="sequences at a time, or auto (default: 8)")
-    dtypes = ("bfloat16", "float16", "float32")
     add("--dtype", default="bfloat16", choices=dtypes, help="of the weights (default: %(default)s)")
     add("--bos", action="store_true", help="start with the tokenizer's BOS; Notus had none")
     add("--limit", type=int, help="use only so many examples of each task, for a trial")
@@ -56,7 +52,8 @@ def run_harness(options: argparse.Namespace) -> None:
     check_new(options.json)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit: found {options.limit}, expected at least 1")
-    if not re.fullmatch("[1-9][0-9]*|auto", options.batch_size):
+    size = int(options.batch_size) if options.batch_size.isdigit() else options.batch_size
+    if size != "auto" and not (isinstance(size, int) and size):
         raise UserError(f"--batch-size: found {options.batch_size}, expected 1 or more, or auto")
     try:
         import lm_eval
@@ -83,7 +80,6 @@ def run_harness(options: argparse.Namespace) -> None:
             ) from None
 
     arguments = {"dtype": options.dtype, "add_bos_token": options.bos}
-    size = options.batch_size if options.batch_size == "auto" else int(options.batch_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = HFLM(pretrained=str(folder), device=device, batch_size=size, **arguments)
     files = []

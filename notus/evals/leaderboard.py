@@ -189,7 +189,7 @@ def leaderboard_results(results: Mapping[str, Result]) -> dict[str, Measured]:
         board[task.name] = found[task.metric]
         if not 0 <= board[task.name].value <= 1:
             raise UserError(
-                f"{result.file}: {task.metric} of {task.name} is {board[task.name].value}; "
+                f"{result.file}: {task.metric} of {task.name} is {board[task.name].value:g}; "
                 "expected a share, 0 to 1"
             )
     return board

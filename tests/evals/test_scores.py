@@ -287,7 +287,7 @@ def test_todays_gsm8k_is_the_strict_match(tmp_path):
         ({"results": {}, "model_name": "b"}, r"several models: a \(.*results_1.json\), b \("),
         ({"results": {}, "config_general": {"model_name": "c"}}, r", c \("),
         ({"result": 3}, 'no table "results"'),
-        ([], "found list, expected a JSON object"),
+        ([], "expected a JSON object, found list"),
     ],
 )
 def test_wrong_results_are_named(second, message, tmp_path):
