@@ -41,7 +41,7 @@ from notus.evals.benchmarks import (
 )
 from notus.files import new_folder, read_object, write_json, write_whole
 from notus.generate.answering import Decode, Encode, answer, decoder, open_answerer
-from notus.generate.decoding import Backend, import_vllm, transformers_backend, vllm_backend
+from notus.generate.decoding import import_vllm, transformers_backend, vllm_backend
 from notus.generate.prompts import (
     HUB_FILES,
     PROMPT_FORMATS,
@@ -54,6 +54,12 @@ from notus.generate.prompts import (
 from notus.model.weights import weights_identity
 
 BATCH_SIZES = {"transformers": 32, "vllm": 256}
+PROMPT_ROWS = '{"prompt": text or messages}'
+PROMPT_FORMATS_HELP = (
+    "template: the model's own chat template, as in training (default). published: the text behind "
+    "Zephyr's and Notus's published answers: an empty system turn and a BOS; for alpaca_eval "
+    "without the last newline, and answers are not stripped"
+)
 
 
 def generate(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -77,7 +83,11 @@ def generate(options: argparse.Namespace, ranks: Ranks) -> None:
         "seed": options.seed,
         "prompt_tokens_sha256": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
     }
-    write = open_backend(options, ranks, folder, tokenizer, settings["max_new_tokens"])
+    decoding = {key: settings[key] for key in ("dtype", "max_new_tokens", "top_k")}
+    if options.backend == "vllm":
+        write = vllm_backend(folder, tokenizer, tensor_parallel=options.tensor_parallel, **decoding)
+    else:
+        write = transformers_backend(folder, tokenizer, device=ranks.device, **decoding)
     seeds = [seed_of(index, kind, options.seed) for index in range(len(prompts))]
 
     def respond(indices: Sequence[int]) -> list[list[str]]:
@@ -122,23 +132,6 @@ def generate(options: argparse.Namespace, ranks: Ranks) -> None:
 def together() -> AbstractContextManager[None]:
     """`agreed` where there is a process group; vLLM runs without one."""
     return agreed() if dist.is_initialized() else nullcontext()
-
-
-def open_backend(
-    options: argparse.Namespace,
-    ranks: Ranks,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    max_new_tokens: int,
-) -> Backend:
-    """The model in `folder`, ready to answer."""
-    if options.backend == "vllm":
-        load = partial(vllm_backend, tensor_parallel=options.tensor_parallel)
-    else:
-        load = partial(transformers_backend, device=ranks.device)
-    return load(
-        folder, tokenizer, dtype=options.dtype, max_new_tokens=max_new_tokens, top_k=options.top_k
-    )
 
 
 def prompt_format(
@@ -221,79 +214,37 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "(both turns), those to a file with prompts as JSON lines. An interrupted run resumes when "
         "the same command is given again; under torchrun the GPUs share the prompts.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or hub id")
-    parser.add_argument(
-        "--prompts",
-        required=True,
-        help=f"{', '.join(HUB_FILES)} (from the hub), or a file in their formats, or JSON lines "
-        '{"prompt": text or messages}',
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help=".json for alpaca_eval, else .jsonl; FastChat takes the model's name from the file's",
-    )
-    parser.add_argument(
-        "--name",
-        help="the model's name in the file (default: for mt_bench the file's name, else the "
-        "model folder's)",
-    )
-    parser.add_argument(
-        "--prompt-format",
-        choices=PROMPT_FORMATS,
-        default="template",
-        help="template: the model's own chat template, as in training (default). published: the "
-        "text behind Zephyr's and Notus's published answers: an empty system turn and a BOS; for "
-        "alpaca_eval without the last newline, and answers are not stripped",
-    )
-    parser.add_argument(
-        "--system-prompt",
-        help='a system turn for conversations without one; "": an empty one',
-    )
-    parser.add_argument("--backend", choices=tuple(BATCH_SIZES), default="transformers")
-    add_decoding_options(parser, max_new_tokens=None, temperature=None)
-    parser.add_argument("--tensor-parallel", type=at_least(1), default=1, help="GPUs, vLLM only")
+    own = ", ".join(HUB_FILES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
+    add("--prompts", required=True, help=f"{own}, or a file: theirs, or rows {PROMPT_ROWS}")
+    add("--out", required=True, type=Path, help=".json for alpaca_eval, else .jsonl")
+    add("--name", help="the model's, in the file (default: for mt_bench the file's, else MODEL's)")
+    add("--prompt-format", choices=PROMPT_FORMATS, default="template", help=PROMPT_FORMATS_HELP)
+    add("--system-prompt", help='a system turn for conversations without one; "": an empty one')
+    add("--backend", choices=tuple(BATCH_SIZES), default="transformers")
+    add_decoding_options(parser)
+    add("--tensor-parallel", type=at_least(1), default=1, help="GPUs, vLLM only")
     parser.set_defaults(run=run_generate)
 
 
 def add_decoding_options(
-    parser: argparse.ArgumentParser, *, max_new_tokens: int | None, temperature: float | None
+    parser: argparse.ArgumentParser,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
 ) -> None:
     """Add the options for decoding; a default of None stands for the benchmark's own."""
-    own = "the benchmark's own"
-    parser.add_argument(
-        "--max-new-tokens",
-        type=at_least(1),
-        default=max_new_tokens,
-        help=f"(default: {max_new_tokens or own})",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=at_least(0, float),
-        default=temperature,
-        help=f"0: greedy decoding (default: {own if temperature is None else 0})",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=at_least(0),
-        default=TOP_K,
-        help="sample from so many tokens, 0: from all (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        help="prompts at a time (default: "
-        + ", ".join(f"{size} with {backend}" for backend, size in BATCH_SIZES.items())
-        + ")",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="auto: that of the stored weights (default)",
+    sizes = ", ".join(f"{size} with {backend}" for backend, size in BATCH_SIZES.items())
+    dtypes = ("auto", "bfloat16", "float32")
+    default = "(default: %(default)s; None: the benchmark's own)"
+    add = parser.add_argument
+    add("--max-new-tokens", type=at_least(1), default=max_new_tokens, help=default)
+    add("--temperature", type=at_least(0, float), default=temperature, help=f"0: greedy {default}")
+    add("--top-k", type=at_least(0), default=TOP_K, help="0: from all (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="(default: %(default)s)")
+    add("--batch-size", type=at_least(1), help=f"prompts at a time (default: {sizes})")
+    add(
+        "--dtype", choices=dtypes, default="auto", help="auto: that of the stored weights (default)"
     )
 
 

@@ -123,9 +123,9 @@ def check_not_measured(output: Path, names: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"--out: {output} cannot be made: {error}") from None
     _, results = read_results(sorted(output.glob("results*.json")))
-    for name in names:
-        if name in results:
+    for found in results:
+        if found.task in names:
             raise UserError(
-                f"{name}: {results[name].file} holds its results, which are not replaced; give "
+                f"{found.task}: {found.file} holds its results, which are not replaced; give "
                 "another --out, move that file away, or name the other tasks in --tasks"
             )

@@ -4,8 +4,9 @@ Reads the files of the harness since 0.4, and the leaderboard's own of 2023, in 
 results are published.
 """
 
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,55 +16,50 @@ from notus.evals.published import LEADERBOARD, LEADERBOARD_TASKS, MMLU_SUBTASKS,
 from notus.files import read_object
 from notus.tables import text_table
 
-TASK_NAMES = [task.name for task in LEADERBOARD_TASKS]
-
-
-class Result(NamedTuple):
-    """One task's entry in a results file."""
-
-    metrics: dict[str, float]  # also the standard errors, as acc_stderr,none
-    few_shot: int | None
-    limit: float | None  # the examples used, if not all
-    file: Path
-    is_part: bool = False  # of another task in the same file
+BOARD = {task.name: task for task in LEADERBOARD_TASKS}
 
 
 class Measured(NamedTuple):
-    """One metric of a task."""
+    """One metric of a task in a results file."""
 
+    task: str
     metric: str
     value: float
     standard_error: float | None
     few_shot: int | None
-    limit: float | None
+    limit: float | None  # the examples used, if not all
+    file: Path
+    is_part: bool = False  # whether the task is part of another in the same file
+
+    def plain(self) -> dict[str, Any]:
+        return dict(zip(self._fields[1:6], self[1:6], strict=True))
 
 
 def report_lm_eval(files: Sequence[Path], json_file: Path | None) -> None:
     """Print the results next to the leaderboard's rows, and keep them as JSON."""
     model, results = read_results(files)
     board = leaderboard_results(results)
-    others = {
-        name: measured_metrics(result)
-        for name, result in results.items()
-        if name not in TASK_NAMES and not result.is_part
-    }
-    scores = (100 * board[name].value if name in board else None for name in TASK_NAMES)
+    others = [found for found in results if found.task not in BOARD and not found.is_part]
+    scores = (100 * board[name].value if name in board else None for name in BOARD)
     measured = LeaderboardRow(model or "this model", "these results", tuple(scores))
     if board:
         header = ("model", "measured by", *(task.title for task in LEADERBOARD_TASKS))
         rows = [(*row[:2], *row.scores, *averages(row.scores)) for row in (measured, *LEADERBOARD)]
         print(text_table((*header, "average", "without DROP"), rows))
-    if any(others.values()):
-        rows = [(name, *found[:4]) for name, metrics in others.items() for found in metrics]
+    if others:
         print("\n" if board else "", end="")
-        print(text_table(("task", "metric", "value", "± s.e.", "shots"), rows, digits=4))
+        header = ("task", "metric", "value", "± s.e.", "shots")
+        print(text_table(header, [found[:5] for found in others], digits=4))
     notes = leaderboard_notes(board)
     print("".join(f"\n{note}" for note in notes))
     content = {
         "evaluator": "lm_eval",
         "model": model,
-        "measured": _plain(measured) | {"tasks": {n: m._asdict() for n, m in board.items()}},
-        "other_tasks": {n: [m._asdict() for m in metrics] for n, metrics in others.items()},
+        "measured": _plain(measured) | {"tasks": {name: m.plain() for name, m in board.items()}},
+        "other_tasks": {
+            task: [found.plain() for found in others if found.task == task]
+            for task in dict.fromkeys(found.task for found in others)
+        },
         "published": [_plain(row) for row in LEADERBOARD],
         "notes": notes,
     }
@@ -85,60 +81,60 @@ def result_files(path: Path) -> list[Path]:
     return files
 
 
-def read_results(files: Iterable[Path]) -> tuple[str | None, dict[str, Result]]:
-    """The model's name, if the files give it, and every task's result by the task's name today.
+def read_results(files: Iterable[Path]) -> tuple[str | None, list[Measured]]:
+    """The model's name, if the files give it, and all metrics of all tasks.
 
     Raises UserError for a file in another format, for results of two models and for a task that is
     measured twice.
     """
-    results: dict[str, Result] = {}
+    results: list[Measured] = []
     models: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     for file in files:
         content = read_object(file)
         model = content.get("model_name") or content.get("config_general", {}).get("model_name")
         if model is not None:
             models.setdefault(model, file)
-        for name, result in _results_in(file, content).items():
-            if name in results:
+        table = content.get("results")
+        if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+            raise UserError(
+                f'{file}: there is no table "results" of tasks; expected a results file of '
+                "lm-evaluation-harness"
+            )
+        in_2023 = any(key.startswith("harness|") for key in table)
+        found = list(_results_of_2023(file, table) if in_2023 else _results_in(file, content))
+        for task in dict.fromkeys(measured.task for measured in found):
+            if task in places:
                 raise UserError(
-                    f"{file}: {name} is measured here and in {results[name].file}; expected it "
-                    "once: give the one file, or a folder with one result of each task"
+                    f"{file}: {task} is measured here and in {places[task]}; expected it once: "
+                    "give the one file, or a folder with one result of each task"
                 )
-            results[name] = result
+            places[task] = file
+        results += found
     if len(models) > 1:
         listed = ", ".join(f"{model} ({file})" for model, file in models.items())
         raise UserError(f"results of several models: {listed}; expected those of one")
     return next(iter(models), None), results
 
 
-def _results_in(file: Path, content: Mapping[str, Any]) -> dict[str, Result]:
-    table = content.get("results")
-    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
-        raise UserError(
-            f'{file}: there is no table "results" of tasks; expected a results file of '
-            "lm-evaluation-harness"
-        )
-    if any(key.startswith("harness|") for key in table):
-        return _results_of_2023(file, table)
+def _results_in(file: Path, content: Mapping[str, Any]) -> Iterator[Measured]:
+    """The metrics in a file of the harness since 0.4."""
     limit = content.get("config", {}).get("limit")
     parts = {part for group in content.get("group_subtasks", {}).values() for part in group}
-    results = {}
-    for name, row in table.items():
-        metrics = {
-            # 0.4.0's name for the number after "####", as in the training answers
-            metric.replace(",get-answer", ",strict-match"): value
-            for metric, value in row.items()
-            if isinstance(value, int | float)
-        }
-        shots = content.get("n-shot", {}).get(name)
-        is_part = name in parts or row.get("alias", "").startswith(" ")  # 0.4.0 indents parts
-        results[name] = Result(metrics, shots, limit, file, is_part)
-    return results
+    for task, row in content["results"].items():
+        shots = content.get("n-shot", {}).get(task)
+        is_part = task in parts or row.get("alias", "").startswith(" ")  # 0.4.0 indents parts
+        for metric, value in row.items():
+            if isinstance(value, int | float) and not re.match("sample_|.*_stderr", metric):
+                # 0.4.0's name for the number after "####", as in the training answers
+                name = metric.replace(",get-answer", ",strict-match")
+                error = row.get(metric.replace(",", "_stderr,"))
+                error = error if isinstance(error, float) else None  # or "N/A"
+                yield Measured(task, name, value, error, shots, limit, file, is_part)
 
 
-def _results_of_2023(file: Path, table: Mapping[str, Mapping[str, float]]) -> dict[str, Result]:
+def _results_of_2023(file: Path, table: Mapping[str, Mapping[str, float]]) -> Iterator[Measured]:
     """The leaderboard's own "harness|arc:challenge|25" and so on, under today's names."""
-    results = {}
     for task in LEADERBOARD_TASKS:
         name, metric = task.in_2023
         found = [key for key in table if key.startswith(f"harness|{name}")]
@@ -150,48 +146,29 @@ def _results_of_2023(file: Path, table: Mapping[str, Mapping[str, float]]) -> di
                 "all of them"
             )
         # MMLU is the mean over its subtasks, whatever their sizes.
-        metrics = {task.metric: statistics.fmean(table[key][metric] for key in found)}
-        results[task.name] = Result(metrics, int(found[0].split("|")[2]), None, file)
-    return results
+        value = statistics.fmean(table[key][metric] for key in found)
+        yield Measured(task.name, task.metric, value, None, int(found[0].split("|")[2]), None, file)
 
 
-def measured_metrics(result: Result) -> list[Measured]:
-    """All metrics of a task, each with its standard error."""
-    return [
-        Measured(
-            metric,
-            float(value),
-            result.metrics.get(metric.replace(",", "_stderr,")),
-            result.few_shot,
-            result.limit,
-        )
-        for metric, value in result.metrics.items()
-        if "_stderr" not in metric and not metric.startswith("sample_")
-    ]
-
-
-def leaderboard_results(results: Mapping[str, Result]) -> dict[str, Measured]:
-    """The leaderboard's tasks among `results`, each with its own metric, from 0 to 1.
+def leaderboard_results(results: Sequence[Measured]) -> dict[str, Measured]:
+    """The leaderboard's tasks among the results, each with its own metric, from 0 to 1.
 
     Raises UserError for a task without that metric.
     """
+    files = {found.task: found.file for found in results}
+    by_metric = {(found.task, found.metric): found for found in results}
     board = {}
-    for task in LEADERBOARD_TASKS:
-        if task.name not in results:
+    for name, task in BOARD.items():
+        if name not in files:
             continue
-        result = results[task.name]
-        found = {measured.metric: measured for measured in measured_metrics(result)}
-        if task.metric not in found:
+        found = by_metric.get((name, task.metric))
+        if found is None:
+            raise UserError(f"{files[name]}: {name} has no {task.metric}")
+        if not 0 <= found.value <= 1:
             raise UserError(
-                f"{result.file}: {task.name} has no {task.metric}; found "
-                f"{', '.join(found) or 'no number'}"
+                f"{found.file}: {task.metric} of {name} is {found.value}; expected a share, 0 to 1"
             )
-        board[task.name] = found[task.metric]
-        if not 0 <= board[task.name].value <= 1:
-            raise UserError(
-                f"{result.file}: {task.metric} of {task.name} is {board[task.name].value:g}; "
-                "expected a share, 0 to 1"
-            )
+        board[name] = found
     return board
 
 
@@ -200,7 +177,7 @@ def averages(scores: Sequence[float | None]) -> tuple[float | None, float | None
 
     None if a task is missing: an average over other tasks would not be comparable.
     """
-    six = [score for name, score in zip(TASK_NAMES, scores, strict=True) if name != "drop"]
+    six = [score for name, score in zip(BOARD, scores, strict=True) if name != "drop"]
     return _average(scores), _average(six)
 
 
@@ -233,7 +210,7 @@ def _plain(row: LeaderboardRow) -> dict[str, Any]:
     return {
         "model": row.model,
         "measured_by": row.measured_by,
-        "scores": dict(zip(TASK_NAMES, row.scores, strict=True)),
+        "scores": dict(zip(BOARD, row.scores, strict=True)),
         "average": average,
         "average_without_drop": without_drop,
     }

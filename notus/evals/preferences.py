@@ -126,26 +126,24 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         help="how often a model prefers the chosen response",
         description="Accuracy, margin and loss on preference pairs; also under torchrun.",
     )
-    parser.add_argument("model", help="folder or hub id")
-    parser.add_argument(
-        "--reference", help="folder or hub id; without it only the model's log-probs decide"
-    )
-    parser.add_argument("--data", nargs="+", required=True, help="files, folders or hub ids")
-    parser.add_argument("--split", help="of the data, where it has splits")
-    parser.add_argument("--format", help="of the data (default: recognized from the rows)")
-    parser.add_argument("--rule", choices=RULES, help="how rated responses become pairs")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
-    parser.add_argument("--loss", default="sigmoid", help="a name of objective/losses.py")
-    parser.add_argument(
-        "--beta", type=float, help="of the loss and the margin (default: the loss's)"
-    )
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens (1024)")
-    parser.add_argument("--max-prompt-length", type=int, default=512, help="tokens (512)")
-    parser.add_argument("--tokenization", choices=("clean", "trl-0.7.4"), default="clean")
-    parser.add_argument("--system-prompt", help='system turn of rows without one ("": empty)')
-    parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
-    parser.add_argument("--compute-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    styles, dtypes = ("clean", "trl-0.7.4"), ("bfloat16", "float32")
+    add = parser.add_argument
+    add("model", help="folder or hub id")
+    add("--reference", help="folder or hub id; without it only the model's log-probs decide")
+    add("--data", nargs="+", required=True, help="files, folders or hub ids")
+    add("--split", help="of the data, where it has splits")
+    add("--format", help="of the data (default: recognized from the rows)")
+    add("--rule", choices=RULES, help="how rated responses become pairs")
+    add("--out", type=Path, required=True, help="a new folder for the results")
+    add("--loss", default="sigmoid", help="a name of objective/losses.py")
+    add("--beta", type=float, help="of the loss and the margin (default: the loss's)")
+    add("--max-length", type=int, default=1024, help="tokens (1024)")
+    add("--max-prompt-length", type=int, default=512, help="tokens (512)")
+    add("--tokenization", choices=styles, default="clean")
+    add("--system-prompt", help='system turn of rows without one ("": empty)')
+    add("--tokens-per-microbatch", type=int, default=8192)
+    add("--compute-dtype", choices=dtypes, default="bfloat16")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(run=run)
 
 

@@ -11,7 +11,13 @@ from typing import Any
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.errors import UserError, agreed
-from notus.evals.answers import BATCH_SIZES, add_decoding_options, check_free, default_name
+from notus.evals.answers import (
+    BATCH_SIZES,
+    PROMPT_ROWS,
+    add_decoding_options,
+    check_free,
+    default_name,
+)
 from notus.files import write_whole
 from notus.generate.answering import open_answerer, respond_all
 from notus.generate.prompts import Prompt, check_template, read_prompt_set
@@ -26,16 +32,12 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         description="Let a model and its reference answer the same prompts and show both, as "
         "Markdown. Under torchrun the GPUs share the prompts.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or hub id")
-    parser.add_argument("--reference", required=True, metavar="REF", help="another of the same")
-    parser.add_argument(
-        "--prompts",
-        required=True,
-        metavar="FILE",
-        help='JSON lines {"prompt": text or messages}, or questions of AlpacaEval or MT-Bench',
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: standard output)")
-    parser.add_argument("--system-prompt", help="a system turn for conversations without one")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
+    add("--reference", required=True, metavar="REF", help="another of the same")
+    add("--prompts", required=True, help=f"a file: rows {PROMPT_ROWS}, or a benchmark's questions")
+    add("--out", type=Path, metavar="FILE", help="(default: standard output)")
+    add("--system-prompt", help="a system turn for conversations without one")
     add_decoding_options(parser, max_new_tokens=256, temperature=0.0)
     parser.set_defaults(run=run_samples)
 
