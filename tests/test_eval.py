@@ -51,7 +51,7 @@ def test_a_users_mistake_is_one_line_and_code_2(tmp_path, capsys, monkeypatch):
     assert run(capsys, "score", "mt_bench", tmp_path / "no.jsonl") == (2, "", "")
 
 
-def test_score_shows_the_row_beside_the_published_ones(tmp_path, capsys):
+def test_score_shows_the_row_next_to_the_published_ones(tmp_path, capsys):
     file, kept = tmp_path / "annotations.json", tmp_path / "row.json"
     file.write_text(json.dumps(ANNOTATIONS))
     code, out, _ = run(capsys, "score", "alpaca_eval", file, "--json", kept)

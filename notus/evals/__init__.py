@@ -3,7 +3,7 @@
 preferences   loss, accuracy and margins on held-out pairs
 accuracy      accuracies of groups of pairs, with intervals
 answers       answers to the prompts of MT-Bench and AlpacaEval
-benchmarks    what the two benchmarks want: temperatures, lengths, seeds, file formats
+benchmarks    the two benchmarks' own temperatures, lengths, seeds, file formats
 side_by_side  answers of a model and its reference on one page
 scores        results of AlpacaEval and FastChat
 leaderboard   results of lm-evaluation-harness and the Open LLM Leaderboard

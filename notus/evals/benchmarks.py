@@ -1,4 +1,4 @@
-"""How AlpacaEval and MT-Bench want answers: temperatures, lengths, seeds and file formats."""
+"""The answers that AlpacaEval and MT-Bench ask for: temperatures, lengths, seeds, file formats."""
 
 import json
 import secrets

@@ -219,7 +219,7 @@ def test_published_averages():
     assert averages((1, 2, 3, 4, 5, 6, None)) == (None, 3.5)
 
 
-# What the leaderboard's harness wrote for Notus, and Argilla's with version 0.4.0.
+# As the leaderboard published Notus's results, and Argilla its own, measured with version 0.4.0.
 OLD = {
     "harness|arc:challenge|25": {"acc": 0.61, "acc_norm": 0.6459},
     "harness|hellaswag|10": {"acc": 0.6, "acc_norm": 0.8478},

@@ -66,7 +66,7 @@ def test_without_a_network_the_message_names_the_file_to_give(monkeypatch):
         read_prompt_set("mt_bench")
 
 
-def test_a_benchmark_must_be_whole(monkeypatch, tmp_path):
+def test_a_benchmark_must_be_complete(monkeypatch, tmp_path):
     file = write(tmp_path, QUESTION)
     monkeypatch.setattr(prompts, "hf_hub_download", lambda *arguments, **settings: file)
     with pytest.raises(UserError, match="found 1 prompts of the kind mt_bench, expected .* 80"):

@@ -1,4 +1,4 @@
-"""What the models answer, how it is marked, and how it is shown."""
+"""Answers of the models, their marks and the page that shows them."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def model_of(folder):
 
 
 def alone(folder, prompts, **sampling):
-    """transformers' responses to one prompt at a time, the seed set anew for each."""
+    """transformers' responses to one prompt at a time, the seed set again for each."""
     tokenizer = load_tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     responses = []
