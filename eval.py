@@ -2,8 +2,8 @@
 
     python eval.py COMMAND ...        # --help lists the commands, COMMAND --help its options
 
-Each module in notus/evals is one command: it adds its options to the command line, and the
-function that carries them out.
+Each module in notus/evals that is listed in COMMANDS is one command: `add_command` adds its options
+to the command line, and with them the function `run` that carries it out.
 """
 
 import argparse
@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from notus.errors import UserError
-from notus.evals import answers, comparison, harness, preferences, scores
-from notus.generate import samples
+from notus.evals import answers, comparison, harness, preferences, scores, side_by_side
 
-COMMANDS = (preferences, answers, samples, scores, harness, comparison)
+COMMANDS = (preferences, answers, side_by_side, scores, harness, comparison)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,11 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_command(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        options.run(options)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
             print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts
 from notus.errors import UserError
-from notus.generate.samples import record_samples, show_result
+from notus.generate.result import show_result
+from notus.generate.samples import record_samples
 from notus.objective.logprobs import pair_log_probs, score, token_log_probs
 from notus.objective.loss import Coupled, couple_step
 from notus.objective.reference import follow

@@ -25,7 +25,7 @@ from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.errors import UserError, agreed
-from notus.generate.prompts import Prompt, check_prompts, read_prompts
+from notus.generate.prompts import Prompt, check_prompts, read_prompt_set
 from notus.generate.samples import write_samples
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
@@ -342,7 +342,8 @@ def step_work(config: Config, loss: Loss) -> Work:
 
 def sample_prompts(config: Config) -> list[Prompt]:
     """The prompts of evaluation.samples that are shown."""
-    return read_prompts(config.evaluation.samples.prompts)[: config.evaluation.samples.count]
+    samples = config.evaluation.samples
+    return read_prompt_set(samples.prompts).prompts[: samples.count]
 
 
 def answer_samples(

@@ -10,7 +10,7 @@ It writes, without network and the same bytes each time on one machine:
     sft/               the same after `train.py configs/demo-sft.json`, in bfloat16
 
 The tasks are checkable: sums, comparing numbers, the alphabet, opposites and spelling. An answer is
-right when it is the expected text and nothing else (`report.samples.is_right`). The policy is
+right when it is the expected text and nothing else (`generate.samples.is_right`). The policy is
 trained by maximum likelihood, first on right answers, which is where its knowledge comes from, then
 on answers of mixed quality (`SFT_SHARES`), so that about half of what it samples is right; what a
 preference run adds to that is the preference run's own doing. Held-out instructions are new

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors agreement files strict
+    errors agreement files strict tables
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.formats data.preferences
     data.tokenizer data.special_tokens data.tokenized data.tokenization
@@ -25,10 +25,9 @@ ORDER = """
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
     engine.resume engine.history engine.profiling
     config
-    generate.prompts generate.decoding
-    evals
-    generate.samples
+    generate.prompts generate.decoding generate.answering generate.samples generate.result
     build
+    evals
     dryrun
     card
     demo

@@ -34,7 +34,7 @@ from notus.engine.history import read_history
 from notus.errors import UserError
 from notus.evals.comparison import STEP, differences_at, recipe_notes
 from notus.evals.published import DPO_RUNS, LEADERBOARD_TASKS, DpoRun
-from notus.evals.tables import read_json_object
+from notus.files import read_object
 
 Plain = dict[str, Any]
 Cell = str | float | int | None
@@ -130,11 +130,11 @@ def read_record(run: Path) -> Record:
     saved = checkpoints(run / "checkpoints")
     return Record(
         folder=run,
-        settings=read_json_object(run / "config.json"),
+        settings=read_object(run / "config.json"),
         training=training,
         evaluations=[line for line in lines if "eval_loss" in line],
         starts=list(_starts(read_history(run))),
-        state=read_json_object(saved[-1] / "state.json") if saved else {},
+        state=read_object(saved[-1] / "state.json") if saved else {},
     )
 
 
@@ -473,7 +473,7 @@ def curve_table(record: Record) -> Iterator[str]:
 def other_evaluations(record: Record) -> Iterator[str]:
     """What `eval.py score ... --json RUN/evals/NAME.json` left, beside the published rows."""
     for path in sorted((record.folder / "evals").glob("*.json")):
-        found = read_json_object(path)
+        found = read_object(path)
         if found.get("evaluator") not in EVALUATORS:
             continue
         yield from EVALUATORS[found["evaluator"]](found)
@@ -609,14 +609,14 @@ def find_manifest(path: Path) -> Path | None:
     """The manifest that `python -m notus.curation` left with the data, if it is still here."""
     found = (folder / "manifest.json" for folder in (path, path.parent, path.parent.parent))
     for manifest in found:
-        if path.exists() and manifest.is_file() and "counts" in read_json_object(manifest):
+        if path.exists() and manifest.is_file() and "counts" in read_object(manifest):
             return manifest
     return None
 
 
 def manifest_section(path: Path) -> Iterator[str]:
     """Counts and hashes of a curated set."""
-    manifest = read_json_object(path)
+    manifest = read_object(path)
     counts = manifest["counts"]
     yield f"Curated from {public_path(manifest['input'])} with notus:"
     yield ""
@@ -754,7 +754,7 @@ def _screening(record: Record, source: Plain) -> str:
     path = Path(source["path"])
     manifest = find_manifest(path)
     if manifest is not None:
-        curated = read_json_object(manifest)
+        curated = read_object(manifest)
         files += curated["decontaminate"]
         dropped += curated["drop_sources"]
     if not files and not dropped:
@@ -798,7 +798,7 @@ def push(final: Path, repository: str, private: bool) -> str:
     machine has.
     """
     adapter = final / "adapter" / "adapter_config.json"
-    base = read_json_object(adapter)["base_model_name_or_path"] if adapter.is_file() else ""
+    base = read_object(adapter)["base_model_name_or_path"] if adapter.is_file() else ""
     if public_path(base) != base:
         raise UserError(
             f"{adapter}: base_model_name_or_path is {base}, which others do not have and need not "

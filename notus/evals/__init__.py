@@ -1,11 +1,14 @@
 """The commands of eval.py: measure a model as Notus was measured.
 
-preferences  loss, accuracy and margins on held-out pairs
-answers      answers to the prompts of MT-Bench and AlpacaEval
-scores       results that other tools wrote
-leaderboard  results of the Open LLM Leaderboard
-harness      runs of lm-evaluation-harness
-comparison   runs next to published ones
-published    the published numbers
-tables       tables of results
+preferences   loss, accuracy and margins on held-out pairs
+accuracy      accuracies of groups of pairs, with intervals
+answers       answers to the prompts of MT-Bench and AlpacaEval
+benchmarks    the two benchmarks' own temperatures, lengths, seeds, file formats
+side_by_side  answers of a model and its reference on one page
+scores        results of AlpacaEval and FastChat
+leaderboard   results of lm-evaluation-harness and the Open LLM Leaderboard
+harness       runs of lm-evaluation-harness
+comparison    a run compared with a published one
+published     the published numbers
+json_option   the option --json
 """

@@ -1,4 +1,4 @@
-"""A run's evaluations beside a published run's, with the sampling error between them.
+"""A run's evaluations compared with a published run's, with the sampling error of the difference.
 
 python eval.py compare runs/notus-7b-v1 --to notus-7b-v1
 """
@@ -15,17 +15,13 @@ import numpy as np
 
 from notus.curation.rows import read_rows
 from notus.errors import UserError
+from notus.evals.json_option import add_json_option, check_new, keep_json
 from notus.evals.published import DPO_RUNS, DpoMetrics, DpoRun
-from notus.evals.tables import (
-    add_json_option,
-    check_new,
-    read_json_object,
-    text_table,
-    write_json,
-)
+from notus.files import read_object
+from notus.tables import text_table
 
-LIMIT = 2.0  # standard errors from which on a difference is called one
-STEP = 100  # where the model cards show the run's beginning
+LIMIT = 2.0  # a difference of fewer standard errors counts as agreement
+STEP = 100  # the step of the first evaluation on the model cards
 
 # The fields of DpoMetrics and their names in metrics.jsonl.
 METRICS = {
@@ -40,14 +36,14 @@ METRICS = {
 
 
 class Difference(NamedTuple):
-    """One metric of the run beside the published one."""
+    """One metric of the run compared with the published one."""
 
     at: str  # "step 100" or "end"
     metric: str
     value: float
     published: float
-    standard_error: float | None  # of the difference; None if it cannot be told
-    pairs: int | None  # that the run's value is over
+    standard_error: float | None  # of the difference; None if unknown
+    pairs: int | None  # behind the run's value
     published_pairs: int
 
     @property
@@ -68,28 +64,28 @@ class Difference(NamedTuple):
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `compare` to the command line."""
-    about = "put a run's loss, accuracy and margin beside a published run's"
+    about = "compare a run's loss, accuracy and margin with a published run's"
     parser = commands.add_parser("compare", help=about, description=about)
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the output_dir of a run")
     parser.add_argument("--to", default="notus-7b-v1", choices=sorted(DPO_RUNS))
     parser.add_argument(
         "--pairs",
         type=int,
-        help="held-out pairs of the run; needed where data.eval is not a holdout, whose number "
-        "config.json tells",
+        help="the run's number of held-out pairs; needed unless data.eval is a holdout, whose "
+        "number is in config.json",
     )
     add_json_option(parser)
     parser.set_defaults(run=compare)
 
 
-def compare(options: argparse.Namespace) -> int:
-    """The command `compare`; returns the exit code."""
+def compare(options: argparse.Namespace) -> None:
+    """The command `compare`."""
     check_new(options.json)
     if options.pairs is not None and options.pairs < 1:
         raise UserError(f"--pairs: found {options.pairs}, expected at least 1")
     published = DPO_RUNS[options.to]
     evaluations = read_evaluations(options.run_folder / "metrics.jsonl")
-    settings = read_json_object(options.run_folder / "config.json")
+    settings = read_object(options.run_folder / "config.json")
     pairs = options.pairs or held_out_pairs(settings)
 
     last = max(evaluations)
@@ -101,42 +97,37 @@ def compare(options: argparse.Namespace) -> int:
         notes.append(f"No evaluation at step {STEP} (evaluation.every), so none is compared.")
     differences += differences_at("end", evaluations[last], published.end, published, pairs)
     if not (options.run_folder / "final").is_dir():
-        notes.append(f"The run has not ended: its end is taken to be step {last}.")
+        notes.append(f"The run has not ended: step {last} is taken as its end.")
     notes += recipe_notes(settings, published.recipe)
     if pairs is None:
         notes.append(
-            "How many pairs the run held out is not known, so its own sampling error is left out "
-            "and the differences look larger than they are: give --pairs."
+            "The run's number of held-out pairs is not known, so its own sampling error is left "
+            "out and the differences look larger than they are: give --pairs."
         )
     header = ("at", "metric", "run", options.to, "difference", "± s.e.", "in s.e.", "")
-    header += ("n", "n published")
     rows = [
-        [d.at, d.metric, d.value, d.published, d.value - d.published, d.standard_error, d.errors]
-        + [d.verdict, d.pairs, d.published_pairs]
+        (*d[:4], d.value - d.published, d.standard_error, d.errors, d.verdict, *d[-2:])
         for d in differences
     ]
-    print(text_table(header, rows, digits=4))
+    print(text_table((*header, "n", "n published"), rows, digits=4))
     print(f"\n{options.to}: {published.source}\n\n{summary(differences)}")
     print("".join(f"\n{note}" for note in notes))
-    write_json(
-        options.json,
-        {
-            "run": str(options.run_folder),
-            "to": options.to,
-            "source": published.source,
-            "last_step": last,
-            "differences": [
-                d._asdict() | {"in_standard_errors": d.errors, "verdict": d.verdict}
-                for d in differences
-            ],
-            "notes": notes,
-        },
-    )
-    return 0
+    found = [
+        d._asdict() | {"in_standard_errors": d.errors, "verdict": d.verdict} for d in differences
+    ]
+    content = {
+        "run": str(options.run_folder),
+        "to": options.to,
+        "source": published.source,
+        "last_step": last,
+        "differences": found,
+        "notes": notes,
+    }
+    keep_json(options.json, content)
 
 
 def read_evaluations(file: Path) -> dict[int, Mapping[str, float]]:
-    """The evaluations of a run after its start, by step, from metrics.jsonl.
+    """The evaluations in a metrics.jsonl by step, except the one at step 0.
 
     Raises UserError if there is none, or if one lacks a metric of METRICS.
     """
@@ -161,7 +152,7 @@ def read_evaluations(file: Path) -> dict[int, Mapping[str, float]]:
 
 
 def held_out_pairs(settings: Mapping[str, Any]) -> int | None:
-    """How many pairs a run evaluated on, if its resolved configuration tells: data.eval.holdout."""
+    """data.eval.holdout of a run's resolved configuration, the number of its evaluation pairs."""
     held_out = settings.get("data", {}).get("eval")
     return held_out.get("holdout") if isinstance(held_out, dict) else None
 
@@ -173,11 +164,11 @@ def differences_at(
     run: DpoRun,
     pairs: int | None,
 ) -> list[Difference]:
-    """Every metric that was published for this moment, beside the run's.
+    """The run's value of every metric that was published for this step, and the difference.
 
     The standard error of a difference of two means over n and m pairs is s sqrt(1/n + 1/m), with s
-    the spread of the published run's pairs; it says nothing of other seeds. `pairs` None leaves
-    out the run's part.
+    the standard deviation over the published run's pairs; another seed adds to it. `pairs` None
+    leaves out the run's part.
     """
     spreads = pair_spreads(published)
     rows = []
@@ -196,10 +187,10 @@ def differences_at(
 def pair_spreads(published: DpoMetrics) -> dict[str, float]:
     """Standard deviation over pairs of loss, accuracy and margin, of a published DPO evaluation.
 
-    That of the accuracy a follows from it: sqrt(a (1 - a)). Nobody published the others, so the
-    margins are taken as normal with the published mean m and the share a above 0, which gives the
-    spread m / quantile(a); the loss is log(1 + exp(-margin)) of these, integrated by Gauss-Hermite
-    quadrature. For the published runs the mean loss that this implies is within 0.13 of theirs.
+    The accuracy a implies its own: sqrt(a (1 - a)). The others were not published, so the margins
+    are assumed to be normal with the published mean m and the share a above 0, which gives the
+    deviation m / quantile(a); the loss is log(1 + exp(-margin)) of these, integrated by
+    Gauss-Hermite quadrature. For the published runs the implied mean loss is within 0.13 of theirs.
     """
     normal = NormalDist()
     margin = published.margin / normal.inv_cdf(published.accuracy)
@@ -214,7 +205,7 @@ def pair_spreads(published: DpoMetrics) -> dict[str, float]:
 
 
 def recipe_notes(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """A line for every key of the configuration that is not as in the published run."""
+    """A line for every configuration key whose value differs from the published run's."""
     notes = []
     for key, expected in recipe.items():
         section, name = key.split(".")
@@ -227,14 +218,14 @@ def recipe_notes(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
 
 
 def summary(differences: list[Difference]) -> str:
-    """Which metrics differ, and by how many standard errors."""
+    """The metrics that differ, with the number of standard errors, as text."""
     judged = [d for d in differences if d.errors is not None]
     apart = [d for d in judged if d.verdict != "agrees"]
     scope = (
-        "Standard errors are of the number of pairs alone: another seed moves a run too. Rewards "
+        "Standard errors cover only the number of pairs: another seed changes a run too. Rewards "
         "and log-probs have none, because their spread was not published."
     )
     if not apart:
         return f"No difference of {LIMIT:g} standard errors or more in {len(judged)}. {scope}"
     listed = ", ".join(f"{d.metric} at {d.at} ({d.errors:+.1f})" for d in apart)
-    return f"{len(apart)} of {len(judged)} differ, by so many standard errors: {listed}. {scope}"
+    return f"{len(apart)} of {len(judged)} differ (in standard errors): {listed}. {scope}"

@@ -1,215 +1,70 @@
 """How often a model prefers the chosen response: `eval.py preferences`.
 
-The score of a response is the log-prob of its tokens under the model, minus the same under the
-reference where there is one (the implicit reward of DPO without beta, arXiv 2305.18290; RewardBench
-counts the same way, arXiv 2403.13787). A pair is right when the chosen response's score is strictly
+The score of a response is the log-prob of its tokens under the model, minus that under the
+reference if there is one (the implicit reward of DPO without beta, arXiv 2305.18290; RewardBench
+counts the same way, arXiv 2403.13787). A pair is right if the chosen response's score is strictly
 higher; a tie is wrong. Pairs are tokenized, packed and scored by the functions that train.py uses.
 """
 
 import argparse
 import json
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from notus.agreement import agree
 from notus.config import Curation, Source
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.formats import Pair
 from notus.data.packing import Rows
 from notus.data.tokenization import TokenizedPairs
-from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks, map_over_ranks
 from notus.engine.evaluation import all_log_probs, summarize
 from notus.errors import UserError, agreed
+from notus.evals.accuracy import Row, groups, section_scores, table
+from notus.files import new_folder, write_json
+from notus.generate.answering import open_answerer
 from notus.model.hf_config import ModelShape
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import score
 from notus.objective.loss import Loss, build_loss
 from notus.objective.losses import PairLogProbs, log_ratios, margin
-
-# RewardBench's sections: a section's accuracy weighs its subsets by these counts, and the total is
-# the mean over sections (allenai/reward-bench, constants.py; math-prm counts twice its rows).
-SECTIONS = {
-    "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984,
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
-    },
-}
-LENGTH_EDGES = (-200, -50, -10, 11, 51, 201)  # tokens by which the chosen response is longer
-RATING_EDGES = (0.0, 0.5, 1.0, 2.0)  # points by which the chosen response is rated higher
-
-
-class Group(NamedTuple):
-    """Some of the pairs: what they have in common, and which they are (bool [pairs])."""
-
-    kind: str
-    name: str
-    members: np.ndarray
-
-
-class Row(NamedTuple):
-    """One line of the table.
-
-    low, high: the 95 % Wilson interval of the accuracy. margin: mean of chosen minus rejected
-    score, times beta where there is a reference. longer_wins: share of pairs whose longer response
-    is the chosen one, equal lengths counting half; the accuracy of a judge that sees only lengths.
-    """
-
-    kind: str
-    name: str
-    n: int
-    accuracy: float
-    low: float
-    high: float
-    margin: float
-    longer_wins: float
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927), 95 % by default; n at least 1."""
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+from notus.tables import markdown_table
 
 
 def margins(scored: PairLogProbs, beta: float) -> np.ndarray:
-    """beta x (chosen's score - rejected's), float64 [pairs]; reference sums are 0 without one."""
+    """beta x (chosen's score - rejected's): float64 [pairs]. Without a reference its sums are 0."""
     return (beta * margin(scored)).cpu().numpy()
-
-
-def groups(pairs: Sequence[Pair], lengths: np.ndarray) -> Iterator[Group]:
-    """All pairs, then each file, source, subset, and ranges of length and rating difference.
-
-    lengths: int64 [pairs, 3]. A kind that holds all pairs in one group says nothing and is left
-    out, and so are pairs without what a kind goes by.
-    """
-    yield Group("all", "all pairs", np.ones(len(pairs), bool))
-    for kind in ("file", "source", "subset"):
-        labels = np.array([_label(pair, kind) for pair in pairs])
-        names = sorted({*labels} - {""})
-        if len(names) > 1 or (names and (labels == "").any()):
-            yield from (Group(kind, name, labels == name) for name in names)
-    longer = (lengths[:, 1] - lengths[:, 2]).astype(float)
-    yield from _ranges("chosen longer by (tokens)", longer, LENGTH_EDGES)
-    rated = [
-        math.nan
-        if pair.chosen_score is None or pair.rejected_score is None
-        else pair.chosen_score - pair.rejected_score
-        for pair in pairs
-    ]
-    yield from _ranges("rated higher by", np.array(rated), RATING_EDGES)
-
-
-def _label(pair: Pair, kind: str) -> str:
-    """What a pair says of itself; its file is where it comes from, without the line."""
-    return pair.where.rpartition(":")[0] if kind == "file" else pair.labels.get(kind, "")
-
-
-def _ranges(kind: str, values: np.ndarray, edges: Sequence[float]) -> Iterator[Group]:
-    bounds = [-math.inf, *edges, math.inf]
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        members = (values >= low) & (values < high)  # not a number is in no range
-        if members.any():
-            yield Group(kind, _range_name(low, high), members)
-
-
-def _range_name(low: float, high: float) -> str:
-    if low == -math.inf:
-        return f"below {high:g}"
-    return f"{low:g} or more" if high == math.inf else f"{low:g} to below {high:g}"
-
-
-def table(found: Sequence[Group], margin: np.ndarray, lengths: np.ndarray) -> list[Row]:
-    """The row of each group; margin: float64 [pairs], lengths: int64 [pairs, 3]."""
-    right = margin > 0
-    longer = np.sign(lengths[:, 1] - lengths[:, 2]) / 2 + 0.5
-    return [
-        Row(
-            kind,
-            name,
-            n := int(members.sum()),
-            right[members].mean(),
-            *wilson(int(right[members].sum()), n),
-            margin[members].mean(),
-            longer[members].mean(),
-        )
-        for kind, name, members in found
-    ]
-
-
-def section_scores(rows: Sequence[Row]) -> dict[str, float]:
-    """RewardBench's section accuracies and their mean, if the rows hold all of its subsets."""
-    accuracy = {row.name: row.accuracy for row in rows if row.kind == "subset"}
-    if not {name for subsets in SECTIONS.values() for name in subsets} <= accuracy.keys():
-        return {}
-    scores = {
-        section: sum(n * accuracy[name] for name, n in subsets.items()) / sum(subsets.values())
-        for section, subsets in SECTIONS.items()
-    }
-    return scores | {"total": sum(scores.values()) / len(scores)}
 
 
 def as_markdown(
     title: str, metrics: Mapping[str, float], rows: Sequence[Row], sections: Mapping[str, float]
 ) -> str:
     """The report of one evaluation."""
-    lines = [f"# {title}", "", "| metric | value |", "|---|--:|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
-    lines += ["", "| pairs | n | accuracy | 95 % interval | margin | longer response wins |"]
-    lines += ["|---|--:|--:|--:|--:|--:|"]
-    for row in rows:
-        label = row.name if row.kind == "all" else f"{row.kind}: {row.name}"
-        lines.append(
-            f"| {label} | {row.n:,} | {row.accuracy:.4f} | {row.low:.4f} to {row.high:.4f} "
-            f"| {row.margin:.4f} | {row.longer_wins:.4f} |"
+    header = ("pairs", "n", "accuracy", "95 % interval", "margin", "longer response wins")
+    cells = [
+        (
+            row.name if row.kind == "all" else f"{row.kind}: {row.name}",
+            *(row.n, row.accuracy, f"{row.low:.4f} to {row.high:.4f}", row.margin, row.longer_wins),
         )
+        for row in rows
+    ]
+    tables = [markdown_table(("metric", "value"), metrics.items()), markdown_table(header, cells)]
     if sections:
-        lines += ["", "| RewardBench section | accuracy |", "|---|--:|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in sections.items()]
-    return "\n".join(lines) + "\n"
+        tables.append(markdown_table(("RewardBench section", "accuracy"), sections.items()))
+    return "\n\n".join([f"# {title}", *tables]) + "\n"
 
 
 def pair_records(
     pairs: Sequence[Pair], lengths: np.ndarray, scored: PairLogProbs, referenced: bool
 ) -> Iterator[dict[str, Any]]:
-    """One object per pair: where it comes from, its log-probs (nats) and whether it is right."""
+    """One object per pair: its origin, its log-probs (nats) and whether it is right."""
     margin = margins(scored, 1.0)
     models = {"policy": scored.policy} | ({"reference": scored.reference} if referenced else {})
     sums = {}
@@ -234,9 +89,9 @@ def pair_records(
 def figures(
     folder: Path, rows: Sequence[Row], margin: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
 ) -> list[str]:
-    """Draw accuracy by length difference and the histograms of scores; the files' names.
+    """Draw accuracy by length difference and histograms of the scores. Returns the files' names.
 
-    chosen, rejected: float64 [pairs], the responses' scores. Draws nothing without matplotlib.
+    chosen, rejected: float64 [pairs], the responses' scores. Without matplotlib nothing is drawn.
     """
     try:
         import matplotlib
@@ -277,27 +132,29 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         help="how often a model prefers the chosen response",
         description="Accuracy, margin and loss on preference pairs; also under torchrun.",
     )
-    parser.add_argument("model", help="folder or hub id")
-    parser.add_argument("--reference", help="folder or hub id; without it, log-probs alone decide")
-    parser.add_argument("--data", nargs="+", required=True, help="files, folders or hub ids")
-    parser.add_argument("--split", help="of the data, where it has splits")
-    parser.add_argument("--format", help="of the data; seen from the rows if not given")
-    parser.add_argument("--rule", choices=RULES, help="for rated responses: what makes them pairs")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
-    parser.add_argument("--loss", default="sigmoid", help="a name of objective/losses.py")
-    parser.add_argument("--beta", type=float, help="of the loss and the margin; the loss's default")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens (1024)")
-    parser.add_argument("--max-prompt-length", type=int, default=512, help="tokens (512)")
-    parser.add_argument("--tokenization", choices=("clean", "trl-0.7.4"), default="clean")
-    parser.add_argument("--system-prompt", help='system turn of rows without one ("": empty)')
-    parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
-    parser.add_argument("--compute-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    styles, dtypes = ("clean", "trl-0.7.4"), ("bfloat16", "float32")
+    add = parser.add_argument
+    add("model", help="folder or hub id")
+    add("--reference", help="folder or hub id; without it only the model's log-probs decide")
+    add("--data", nargs="+", required=True, help="files, folders or hub ids")
+    add("--split", help="of the data, where it has splits")
+    add("--format", help="of the data (default: recognized from the rows)")
+    add("--rule", choices=RULES, help="how rated responses become pairs")
+    add("--out", type=Path, required=True, help="a new folder for the results")
+    add("--loss", default="sigmoid", help="a name of objective/losses.py")
+    add("--beta", type=float, help="of the loss and the margin (default: the loss's)")
+    add("--max-length", type=int, default=1024, help="tokens (1024)")
+    add("--max-prompt-length", type=int, default=512, help="tokens (512)")
+    add("--tokenization", choices=styles, default="clean")
+    add("--system-prompt", help='system turn of rows without one ("": empty)')
+    add("--tokens-per-microbatch", type=int, default=8192)
+    add("--compute-dtype", choices=dtypes, default="bfloat16")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Evaluate as the command line says; writes --out and prints the report."""
+def run(options: argparse.Namespace) -> None:
+    """The command `preferences`: writes --out and prints the report."""
     loss = _loss(options)
     if min(options.max_length, options.max_prompt_length, options.tokens_per_microbatch) < 1:
         raise UserError("--max-length, --max-prompt-length, --tokens-per-microbatch: expected >= 1")
@@ -308,7 +165,6 @@ def run(options: argparse.Namespace) -> int:
         _evaluate(options, loss, ranks)
     finally:
         distributed.stop()
-    return 0
 
 
 def _loss(options: argparse.Namespace) -> Loss:
@@ -321,16 +177,18 @@ def _loss(options: argparse.Namespace) -> Loss:
 
 
 def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
-    source, shape = agree(lambda: open_model(options.model))
     reference = None
-    if options.reference is not None:
-        reference = agree(lambda: open_model(options.reference))
-        if reference[1].vocab_size != shape.vocab_size:
-            raise UserError(
-                f"--reference {options.reference}: its vocabulary has {reference[1].vocab_size} "
-                f"tokens, the model's {shape.vocab_size}; expected the same"
-            )
-    data = _load(options, source, shape)
+    with agreed():
+        source, tokenizer, shape = open_answerer(options.model)
+        if options.reference is not None:
+            reference = open_model(options.reference)
+            if reference[1].vocab_size != shape.vocab_size:
+                raise UserError(
+                    f"--reference {options.reference}: its vocabulary has "
+                    f"{reference[1].vocab_size} tokens, the model's {shape.vocab_size}; expected "
+                    "the same"
+                )
+    data = _load(options, tokenizer)
     kept, tokens = data.kept, data.pairs
     ranks.say(f"{len(kept):,} pairs{data.notes}")
 
@@ -343,7 +201,7 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
     margin = margins(scored, beta)
     metrics = summarize(scored, loss)
     if reference is None and loss.uses_reference:
-        # Without a reference only the log-probs and their order mean anything.
+        # Without a reference only the log-probs and their order are meaningful.
         metrics = {k: v for k, v in metrics.items() if k.startswith("logps/")}
         metrics |= {"accuracy": float((margin > 0).mean()), "margin": float(margin.mean())}
     rows = table(list(groups(kept, tokens.lengths)), margin, tokens.lengths)
@@ -365,10 +223,8 @@ def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
     ranks.say(f"\n{report}\nwrote {options.out}")
 
 
-def _load(options: argparse.Namespace, folder: Path, shape: ModelShape) -> Dataset:
-    """The pairs to score, tokenized with the tokenizer in `folder`. Collective."""
-    with agreed():
-        tokenizer = load_tokenizer(folder, shape.vocab_size)
+def _load(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """The pairs to score. Collective."""
     curation = None if options.rule is None else Curation(rule=options.rule)
     sources = [
         Source(path=path, split=options.split, format=options.format, curation=curation)
@@ -401,7 +257,7 @@ def _log_probs(
     pairs: TokenizedPairs,
     sum_squares: bool = False,
 ) -> torch.Tensor:
-    """All response tokens' log-probs under the model in `folder`, flat; see `score`."""
+    """The log-probs of all response tokens under the model in `folder`, flat; see `score`."""
     dtype = getattr(torch, options.compute_dtype)
     with torch.device("meta"):
         model = MistralForCausalLM(shape).to(dtype)
@@ -415,7 +271,8 @@ def _log_probs(
         compile_blocks=ranks.device.type == "cuda",
         cpu_offload=False,
     )
-    agree(lambda: load_weights(model, folder))
+    with agreed():
+        load_weights(model, folder)
     rows = Rows(options.tokens_per_microbatch, prefix_sharing=True, device=ranks.device)
     return score(model, pairs, range(len(pairs)), rows, sum_squares)
 
@@ -429,13 +286,11 @@ def _write(
     margin: np.ndarray,
     scores: Sequence[torch.Tensor],
 ) -> None:
-    """The results, in a folder that has its name once it is whole."""
-    partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
-    partial.mkdir(parents=True)
-    names = figures(partial, rows, margin, *(score.cpu().numpy() for score in scores))
-    report += "".join(f"\n![{name}]({name})\n" for name in names)
-    (partial / "report.md").write_text(report)
-    (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    with (partial / "pairs.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    os.rename(partial, folder)
+    """Write the results as a folder, which appears only when complete."""
+    with new_folder(folder) as new:
+        names = figures(new, rows, margin, *(score.cpu().numpy() for score in scores))
+        report += "".join(f"\n![{name}]({name})\n" for name in names)
+        (new / "report.md").write_text(report)
+        write_json(new / "summary.json", summary)
+        with (new / "pairs.jsonl").open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)

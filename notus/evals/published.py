@@ -1,4 +1,4 @@
-"""What others have published, as data: the rows that a run is put beside.
+"""Published results, as data: the rows that a run is compared with.
 
 Numbers are as printed by their source; a None was not published.
 """
@@ -26,7 +26,7 @@ class WinRate(NamedTuple):
 
 
 # By the baseline's name. alpaca_eval/leaderboards: data_AlpacaEval/alpaca_eval_gpt4 (version 1)
-# and data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo (version 2, where Notus never was).
+# and data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo (version 2, which never had Notus).
 ALPACA_EVAL_1, ALPACA_EVAL_2 = "text_davinci_003", "gpt4_turbo"
 ALPACA_EVAL: Mapping[str, tuple[WinRate, ...]] = {
     ALPACA_EVAL_1: (
@@ -37,7 +37,7 @@ ALPACA_EVAL: Mapping[str, tuple[WinRate, ...]] = {
         WinRate("zephyr-7b-beta", 10.9928858, 0.9617877, 78, 725, 2, 805, 1444, 13.2031985),
     ),
 }
-# The names that AlpacaEval's own files give the two baselines.
+# The names of the two baselines in AlpacaEval's own files.
 BASELINES = {
     "text_davinci_003": ALPACA_EVAL_1,
     "gpt4_turbo": ALPACA_EVAL_2,
@@ -50,16 +50,7 @@ BASELINES = {
 MT_BENCH_CATEGORIES = {
     81 + 10 * place + i: category
     for place, category in enumerate(
-        (
-            "writing",
-            "roleplay",
-            "reasoning",
-            "math",
-            "coding",
-            "extraction",
-            "stem",
-            "humanities",
-        )
+        "writing roleplay reasoning math coding extraction stem humanities".split()
     )
     for i in range(10)
 }
@@ -74,51 +65,23 @@ MT_BENCH = {"notus-7b-v1": 7.30, "zephyr-7b-beta": 7.34}
 class LeaderboardTask(NamedTuple):
     """A task of the Open LLM Leaderboard of November 2023."""
 
-    name: str  # in lm-evaluation-harness today
+    name: str  # in lm-evaluation-harness today, as its metric
     title: str
     few_shot: int
-    # (task, metric) as the harness's versions have called them, the newest first.
-    found_as: tuple[tuple[str, str], ...]
+    metric: str
+    in_2023: tuple[str, str]  # how the leaderboard's own results call task and metric
 
 
 LEADERBOARD_TASKS = (
-    LeaderboardTask(
-        "arc_challenge",
-        "ARC",
-        25,
-        (("arc_challenge", "acc_norm,none"), ("arc_challenge", "acc_norm")),
-    ),
-    LeaderboardTask(
-        "hellaswag",
-        "HellaSwag",
-        10,
-        (("hellaswag", "acc_norm,none"), ("hellaswag", "acc_norm")),
-    ),
-    LeaderboardTask("mmlu", "MMLU", 5, (("mmlu", "acc,none"),)),  # before 0.4: MMLU_SUBTASKS
-    LeaderboardTask(
-        "truthfulqa_mc2",
-        "TruthfulQA",
-        0,
-        (("truthfulqa_mc2", "acc,none"), ("truthfulqa_mc", "mc2")),
-    ),
-    LeaderboardTask(
-        "winogrande", "Winogrande", 5, (("winogrande", "acc,none"), ("winogrande", "acc"))
-    ),
-    # strict-match is what get-answer was: the number after "####", as in the training answers.
-    LeaderboardTask(
-        "gsm8k",
-        "GSM8K",
-        5,
-        (
-            ("gsm8k", "exact_match,strict-match"),
-            ("gsm8k", "exact_match,get-answer"),
-            ("gsm8k", "acc"),
-        ),
-    ),
-    LeaderboardTask("drop", "DROP", 3, (("drop", "f1,none"), ("drop", "f1"))),
+    LeaderboardTask("arc_challenge", "ARC", 25, "acc_norm,none", ("arc:challenge", "acc_norm")),
+    LeaderboardTask("hellaswag", "HellaSwag", 10, "acc_norm,none", ("hellaswag", "acc_norm")),
+    LeaderboardTask("mmlu", "MMLU", 5, "acc,none", ("hendrycksTest-", "acc")),
+    LeaderboardTask("truthfulqa_mc2", "TruthfulQA", 0, "acc,none", ("truthfulqa:mc", "mc2")),
+    LeaderboardTask("winogrande", "Winogrande", 5, "acc,none", ("winogrande", "acc")),
+    LeaderboardTask("gsm8k", "GSM8K", 5, "exact_match,strict-match", ("gsm8k", "acc")),
+    LeaderboardTask("drop", "DROP", 3, "f1,none", ("drop", "f1")),
 )
-MMLU_SUBTASKS = 57  # called hendrycksTest-* before harness 0.4, without a row of their own mean
-MMLU_PREFIX = "hendrycksTest-"
+MMLU_SUBTASKS = 57  # each with results of its own in 2023
 
 
 class LeaderboardRow(NamedTuple):
@@ -162,8 +125,8 @@ class DpoRun(NamedTuple):
     """A published DPO run: its evaluations at step 100 and at the end, and its recipe.
 
     The loss is over all `pairs` held-out pairs. The rewards, their accuracy and margin are over
-    the `reward_pairs` of them that the first process saw, because that is all that TRL's trainer
-    averaged then (huggingface/trl issue 2468): 0.8016 is 202 of 252.
+    only the `reward_pairs` of them that the first process saw, because TRL's trainer averaged no
+    others then (huggingface/trl issue 2468): 0.8016 is 202 of 252.
     """
 
     source: str

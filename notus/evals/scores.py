@@ -1,8 +1,10 @@
-"""The evaluators' own output files -> the rows of Notus's table, beside the published ones.
+"""The evaluators' own output files -> the rows of Notus's table, next to the published ones.
 
-python eval.py score alpaca_eval annotations.json
-python eval.py score mt_bench gpt-4_single.jsonl
-python eval.py score lm_eval RESULTS_DIR
+    python eval.py score alpaca_eval annotations.json
+    python eval.py score mt_bench gpt-4_single.jsonl
+    python eval.py score lm_eval RESULTS_DIR
+
+The files are those of AlpacaEval 0.6.6, FastChat 0.2.36 and lm-evaluation-harness 0.4.13.
 """
 
 import argparse
@@ -10,31 +12,25 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from notus.curation.rows import read_rows
 from notus.errors import UserError
+from notus.evals.json_option import add_json_option, check_new, keep_json
 from notus.evals.leaderboard import report_lm_eval, result_files
 from notus.evals.published import (
     ALPACA_EVAL,
-    ALPACA_EVAL_1,
     ALPACA_EVAL_PROMPTS,
     BASELINES,
     MT_BENCH,
     MT_BENCH_CATEGORIES,
     WinRate,
 )
-from notus.evals.tables import (
-    Cell,
-    add_json_option,
-    check_new,
-    text_table,
-    write_json,
-)
-
-Row = dict[str, Any]
-Placed = tuple[str, Row]  # where a row stands, for messages, and the row
+from notus.generate.prompts import read_columns, read_prompt_set
+from notus.strict import Bound
+from notus.tables import text_table
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,99 +61,97 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         add_json_option(parser)
 
 
-def _read_file(file: Path) -> list[Placed]:
-    """All rows of a JSON or JSONL file; UserError if it is missing, cut off or has no rows."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    return list(read_rows(str(file)))
-
-
-def _found(row: Row, column: str) -> str:
-    return f"{column} is {row[column]!r}" if column in row else f"there is no {column}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 # ------------------------------------------------------------------------------------ AlpacaEval
 
+Preference = Annotated[
+    float,
+    Bound("0 or a number from 1 (the baseline is better) to 2", lambda x: x == 0 or 1 <= x <= 2),
+]
 
-def score_alpaca_eval(options: argparse.Namespace) -> int:
-    """The command `score alpaca_eval`; returns the exit code."""
+
+@dataclass(frozen=True)
+class Annotation:
+    """One comparison of the model's answer, output_2, with the baseline's; null: not annotated."""
+
+    instruction: str
+    preference: Preference | None
+    output_2: str
+    generator_1: str
+    generator_2: str
+
+
+def score_alpaca_eval(options: argparse.Namespace) -> None:
+    """The command `score alpaca_eval`."""
     check_new(options.json)
-    baseline, found = alpaca_eval_win_rates(options.annotations)
-    version = BASELINES.get(baseline or ALPACA_EVAL_1)
+    baseline, row, annotations = read_annotations(options.annotations)
+    version = BASELINES.get(baseline)
+    published = ALPACA_EVAL.get(version, ())
     header = ("model", "win rate %", "± s.e.", "wins", "losses", "draws", "annotated")
     header += ("mean length", "length-controlled %")
-    rows: list[Sequence[Cell]] = [row for row, _ in found]
-    rows += [[f"{row.model} (published)", *row[1:]] for row in ALPACA_EVAL.get(version, ())]
-    print(text_table(header, rows))
+    others = [(f"{other.model} (published)", *other[1:]) for other in published]
+    print(text_table(header, [row, *others]))
     notes = []
-    if baseline is None:
-        notes.append(f"The file names no generator_1: taken to be {ALPACA_EVAL_1}, AlpacaEval 1.")
-    elif version is None:
+    if version is None:
         notes.append(f"No published row was compared with {baseline}.")
-    for row, rows_read in found:
-        if rows_read != row.total:
-            notes.append(f"{row.model}: {row.total} of {rows_read} rows hold a preference.")
-        if rows_read != ALPACA_EVAL_PROMPTS:
-            notes.append(
-                f"{row.model}: {rows_read} rows, AlpacaEval has {ALPACA_EVAL_PROMPTS} prompts: "
-                "not comparable with the published rows."
-            )
+    if annotations != row.total:
+        notes.append(f"{row.model}: {row.total} of {annotations} rows hold a preference.")
+    if annotations != ALPACA_EVAL_PROMPTS:
+        notes.append(
+            f"{row.model}: {annotations} rows, AlpacaEval has {ALPACA_EVAL_PROMPTS} prompts: "
+            "not comparable with the published rows."
+        )
     print("".join(f"\n{note}" for note in notes))
-    measured = [row._asdict() | {"rows": rows_read} for row, rows_read in found]
-    write_json(
-        options.json,
-        {
-            "evaluator": "alpaca_eval",
-            "baseline": baseline,
-            "measured": measured,
-            "published": [row._asdict() for row in ALPACA_EVAL.get(version, ())],
-            "notes": notes,
-        },
-    )
-    return 0
+    content = {
+        "evaluator": "alpaca_eval",
+        "baseline": baseline,
+        "measured": [row._asdict() | {"rows": annotations}],
+        "published": [other._asdict() for other in published],
+        "notes": notes,
+    }
+    keep_json(options.json, content)
 
 
-def alpaca_eval_win_rates(file: Path) -> tuple[str | None, list[tuple[WinRate, int]]]:
-    """The baseline's name, and each model's win rate with the number of its rows.
+def read_annotations(file: Path) -> tuple[str, WinRate, int]:
+    """The baseline's name, the model's win rate and the number of rows of an annotations.json.
 
-    Raises UserError for rows that AlpacaEval does not write: none or another preference, several
-    baselines, an instruction annotated twice with the same answers.
+    Raises UserError for rows that AlpacaEval does not write: another preference, a second model or
+    baseline, an instruction that is annotated twice with the same answer.
     """
-    models: dict[str, list[Placed]] = defaultdict(list)
-    baselines: dict[str | None, str] = {}
-    for where, row in _read_file(file):
-        models[str(row.get("generator_2", file.stem))].append((where, row))
-        baselines.setdefault(row.get("generator_1"), where)
-    if len(baselines) > 1:
-        listed = ", ".join(f"{name} ({where})" for name, where in baselines.items())
-        raise UserError(f"{file}: comparisons with several baselines: {listed}; expected one")
-    found = []
-    for model, placed in models.items():
-        _check_instructions(placed)
-        lengths = [
-            len(row["output_2"]) for _, row in placed if isinstance(row.get("output_2"), str)
-        ]
-        preferences = [_preference(where, row) for where, row in placed]
-        if all(value is None for value in preferences):
-            raise UserError(f"{file}: not one row of {model} holds a preference")
-        row = win_rate(model, preferences)
-        length = int(statistics.fmean(lengths)) if lengths else None  # whole, as AlpacaEval's
-        found.append((row._replace(average_length=length), len(placed)))
-    return next(iter(baselines)), found
+    places: dict[tuple[str, str], str] = {}
+    names: dict[tuple[str, str], str] = {}
+    annotations = []
+    for where, row in read_rows(str(file)):
+        found = read_columns(row, Annotation, where)
+        first = places.setdefault((found.instruction, found.output_2), where)
+        if first != where:
+            raise UserError(
+                f"{where}: the same instruction and answer as {first}; expected each comparison "
+                "once"
+            )
+        names.setdefault((found.generator_1, found.generator_2), where)
+        annotations.append(found)
+    if len(names) > 1:
+        listed = ", ".join(f"{b} and {a} ({where})" for (a, b), where in names.items())
+        raise UserError(f"{file}: several comparisons: {listed}; expected one model and baseline")
+    ((baseline, model),) = names
+    preferences = [found.preference for found in annotations]
+    if not any(value is not None for value in preferences):
+        raise UserError(f"{file}: not one row of {model} holds a preference")
+    # AlpacaEval rounds the mean length down to a whole number of characters.
+    length = int(statistics.fmean(len(found.output_2) for found in annotations))
+    row = win_rate(model, preferences)._replace(average_length=length)
+    return baseline, row, len(annotations)
 
 
 def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
     """AlpacaEval's win rate of the second answer, in percent, and its standard error.
 
-    A preference is None (not annotated: left out), 1 (the baseline's answer is better) to 2 (the
-    model's is), by way of 1.5, a draw; graded ones are its expected value. The win rate is the
-    mean of preference - 1, the error the sample standard deviation over the square root of n.
+    A preference is None (not annotated: left out), or from 1 (the baseline's answer is better) to
+    2 (the model's is); 1.5 is a draw, and so is 0; a graded one is the expected value. The win rate
+    is the mean of preference - 1, the error the sample standard deviation over the square root of
+    n.
     """
-    shares = [value - 1 for value in preferences if value is not None]
+    shares = [(value or 1.5) - 1 for value in preferences if value is not None]
     n = len(shares)
     return WinRate(
         model,
@@ -170,37 +164,20 @@ def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
     )
 
 
-def _preference(where: str, row: Row) -> float | None:
-    """A row's preference: from 1 to 2, or None. AlpacaEval's earliest files have 0 for a draw."""
-    value = row.get("preference", "missing")
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if _is_number(value) and value == 0:
-        return 1.5
-    if not _is_number(value) or not 1 <= value <= 2:
-        raise UserError(
-            f"{where}: {_found(row, 'preference')}; expected a number from 1 (the baseline is "
-            "better) to 2 (the model is), or null"
-        )
-    return float(value)
-
-
-def _check_instructions(placed: Sequence[Placed]) -> None:
-    """Raise UserError if a row lacks its instruction, or if two rows are one comparison."""
-    first: dict[tuple[Any, ...], str] = {}
-    for where, row in placed:
-        if not isinstance(row.get("instruction"), str):
-            raise UserError(f"{where}: {_found(row, 'instruction')}; expected text")
-        same = (row["instruction"], repr(row.get("output_1")), repr(row.get("output_2")))
-        if same in first:
-            raise UserError(
-                f"{where}: the same instruction and answers as {first[same]}; expected each "
-                "comparison once"
-            )
-        first[same] = where
-
-
 # -------------------------------------------------------------------------------------- MT-Bench
+
+Score = Annotated[float, Bound("1 to 10, or -1", lambda x: x == -1 or 0 <= x <= 10)]
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """A row of gpt-4_single.jsonl: the score of one turn's answer; -1: it could not be parsed."""
+
+    model: str
+    question_id: int
+    turn: int
+    score: Score
+    judge: tuple[str, ...]
 
 
 class Question(NamedTuple):
@@ -212,7 +189,7 @@ class BenchScore(NamedTuple):
     """One model's MT-Bench scores, 1 to 10."""
 
     model: str
-    judge: str | None
+    judge: str
     score: float  # the mean over all judged turns
     standard_error: float | None
     turns: tuple[float | None, ...]  # the mean of each turn
@@ -221,24 +198,25 @@ class BenchScore(NamedTuple):
     unparsable: int
 
 
-def score_mt_bench(options: argparse.Namespace) -> int:
-    """The command `score mt_bench`; returns the exit code."""
+MT_BENCH_QUESTIONS = {
+    number: Question(category, 2) for number, category in MT_BENCH_CATEGORIES.items()
+}
+
+
+def score_mt_bench(options: argparse.Namespace) -> None:
+    """The command `score mt_bench`."""
     check_new(options.json)
-    questions = MT_BENCH_QUESTIONS
-    if options.questions is not None:
-        questions = read_questions(options.questions)
+    own = options.questions is not None
+    questions = read_questions(options.questions) if own else MT_BENCH_QUESTIONS
+    published = {} if own else MT_BENCH
     found = mt_bench_scores(options.judgments, questions)
-    categories = list(dict.fromkeys(question.category for question in questions.values()))
-    turns = max(question.turns for question in questions.values())
-    header = ["model", "MT-Bench", "± s.e.", *(f"turn {turn + 1}" for turn in range(turns))]
-    rows: list[list[Cell]] = [
-        [f.model, f.score, f.standard_error, *f.turns, *map(f.categories.get, categories)]
-        for f in found
-    ]
-    published = MT_BENCH if options.questions is None else {}
-    unknown: list[Cell] = [None] * (1 + turns + len(categories))
-    rows += [[f"{model} (published)", score, *unknown] for model, score in published.items()]
-    print(text_table([*header, *categories], rows))
+    header = ["model", "MT-Bench", "± s.e."]
+    header += [f"turn {turn + 1}" for turn in range(len(found[0].turns))]
+    header += found[0].categories
+    rows = [(f.model, f.score, f.standard_error, *f.turns, *f.categories.values()) for f in found]
+    unknown = [None] * (len(header) - 2)
+    rows += [(f"{model} (published)", score, *unknown) for model, score in published.items()]
+    print(text_table(header, rows))
     notes = [
         f"{f.model}: {f.unparsable} of {f.judged + f.unparsable} judgments hold no score (-1) "
         "and are left out."
@@ -248,44 +226,27 @@ def score_mt_bench(options: argparse.Namespace) -> int:
     notes += [
         f"{f.model}: judged by {f.judge}; the published rows by gpt-4."
         for f in found
-        if published and f.judge not in (None, "gpt-4")
+        if published and f.judge != "gpt-4"
     ]
     print("".join(f"\n{note}" for note in notes))
-    write_json(
-        options.json,
-        {
-            "evaluator": "mt_bench",
-            "measured": [f._asdict() for f in found],
-            "published": [{"model": model, "score": score} for model, score in published.items()],
-            "notes": notes,
-        },
-    )
-    return 0
-
-
-MT_BENCH_QUESTIONS = {
-    number: Question(category, 2) for number, category in MT_BENCH_CATEGORIES.items()
-}
+    content = {
+        "evaluator": "mt_bench",
+        "measured": [f._asdict() for f in found],
+        "published": [{"model": model, "score": score} for model, score in published.items()],
+        "notes": notes,
+    }
+    keep_json(options.json, content)
 
 
 def read_questions(file: Path) -> dict[int, Question]:
-    """The questions of FastChat's question.jsonl, by id.
-
-    Raises UserError for a row without id, category or turns, and for an id that comes twice.
-    """
-    questions: dict[int, Question] = {}
-    for where, row in _read_file(file):
-        number, category, turns = (row.get(key) for key in ("question_id", "category", "turns"))
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise UserError(f"{where}: {_found(row, 'question_id')}; expected a whole number")
-        if not isinstance(category, str):
-            raise UserError(f"{where}: {_found(row, 'category')}; expected text")
-        if not isinstance(turns, list) or not turns:
-            raise UserError(f"{where}: {_found(row, 'turns')}; expected a list of texts")
-        if number in questions:
-            raise UserError(f"{where}: question_id {number} is there twice; expected it once")
-        questions[number] = Question(category, len(turns))
-    return questions
+    """The questions of FastChat's question.jsonl, by id. Raises UserError for another file."""
+    found = read_prompt_set(str(file))
+    if found.kind != "mt_bench":
+        raise UserError(f"{file}: found the kind {found.kind}, expected FastChat's questions")
+    return {
+        prompt.row["question_id"]: Question(prompt.row["category"], 1 + len(prompt.follow_ups))
+        for prompt in found.prompts
+    }
 
 
 def mt_bench_scores(file: Path, questions: Mapping[int, Question]) -> list[BenchScore]:
@@ -293,40 +254,42 @@ def mt_bench_scores(file: Path, questions: Mapping[int, Question]) -> list[Bench
 
     Raises UserError unless every turn of every question is judged exactly once for each model.
     """
-    models: dict[str, dict[tuple[int, int], tuple[str, float]]] = defaultdict(dict)
-    judges: dict[str, str | None] = {}
-    for where, row in _read_file(file):
-        model, key, score = _judgment(where, row, questions)
-        if key in models[model]:
-            number, turn = key
+    expected = {(number, t + 1) for number, q in questions.items() for t in range(q.turns)}
+    models: dict[str, dict[tuple[int, int], tuple[str, Judgment]]] = defaultdict(dict)
+    for where, row in read_rows(str(file)):
+        judgment = read_columns(row, Judgment, where)
+        model, key = judgment.model, (judgment.question_id, judgment.turn)
+        if key not in expected:
             raise UserError(
-                f"{where}: question_id {number}, turn {turn} of {model} is judged here and in "
+                f"{where}: question_id {key[0]}, turn {key[1]} is not a turn of the "
+                f"{len(questions)} questions, {min(questions)} to {max(questions)}"
+            )
+        if key in models[model]:
+            raise UserError(
+                f"{where}: question_id {key[0]}, turn {key[1]} of {model} is judged here and in "
                 f"{models[model][key][0]}; expected it once"
             )
-        models[model][key] = where, score
-        judge = row.get("judge")
-        judges.setdefault(model, str(judge[0]) if isinstance(judge, list) and judge else None)
-    expected = {(number, t + 1) for number, q in questions.items() for t in range(q.turns)}
+        models[model][key] = where, judgment
     found = []
     for model, judgments in models.items():
-        missing = sorted(expected - judgments.keys())
-        if missing:
+        if missing := sorted(expected - judgments.keys()):
             listed = ", ".join(f"{number} (turn {turn})" for number, turn in missing[:6])
             more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
             raise UserError(
                 f"{file}: no judgment of {model} for question_id {listed}{more}; expected "
                 f"{len(expected)} judgments, found {len(judgments)}"
             )
-        scores = {key: score for key, (_, score) in judgments.items()}
+        scores = {key: judgment.score for key, (_, judgment) in judgments.items()}
         if all(score == -1 for score in scores.values()):
             raise UserError(f"{file}: not one judgment of {model} holds a score: all are -1")
-        found.append(bench_score(model, judges[model], scores, questions))
+        judge = next(iter(judgments.values()))[1].judge[0]
+        found.append(bench_score(model, judge, scores, questions))
     return found
 
 
 def bench_score(
     model: str,
-    judge: str | None,
+    judge: str,
     scores: Mapping[tuple[int, int], float],
     questions: Mapping[int, Question],
 ) -> BenchScore:
@@ -365,34 +328,10 @@ def _mean(scores: Sequence[float]) -> float | None:
     return statistics.fmean(scores) if scores else None
 
 
-def _judgment(
-    where: str, row: Row, questions: Mapping[int, Question]
-) -> tuple[str, tuple[int, int], float]:
-    """A row's model, (question id, turn) and score."""
-    number, turn, score = (row.get(key) for key in ("question_id", "turn", "score"))
-    if not isinstance(row.get("model"), str):
-        raise UserError(
-            f"{where}: {_found(row, 'model')}; expected the judgment of a single answer, as in "
-            "gpt-4_single.jsonl"
-        )
-    if not isinstance(number, int) or number not in questions:
-        raise UserError(
-            f"{where}: {_found(row, 'question_id')}; expected one of the {len(questions)} "
-            f"questions, {min(questions)} to {max(questions)}"
-        )
-    if not isinstance(turn, int) or not 1 <= turn <= questions[number].turns:
-        turns = " or ".join(str(t + 1) for t in range(questions[number].turns))
-        raise UserError(f"{where}: {_found(row, 'turn')}; expected {turns}")
-    if not _is_number(score) or not (score == -1 or 0 <= score <= 10):
-        raise UserError(f"{where}: {_found(row, 'score')}; expected 1 to 10, or -1")
-    return row["model"], (number, turn), float(score)
-
-
 # -------------------------------------------------------------------------- Open LLM Leaderboard
 
 
-def score_lm_eval(options: argparse.Namespace) -> int:
-    """The command `score lm_eval`; returns the exit code."""
+def score_lm_eval(options: argparse.Namespace) -> None:
+    """The command `score lm_eval`."""
     check_new(options.json)
     report_lm_eval(result_files(options.results), options.json)
-    return 0

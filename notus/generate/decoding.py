@@ -1,7 +1,7 @@
 """Token ids of prompts -> token ids of answers, by transformers or by vLLM.
 
-Every prompt has a random stream of its own, so what is sampled for it depends on the model, the
-prompt and the seed alone: not on the batch it is in, nor on where an interrupted run went on.
+Every prompt has its own random stream, so what is sampled for it depends only on the model, the
+prompt and the seed, not on its batch or on where an interrupted run was resumed.
 """
 
 import json
@@ -20,9 +20,9 @@ from notus.errors import UserError
 
 
 class Request(NamedTuple):
-    """One prompt's token ids, its temperature (0: the likeliest token each time), its draws.
+    """One prompt's token ids, its temperature (0: greedy decoding) and its random stream.
 
-    draws: a generator on the logits' device, advanced by one draw for every token sampled.
+    draws: a generator on the logits' device, advanced by one draw for every sampled token.
     """
 
     ids: list[int]
@@ -39,9 +39,10 @@ def next_tokens(
 ) -> Tensor:
     """The next token of each sequence: int64 [B].
 
-    logits_BV: float32 on the device of the requests' generators. live: sequences that go on; others
-    draw nothing. top_k: the tokens sampled from, 0 for all. A row's draw is the one that
-    transformers' `generate` would make for that sequence alone after `torch.manual_seed`.
+    logits_BV: float32 on the device of the requests' generators. live: whether each sequence still
+    continues; the others draw nothing. top_k: the number of tokens sampled from, 0 for all. Each
+    row's draw is the one that transformers' `generate` makes for that sequence on its own after
+    `torch.manual_seed`.
     """
     tokens_B = logits_BV.argmax(-1)
     rows = [row for row, request in enumerate(requests) if live[row] and request.temperature > 0]
@@ -57,7 +58,7 @@ def next_tokens(
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those that the model folder names."""
+    """The tokens that end an answer: the tokenizer's EOS and those that the model folder names."""
     stops = {tokenizer.eos_token_id}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
@@ -73,23 +74,18 @@ def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
 
 
 class _OwnDraws(LogitsProcessor):
-    """Leaves one token per row for `generate` to find: the one that its request's draws choose."""
+    """Leaves `generate` one token per row: the one that the row's own random stream chooses."""
 
     def __init__(
-        self, requests: Sequence[Request], stops: Collection[int], prompt_length: int, top_k: int
+        self, requests: Sequence[Request], stops: Sequence[int], prompt_length: int, top_k: int
     ) -> None:
-        self.requests, self.stops, self.top_k = requests, stops, top_k
+        self.requests, self.stops, self.top_k = requests, torch.tensor(stops), top_k
         self.prompt_length = prompt_length
-        self.live = [True] * len(requests)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > self.prompt_length:
-            last = input_ids[:, -1].tolist()
-            self.live = [
-                live and token not in self.stops
-                for live, token in zip(self.live, last, strict=True)
-            ]
-        tokens_B = next_tokens(scores, self.requests, self.live, self.top_k)
+        answers_BT = input_ids[:, self.prompt_length :]
+        ended_B = torch.isin(answers_BT, self.stops.to(answers_BT.device)).any(1)
+        tokens_B = next_tokens(scores, self.requests, (~ended_B).tolist(), self.top_k)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
 
 
@@ -102,12 +98,12 @@ def transformers_backend(
     max_new_tokens: int,
     top_k: int,
 ) -> Backend:
-    """Answers by transformers' `generate`, a padded batch at a time.
+    """Answers by transformers' `generate`, one padded batch at a time.
 
-    dtype: "auto" takes the weights as they are stored. What the folder's generation_config.json
-    says of sampling is left aside; its stop tokens count beside the tokenizer's.
+    dtype: "auto" keeps the dtype of the stored weights. The sampling settings of the folder's
+    generation_config.json are ignored; its stop tokens count in addition to the tokenizer's.
     """
-    logging.disable_progress_bar()  # one bar a rank for a second's loading
+    logging.disable_progress_bar()  # one bar per rank for a second of loading
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = model.to(device).eval()
     stops = stop_tokens(folder, tokenizer)
@@ -121,7 +117,7 @@ def transformers_backend(
         longest = max(len(request.ids) for request in requests)
         ids_BT = torch.full((len(requests), longest), pad)
         mask_BT = torch.zeros_like(ids_BT)
-        for row, request in enumerate(requests):  # padded on the left: all answers begin together
+        for row, request in enumerate(requests):  # padded on the left: all answers start together
             ids_BT[row, longest - len(request.ids) :] = torch.tensor(request.ids)
             mask_BT[row, longest - len(request.ids) :] = 1
         sampled = any(request.temperature > 0 for request in requests)
@@ -141,7 +137,7 @@ def transformers_backend(
 
 
 def import_vllm() -> ModuleType:
-    """vLLM, or a UserError that says how to get it."""
+    """vLLM, or a UserError that says how to install it."""
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -163,7 +159,7 @@ def vllm_backend(
 ) -> Backend:
     """Answers by vLLM, which must be installed; every request's seed is its generator's.
 
-    vLLM's own draws: they are repeatable, but not those of `transformers_backend`.
+    vLLM draws by itself: its samples are repeatable, but differ from `transformers_backend`'s.
     """
     vllm = import_vllm()
     model = vllm.LLM(
@@ -172,7 +168,7 @@ def vllm_backend(
         dtype=dtype,
         seed=0,
         tensor_parallel_size=tensor_parallel,
-        generation_config="vllm",  # not what the folder's file says of sampling
+        generation_config="vllm",  # ignores the sampling settings in the folder's file
     )
     stops = stop_tokens(folder, tokenizer)
 

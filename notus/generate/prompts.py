@@ -1,9 +1,9 @@
-"""What a model is asked: prompt files, the benchmarks' own sets, and how both become tokens."""
+"""Prompt files and the benchmarks' own prompt sets, and how their prompts become tokens."""
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 from huggingface_hub import hf_hub_download
@@ -14,15 +14,19 @@ from notus.data.formats import Message, read_messages
 from notus.data.tokenization import with_system_prompt
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
+from notus.strict import Invalid, Text, keys_of, parse
+
+Columns = TypeVar("Columns")
 
 PROMPT_FORMATS = ("template", "published")
 
 
 class Prompt(NamedTuple):
-    """Something to answer.
+    """A prompt and what belongs to it.
 
-    prompt: text, or a conversation up to the answer. answer: the one right answer, where there is
-    one. follow_ups: what the user says after each answer but the last. row: as it was read.
+    prompt: text, or a conversation up to the answer. answer: the only right answer, if there is
+    one. follow_ups: what the user says after each answer except the last. row: the row it was read
+    from, unchanged.
     """
 
     prompt: str | list[Message]
@@ -32,12 +36,12 @@ class Prompt(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What the user asked first, for display."""
+        """The user's question, for display; only the first of several turns."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
 
 class PromptSet(NamedTuple):
-    """Prompts of one kind, "alpaca_eval", "mt_bench" or "prompts", and where they are from."""
+    """Prompts of one kind, "alpaca_eval", "mt_bench" or "prompts", and the name given for them."""
 
     kind: str
     source: str
@@ -53,7 +57,7 @@ class HubFile(NamedTuple):
     count: int
 
 
-# Single files, because the datasets library no longer runs the script that AlpacaEval comes with.
+# Single files, because the datasets library no longer runs AlpacaEval's loading script.
 HUB_FILES = {
     "alpaca_eval": HubFile("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval.json", 805),
     "mt_bench": HubFile("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl", 80),
@@ -61,12 +65,13 @@ HUB_FILES = {
 
 
 def read_prompt_set(name: str) -> PromptSet:
-    """The prompts of a benchmark, "alpaca_eval" or "mt_bench", or of a file.
+    """The prompts of a benchmark, "alpaca_eval" or "mt_bench", or of a JSON or JSONL file.
 
     A file's kind follows from the columns of its rows: "instruction" as in AlpacaEval's sets,
-    "question_id" and "turns" as in FastChat's, or "prompt" (see `read_prompts`). Raises UserError
-    that names the row when one is not of the first row's kind, a benchmark's file that cannot be
-    had, and FastChat questions whose ids are not unique.
+    "question_id", "category" and "turns" as in FastChat's, or {"prompt": text or messages,
+    "answer"?: text}. Raises UserError, which names the row, for a row that is not of the first
+    row's kind, for FastChat questions whose ids are not unique, and for a benchmark's file that is
+    incomplete or cannot be downloaded.
     """
     path = name
     if name in HUB_FILES and not Path(name).exists():
@@ -91,23 +96,15 @@ def read_prompt_set(name: str) -> PromptSet:
     return PromptSet(kind, name, prompts)
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """The prompts of a JSON or JSONL file with rows {"prompt": text or messages, "answer"?: text}.
-
-    Files of the benchmarks' forms are read too, see `read_prompt_set`.
-    """
-    return read_prompt_set(path).prompts
-
-
 def check_prompts(path: str, folder: Path) -> None:
-    """Raise UserError unless the prompts at `path` can be put to the model in `folder`."""
-    check_template(read_prompts(path), path, folder, load_tokenizer(folder))
+    """Raise UserError unless the model in `folder` can be given the prompts at `path`."""
+    check_template(read_prompt_set(path).prompts, path, folder, load_tokenizer(folder))
 
 
 def check_template(
     prompts: Sequence[Prompt], source: str, folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Raise UserError when prompts are conversations and the tokenizer has no chat template."""
+    """Raise UserError if prompts are conversations and the tokenizer has no chat template."""
     conversational = any(not isinstance(prompt.prompt, str) for prompt in prompts)
     if conversational and not tokenizer.chat_template:
         raise UserError(
@@ -120,7 +117,7 @@ def _download(name: str) -> str:
     wanted = HUB_FILES[name]
     try:
         return hf_hub_download(wanted.repository, wanted.file, repo_type=wanted.repository_type)
-    except OSError as error:  # what the hub's own errors are, and those of the network
+    except OSError as error:  # the class of the hub's errors and of the network's
         first_line = str(error).strip().split("\n")[0]
         raise UserError(
             f"--prompts {name}: {wanted.file} of the hub's {wanted.repository_type} "
@@ -130,33 +127,49 @@ def _download(name: str) -> str:
         ) from None
 
 
-def _convert_prompt(row: dict[str, Any], where: str) -> Prompt:
-    prompt, answer = row.get("prompt"), row.get("answer")
-    if isinstance(prompt, list):
-        prompt = read_messages(row, "prompt", where)
-    if not isinstance(prompt, str | list) or not prompt:
-        raise UserError(f"{where}: prompt is {json.dumps(prompt)}, expected text or messages")
-    if answer is not None and not isinstance(answer, str):
-        raise UserError(f"{where}: answer is {json.dumps(answer)}, expected text")
-    return Prompt(prompt, answer)
+def read_columns(row: dict[str, Any], columns: type[Columns], where: str) -> Columns:
+    """A row's values for the fields of a dataclass, checked; other columns are ignored.
+
+    Raises UserError that names `where` and the column.
+    """
+    try:
+        return parse({name: row[name] for name in keys_of(columns) if name in row}, columns)
+    except Invalid as error:
+        raise UserError(f"{where}: {error}") from None
 
 
-def _convert_instruction(row: dict[str, Any], where: str) -> Prompt:
-    instruction = row.get("instruction")
-    if not isinstance(instruction, str) or not instruction:
-        raise UserError(f"{where}: instruction is {json.dumps(instruction)}, expected text")
+@dataclass(frozen=True)
+class PromptRow:
+    prompt: Text | tuple[Any, ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class InstructionRow:
+    instruction: Text
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    question_id: int
+    category: str
+    turns: tuple[Text, ...]
+
+
+def _from_prompt(row: dict[str, Any], where: str) -> Prompt:
+    found = read_columns(row, PromptRow, where)
+    if isinstance(found.prompt, str):
+        return Prompt(found.prompt, found.answer)
+    return Prompt(read_messages(row, "prompt", where), found.answer)
+
+
+def _from_instruction(row: dict[str, Any], where: str) -> Prompt:
+    instruction = read_columns(row, InstructionRow, where).instruction
     return Prompt([{"role": "user", "content": instruction}])
 
 
-def _convert_question(row: dict[str, Any], where: str) -> Prompt:
-    for column, kind, expected in (("question_id", int, "a number"), ("category", str, "text")):
-        if type(row.get(column)) is not kind:
-            found = json.dumps(row.get(column))
-            raise UserError(f"{where}: {column} is {found}, expected {expected}")
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(t and type(t) is str for t in turns):
-        raise UserError(f"{where}: turns is {json.dumps(turns)}, expected a list of texts")
-    first, *follow_ups = turns
+def _from_question(row: dict[str, Any], where: str) -> Prompt:
+    first, *follow_ups = read_columns(row, QuestionRow, where).turns
     return Prompt([{"role": "user", "content": first}], follow_ups=tuple(follow_ups))
 
 
@@ -171,21 +184,21 @@ def _check_unique_ids(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
             )
 
 
-# The columns that tell a kind, and what turns a row of it into a prompt.
+# By kind: the columns that identify it, and the function from one of its rows to a prompt.
 KINDS: dict[str, tuple[set[str], Callable[[dict[str, Any], str], Prompt]]] = {
-    "mt_bench": ({"question_id", "turns"}, _convert_question),
-    "alpaca_eval": ({"instruction"}, _convert_instruction),
-    "prompts": ({"prompt"}, _convert_prompt),
+    "mt_bench": ({"question_id", "turns"}, _from_question),
+    "alpaca_eval": ({"instruction"}, _from_instruction),
+    "prompts": ({"prompt"}, _from_prompt),
 }
 
 
 def encode_prompt(
     prompt: str | list[Message], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> list[int]:
-    """Token ids up to where the answer begins, as in training ("clean").
+    """The token ids before the answer, tokenized as in training ("clean").
 
-    A conversation has the special tokens that its template writes, plain text those of the
-    tokenizer. Raises UserError when the template refuses the conversation.
+    A conversation gets the special tokens of its template, plain text those of the tokenizer.
+    Raises UserError if the template refuses the conversation.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
@@ -201,21 +214,18 @@ def encode_prompt(
 
 
 def encode_published(
-    prompt: list[Message],
-    tokenizer: PreTrainedTokenizerFast,
-    system_prompt: str | None,
-    final_newline: bool,
+    prompt: list[Message], tokenizer: PreTrainedTokenizerFast, final_newline: bool
 ) -> list[int]:
-    """Token ids of the text that Zephyr's and Notus's published answers were written to.
+    """Token ids of the prompt text behind Zephyr's and Notus's published answers.
 
-    FastChat's "zephyr" conversation, an empty system turn unless one is given, with a BOS in front
-    (training had none). Notus's AlpacaEval script left the newline after "<|assistant|>" out, which
-    is why 803 of its 805 answers begin with one: `final_newline` False.
+    FastChat's "zephyr" conversation, with an empty system turn unless it has one, and with a BOS
+    in front (training had none). Notus's AlpacaEval script omitted the newline after
+    "<|assistant|>" (`final_newline` False), which is why 803 of its 805 answers start with one.
     """
-    system, *turns = with_system_prompt(prompt, system_prompt or "")
+    system, *turns = with_system_prompt(prompt, "")
     text = f"<|system|>\n{system['content']}</s>\n"
     for turn in [*turns, {"role": "assistant", "content": ""}]:
-        # An empty message is the place of an answer; FastChat writes an empty answer so as well.
+        # An empty message is the place for an answer; FastChat writes an empty answer the same way.
         text += f"<|{turn['role']}|>\n" + (turn["content"] + "</s>\n" if turn["content"] else "")
     ids = tokenizer(text if final_newline else text[:-1], add_special_tokens=False)["input_ids"]
     return [tokenizer.bos_token_id, *ids]

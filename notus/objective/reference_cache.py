@@ -23,7 +23,7 @@ from torch import Tensor
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError, agreed
 from notus.files import write_json, write_whole
-from notus.model.mistral import ModelShape
+from notus.model.hf_config import ModelShape
 from notus.objective.logprobs import gather_pairs, response_sums
 from notus.objective.reference import TOLERANCE, OnlineReference
 

@@ -11,7 +11,8 @@ import transformers
 import eval as command
 from notus.data.tokenizer import load_tokenizer
 from notus.evals import answers
-from notus.evals.answers import batches, default_name, temperature_of
+from notus.evals.answers import batches, default_name
+from notus.evals.benchmarks import temperature_of
 from notus.generate.prompts import Prompt
 
 NEW = 8
@@ -114,8 +115,9 @@ def test_own_prompts_keep_their_rows(demo, tmp_path):
     }
 
 
-@pytest.mark.parametrize("torn", ["", '{"index": 4, "respon'])
-def test_an_interrupted_run_goes_on_where_it_was(torn, other, instructions, tmp_path, monkeypatch):
+def test_an_interrupted_run_answers_only_the_other_prompts(
+    other, instructions, tmp_path, monkeypatch
+):
     whole, out = tmp_path / "whole.json", tmp_path / "out.json"
     more = ("--batch-size", "2", "--name", "n")
     assert generate(other, instructions, whole, *more) == 0
@@ -132,8 +134,7 @@ def test_an_interrupted_run_goes_on_where_it_was(torn, other, instructions, tmp_
     with pytest.raises(KeyboardInterrupt):
         generate(other, instructions, out, *more)
     assert not out.exists()
-    with (tmp_path / "out.json.partial-0").open("a") as file:
-        file.write(torn)
+    assert len(list((tmp_path / "out.json.partial").glob("batch-*.json"))) == 2
 
     def counted(prompts, *arguments):
         asked.append([prompt.row["instruction"] for prompt in prompts])
@@ -143,21 +144,22 @@ def test_an_interrupted_run_goes_on_where_it_was(torn, other, instructions, tmp_
     assert generate(other, instructions, out, *more) == 0
     assert sorted(sum(asked, [])) == sorted(row["instruction"] for row in INSTRUCTIONS)
     assert out.read_text() == whole.read_text()
+    assert not (tmp_path / "out.json.partial").exists()
 
 
 def test_other_settings_do_not_continue_a_run(
     other, demo, instructions, tmp_path, capsys, monkeypatch
 ):
-    out, partial = tmp_path / "out.json", tmp_path / "out.json.partial-0"
+    out, kept = tmp_path / "out.json", tmp_path / "out.json.partial/settings.json"
     settings = ("--name", "n")
 
-    def killed(path, text):
+    def killed(path, text, durable):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(answers, "write_whole", killed)
         generate(other, instructions, out, *settings)
-    before = partial.read_bytes()
+    before = kept.read_bytes()
     for model, more, key in (
         (other, ("--seed", "1"), "seed"),
         (other, ("--temperature", "0"), "temperature"),
@@ -165,11 +167,11 @@ def test_other_settings_do_not_continue_a_run(
         (demo / "sft", (), "model_sha256"),
     ):
         assert generate(model, instructions, out, *settings, *more) == 2
-        assert f"out.json.partial-0: was begun with {key}" in capsys.readouterr().err
-    partial.write_text("{}\n")
+        assert f"out.json.partial: was started with {key}" in capsys.readouterr().err
+    kept.write_text("{")
     assert generate(other, instructions, out, *settings) == 2
-    assert "not what an interrupted run leaves" in capsys.readouterr().err
-    partial.write_bytes(before)
+    assert "settings.json: not valid JSON" in capsys.readouterr().err
+    kept.write_bytes(before)
     assert generate(other, instructions, out, *settings) == 0
 
 

@@ -1,4 +1,4 @@
-"""A run beside a published one."""
+"""A run compared with a published one."""
 
 import json
 import math
@@ -36,13 +36,13 @@ def test_the_published_run_agrees_with_itself():
 
 
 def test_accuracies_differ_by_the_binomial_error():
-    """74 % of 2,000 beside 202 of 252: -0.0616 / sqrt(0.8016 * 0.1984 * (1/252 + 1/2000))."""
+    """74 % of 2,000 against 202 of 252: -0.0616 / sqrt(0.8016 * 0.1984 * (1/252 + 1/2000))."""
     run = DPO_RUNS["notus-7b-v1"]
     rows = differences_at("end", NAMES | {"eval_rewards/accuracies": 0.74}, run.end, run, 2000)
     assert rows[1].errors == pytest.approx(-2.31, abs=0.005)
     assert rows[1].verdict == "lower"
-    alone = differences_at("end", NAMES, run.end, run, None)[1]
-    assert alone.standard_error == pytest.approx(math.sqrt(0.8016 * 0.1984 / 252))
+    unknown = differences_at("end", NAMES, run.end, run, None)[1]
+    assert unknown.standard_error == pytest.approx(math.sqrt(0.8016 * 0.1984 / 252))
     text = summary(rows)
     assert text.startswith("1 of 3 differ") and "accuracy at end (-2.3)" in text
 

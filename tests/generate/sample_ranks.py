@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval as command
 from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
-from notus.generate.prompts import read_prompts
+from notus.generate.prompts import read_prompt_set
 from notus.generate.samples import write_samples
 from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM
@@ -35,7 +35,7 @@ for count in (5, 1):
     responses = write_samples(
         model,
         load_tokenizer(model_folder),
-        read_prompts(str(prompt_file))[:count],
+        read_prompt_set(str(prompt_file)).prompts[:count],
         max_new_tokens=6,
         temperature=0.9,
         seed=7,

@@ -61,13 +61,13 @@ def with_stop(folder, target, token):
     return target
 
 
-def test_a_greedy_batch_is_each_prompt_alone(other, prompts):
+def test_a_greedy_batch_is_each_prompt_on_its_own(other, prompts):
     answers = backend(other)(requests_for(prompts, [0.0] * len(prompts)))
     assert answers == [alone(other, ids, do_sample=False) for ids in prompts]
     assert len({tuple(answer) for answer in answers}) > 1
 
 
-def test_a_sampled_batch_is_each_prompt_alone_after_manual_seed(other, prompts, tmp_path):
+def test_a_sampled_batch_is_each_prompt_on_its_own_after_manual_seed(other, prompts, tmp_path):
     """Greedy and sampled rows in one batch, some of which end before others."""
     temperatures = [0.7, 0.0, 0.1, 1.3, 0.7]
     unstopped = backend(other, top_k=7)(requests_for(prompts, temperatures))
@@ -83,7 +83,7 @@ def test_a_sampled_batch_is_each_prompt_alone_after_manual_seed(other, prompts, 
         if temperature:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 7}
         assert answers[number] == alone(folder, ids, **sampling)
-        if temperature:  # the stream stands where transformers' does, for a second turn's sake
+        if temperature:  # the stream is where transformers' is, for a second turn
             assert torch.equal(requests[number].draws.get_state(), torch.get_rng_state())
 
 

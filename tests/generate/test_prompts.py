@@ -40,11 +40,14 @@ def test_a_file_s_kind_follows_from_its_columns(row, kind, follow_ups, answer, t
     [
         ([{"text": "a"}], "prompts.jsonl:1: the columns are text; expected prompt, or"),
         ([QUESTION, QUESTION], "prompts.jsonl:2: question_id 81 is also that of .*prompts.jsonl:1"),
-        ([QUESTION | {"question_id": "81"}], 'question_id is "81", expected a number'),
-        ([{"question_id": 1, "turns": ["a"]}], "category is null, expected text"),
-        ([QUESTION | {"turns": ["a", ""]}], r'turns is \["a", ""\], expected a list of texts'),
-        ([QUESTION, INSTRUCTION], "prompts.jsonl:2: question_id is null"),
-        ([INSTRUCTION, {"instruction": ""}], 'prompts.jsonl:2: instruction is "", expected text'),
+        ([QUESTION | {"question_id": "81"}], 'question_id: found "81", expected an integer'),
+        (
+            [{"question_id": 1, "turns": ["a"]}],
+            "prompts.jsonl:1: category: missing, expected a string",
+        ),
+        ([QUESTION | {"turns": ["a", ""]}], 'turns.1: found "", expected a non-empty string'),
+        ([QUESTION, INSTRUCTION], "prompts.jsonl:2: question_id: missing"),
+        ([INSTRUCTION, {"instruction": ""}], 'prompts.jsonl:2: instruction: found "", expected'),
     ],
 )
 def test_a_wrong_row_is_named(rows, words, tmp_path):
@@ -63,7 +66,7 @@ def test_without_a_network_the_message_names_the_file_to_give(monkeypatch):
         read_prompt_set("mt_bench")
 
 
-def test_a_benchmark_must_be_whole(monkeypatch, tmp_path):
+def test_a_benchmark_must_be_complete(monkeypatch, tmp_path):
     file = write(tmp_path, QUESTION)
     monkeypatch.setattr(prompts, "hf_hub_download", lambda *arguments, **settings: file)
     with pytest.raises(UserError, match="found 1 prompts of the kind mt_bench, expected .* 80"):
@@ -98,7 +101,7 @@ def test_published_text_has_an_empty_system_turn_and_a_bos(first_answer, demo):
     tokenizer = load_tokenizer(demo / "sft")
     messages, text = conversation(first_answer)
     for final_newline, shown in ((True, text), (False, text[:-1])):
-        encoded = encode_published(messages, tokenizer, None, final_newline)
+        encoded = encode_published(messages, tokenizer, final_newline)
         assert encoded == [1, *tokenizer(shown, add_special_tokens=False)["input_ids"]]
 
 

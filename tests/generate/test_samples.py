@@ -1,4 +1,4 @@
-"""What the models answer, how it is marked, and how it is shown."""
+"""Answers of the models, their marks and the page that shows them."""
 
 import json
 import os
@@ -13,19 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 import eval as command
 from notus.data.tokenizer import load_tokenizer
+from notus.engine import distributed
 from notus.errors import UserError
 from notus.generate import samples
-from notus.generate.prompts import Prompt, read_prompts
-from notus.generate.samples import (
-    before_and_after,
-    held_out_rows,
-    record_samples,
-    samples_markdown,
-    share_right,
-    side_by_side,
-    write_responses,
-    write_samples,
-)
+from notus.generate.answering import respond_all
+from notus.generate.prompts import Prompt, read_prompt_set
+from notus.generate.samples import record_samples, samples_markdown, share_right, write_samples
 from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights
@@ -34,11 +27,23 @@ CPU = torch.device("cpu")
 NEW = 6
 
 
+@pytest.fixture(autouse=True, scope="module")
+def group():
+    """A process group of one rank."""
+    distributed.start("cpu")
+    yield
+    distributed.stop()
+
+
+def read_prompts(path):
+    return read_prompt_set(str(path)).prompts
+
+
 def test_prompts_are_text_or_messages(tmp_path):
     file = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "Why?"}]
     file.write_text(json.dumps({"prompt": messages, "answer": "So"}) + '\n{"prompt": "Once"}\n')
-    prompts = read_prompts(str(file))
+    prompts = read_prompts(file)
     assert [prompt[:2] for prompt in prompts] == [(messages, "So"), ("Once", None)]
     assert [prompt.text for prompt in prompts] == ["Why?", "Once"]
 
@@ -47,43 +52,14 @@ def test_prompts_are_text_or_messages(tmp_path):
 def test_a_wrong_prompt_is_named(row, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps(row))
-    with pytest.raises(UserError, match="prompts.jsonl:1: (prompt|answer) is"):
-        read_prompts(str(file))
+    with pytest.raises(UserError, match="prompts.jsonl:1: (prompt|answer): found"):
+        read_prompts(file)
 
 
 def test_share_right_counts_prompts_that_have_an_answer():
     prompts = [Prompt("a", "1"), Prompt("b", "2"), Prompt("c", None)]
     assert share_right(prompts, [" 1\n", "2 or 3", "?"]) == 0.5
     assert share_right(prompts[2:], ["?"]) is None
-
-
-def test_side_by_side_shows_what_differs():
-    prompts = [Prompt("a", "1"), Prompt("b", "2"), Prompt("c", None)]
-    text = side_by_side(prompts, ["1", "2", "x\ny"], ["1", "3", "z"], 5)
-    assert text.splitlines() == [
-        "2 of 3 prompts are answered differently; the first:",
-        "",
-        "prompt     b",
-        "answer     2",
-        "reference  3",
-        "policy     2",
-        "",
-        "prompt     c",
-        "reference  z",
-        "policy     x / y",
-    ]
-
-
-def test_before_and_after_takes_first_and_last_evaluation(tmp_path):
-    names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    lines = [{"step": step} | {f"eval_{name}": float(step) for name in names} for step in (0, 5, 9)]
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 10}]))
-    rows = held_out_rows(file)
-    assert [row[1:] for row in rows] == [(0.0, 9.0)] * 5
-    assert before_and_after(rows).splitlines()[1].split() == ["eval_loss", "0.0000", "9.0000"]
-    file.write_text('{"step": 1}\n')
-    assert held_out_rows(file) == []
 
 
 def model_of(folder):
@@ -93,7 +69,7 @@ def model_of(folder):
 
 
 def alone(folder, prompts, **sampling):
-    """transformers' responses to one prompt at a time, the seed set anew for each."""
+    """transformers' responses to one prompt at a time, the seed set again for each."""
     tokenizer = load_tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     responses = []
@@ -113,7 +89,7 @@ def alone(folder, prompts, **sampling):
 
 @pytest.fixture
 def asked(demo):
-    return [*read_prompts(str(demo / "prompts.jsonl"))[:4], Prompt("Once " * 30), Prompt("A")]
+    return [*read_prompts(demo / "prompts.jsonl")[:4], Prompt("Once " * 30), Prompt("A")]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
@@ -133,7 +109,9 @@ def test_our_model_and_the_saved_one_answer_as_transformers_does(
         "device": CPU,
     }
     assert write_samples(model_of(other), load_tokenizer(other), asked, **settings) == expected
-    assert write_responses(other, asked, **settings) == expected
+    saved = {"top_k": 0, "batch_size": 4, "dtype": "float32"}
+    found = respond_all(other, asked, **settings, **saved)
+    assert found == [[text.strip()] for text in expected]
 
 
 def test_an_answer_ends_at_the_end_of_sequence(other, asked):
@@ -178,7 +156,7 @@ def test_a_sharded_model_answers_as_one(other, demo, tmp_path):
         timeout=150,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    prompts = read_prompts(str(demo / "prompts.jsonl"))
+    prompts = read_prompts(demo / "prompts.jsonl")
     for count in (5, 1):
         expected = alone(other, prompts[:count], do_sample=True, temperature=0.9)
         for rank in range(2):
@@ -224,33 +202,3 @@ def test_a_resumed_run_writes_its_samples_over(tmp_path):
     )
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"samples/text_summary" in events.read_bytes()
-
-
-def test_the_command_shows_both_models(other, demo, tmp_path, capsys):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "Once"}\n')
-    given = ["samples", str(other), "--reference", str(demo / "sft"), "--prompts", str(prompts)]
-    assert command.main([*given, "--max-new-tokens", "3"]) == 0
-    shown = capsys.readouterr().out
-    assert f"| reference: sft | policy: {other.name} |" in shown
-    out = tmp_path / "samples.md"
-    assert command.main([*given, "--max-new-tokens", "3", "--out", str(out)]) == 0
-    assert out.read_text() == shown.removesuffix("\n")
-    assert command.main([*given, "--out", str(out)]) == 2
-    assert "the file exists" in capsys.readouterr().err
-
-
-def test_models_of_other_vocabularies_are_refused(demo, tiny_folder, tmp_path, capsys):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "Once"}\n')
-    smaller = tmp_path / "smaller"
-    config = transformers.MistralConfig.from_pretrained(demo / "sft")
-    config.vocab_size += 64
-    transformers.MistralForCausalLM(config).save_pretrained(smaller)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (smaller / name).write_bytes((demo / "sft" / name).read_bytes())
-    given = ["samples", str(demo / "sft"), "--prompts", str(prompts), "--reference"]
-    assert command.main([*given, str(smaller)]) == 2
-    assert "has a vocabulary of" in capsys.readouterr().err
-    assert command.main([*given, str(tiny_folder)]) == 2
-    assert "no tokenizer.json or tokenizer.model" in capsys.readouterr().err
