@@ -1,7 +1,7 @@
 """The reference's log-probs kept on disk: computed in one pass, checked whenever they are read.
 
 They depend on the reference's weights, the token ids and the numerics, and on nothing else: not on
-the loss, beta or learning rate. These three are a cache's identity, which is recorded beside it.
+the loss, beta or learning rate. These three are a cache's identity, which is recorded next to it.
 """
 
 import hashlib

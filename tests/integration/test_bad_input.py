@@ -171,7 +171,7 @@ def test_unknown_section(place, capfd):
         ("loss.name=dpo", ("loss.name: unknown loss 'dpo'", "mean 'sigmoid'?", "one of sigmoid,")),
         ("loss.betta=1", ("loss.betta: unknown option (did you mean 'beta'?)", "takes beta,")),
         ("loss.gamma=1", ("loss.gamma: not used by loss 'sigmoid', which takes beta,",)),
-        ("loss.beta=-1", ("loss.beta: expected a number greater than 0, found -1",)),
+        ("loss.beta=-1", ("loss.beta: found -1", "expected a number above 0")),
         ("loss.mix=[]", ("loss.mix: found [], expected a list of one or more values",)),
         (
             "reference.log_probs=none",

@@ -1,4 +1,4 @@
-"""A reference pass that is broken off, on several ranks: it goes on, and nothing is left of it."""
+"""An interrupted reference pass on several ranks: it is resumed and leaves no partial files."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def config(demo, tmp_path_factory) -> str:
 
 
 def log_probs(output: Path) -> torch.Tensor:
-    """What the only cache of a run holds; there must be no parts."""
+    """The log-probs of the only cache of a run; there must be no parts."""
     (file,) = (output / "reference").glob("*.safetensors")
     assert sorted(f.suffix for f in file.parent.iterdir()) == [".json", ".safetensors"]
     return load_file(file)["log_probs"]
@@ -30,7 +30,7 @@ def log_probs(output: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def whole(config) -> torch.Tensor:
-    """The log-probs of a pass on two ranks that nothing interrupts."""
+    """The log-probs of an uninterrupted pass on two ranks."""
     output = Path(config).parent / "whole"
     code, _ = run_ranks([config, f"output_dir={output}"], output.with_suffix(".log"), 2, PARTS)
     assert code == 0
@@ -42,7 +42,7 @@ PARTS = "small parts"
 
 @pytest.mark.parametrize("ranks", [2, 1])
 def test_killed_in_the_pass(config, whole, tmp_path, ranks):
-    """After SIGKILL it goes on: to the bit on as many ranks, up to rounding on others."""
+    """Resumed after SIGKILL: bit-identical on as many ranks, up to rounding on others."""
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, f"output_dir={output}"]
     processes = launch(arguments, log, 2, PARTS)
@@ -61,7 +61,7 @@ def test_killed_in_the_pass(config, whole, tmp_path, ranks):
 
 
 def test_no_space_in_the_pass(config, whole, tmp_path):
-    """One message, and all ranks end; with space again it goes on after the second part."""
+    """One message, and all ranks end; with space again it resumes after the second part."""
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, f"output_dir={output}"]
     code, told = run_ranks(arguments, log, 2, PARTS + ", the third refused")
