@@ -79,7 +79,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """The command that starts this program again, from sys.argv and torchrun's environment.
 
-    torchrun does not tell the address at which several machines meet: a placeholder stands for it.
+    torchrun does not set the address at which several machines meet: HOST:PORT stands in for it.
     """
     machines = int(environment.get("GROUP_WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" not in environment:

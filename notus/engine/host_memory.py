@@ -8,7 +8,7 @@ def free_host_bytes(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory available without swapping, within the limit of this process's control group.
 
     Containers and batch systems set such limits (version 2); a group's cached files count as free.
-    Systems other than Linux do not tell: half of the physical memory.
+    On systems other than Linux: half of the physical memory.
     """
     try:
         information = Path("/proc/meminfo").read_text().splitlines()

@@ -127,8 +127,7 @@ class Saver(AbstractContextManager):
         """Wait for the last save; None if it succeeded or there is none, else why it failed."""
         return self._outcome.result() if self._outcome else None
 
-    # The methods below run in the thread, on all ranks. What they return or raise is the same on
-    # each.
+    # The methods below run in the thread, on all ranks, and return or raise the same on each.
 
     def _prepare(self, partial: Path) -> None:
         """Make the folder to write into, and remove what killed saves have left."""

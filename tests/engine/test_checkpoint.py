@@ -97,7 +97,7 @@ def test_nothing_to_resume_from(two, tmp_path):
         find_checkpoint(tmp_path, str(tmp_path), print)
 
 
-def test_identity_of_the_weights_alone(two, tiny_folder, tiny_model, tmp_path):
+def test_the_identity_covers_only_the_weights(two, tiny_folder, tiny_model, tmp_path):
     one, other = checkpoints(two)
     identity = checkpoint.checkpoint_identity(one)
     assert identity["path"] == str(one) and len(identity["sha256"]) == 64
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_damage(two, monkeypatch):
     assert said[0].endswith("optimizer-00001-of-00001.safetensors: Input/output error")
 
 
-def test_weights_alone_for_a_new_run(tiny_folder, tiny_model, two, tmp_path):
+def test_a_new_run_takes_only_the_weights(tiny_folder, tiny_model, two, tmp_path):
     fresh = MistralForCausalLM(tiny_model.shape)
     folder = checkpoints(two)[0]
     load_trained(folder, fresh)

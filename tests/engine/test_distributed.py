@@ -1,4 +1,4 @@
-"""What can be said of ranks and memory without starting several processes."""
+"""Ranks and memory, as far as one process can show them."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_only_this_machine_s_share_counts(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "printed"), [(0, "once\n"), (1, "")])
-def test_the_first_rank_alone_speaks(rank, printed, capsys):
+def test_only_the_first_rank_prints(rank, printed, capsys):
     Ranks(rank, 2, CPU).say("once")
     assert capsys.readouterr().out == printed
 
@@ -53,8 +53,8 @@ distributed.stop()
 """
 
 
-def test_a_thread_that_is_late_still_finds_python_at_the_end():
-    """As one of gloo's is; without a moment's wait the process would be gone."""
+def test_a_late_thread_still_finds_python_at_the_end():
+    """One of gloo's can be late; without the wait the process would be gone."""
     done = subprocess.run(
         [sys.executable, "-c", LATE_THREAD],
         cwd=Path(__file__).parents[2],

@@ -123,7 +123,9 @@ def test_means_do_not_depend_on_the_division():
     assert totals.means() == resumed.means()
     assert totals.snapshot() == {}
     totals.add(part(slice(7, 8)))
-    assert totals.means()["loss"] == pytest.approx(losses[7])  # nothing is left of what was told
+    assert totals.means()["loss"] == pytest.approx(
+        losses[7]
+    )  # nothing is left of the reported sums
 
 
 def test_speed(monkeypatch):

@@ -1,4 +1,4 @@
-"""What an edited program may resume: new keys have their defaults, real differences are refused."""
+"""Resuming with an edited program: new keys have their defaults, differences are refused."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ def shape(tiny_folder) -> ModelShape:
 def problems(
     folder: Path, saved: Path, settings: dict[str, Any], today: dict[str, Any], shape: ModelShape
 ) -> list[str]:
-    """What output_dir and checkpoint are refused for."""
+    """The messages with which output_dir and checkpoint are refused."""
     common = what_must_match(settings, shape, PAIRS, {"sha256": "r"}, None, 9)
     said = []
     for check in (

@@ -83,7 +83,7 @@ def test_a_run_whose_every_step_was_skipped_can_be_saved(tiny_folder, tiny_model
 
 
 def test_a_save_holds_what_the_weights_were(tiny_folder, tiny_model, tmp_path, monkeypatch):
-    """Training goes on while the thread has not written a byte."""
+    """Training continues while the thread has not written a byte."""
     optimizer = updated(tiny_model)
     before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
     steps_go_on = []
