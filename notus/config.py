@@ -85,7 +85,7 @@ class Source:
     path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
     split: Text | None = None  # null: "train", where the dataset has splits
     weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
-    format: Text | None = None  # a name from notus/data/formats.py; null: seen from the rows
+    format: Text | None = None  # a name from notus/data/preferences.py; null: seen from the rows
     curation: Curation | None = None  # null: the rows are pairs, and all of them enter
 
 
