@@ -1,20 +1,18 @@
-"""Sets of rated responses -> preference pairs: the rule, decontamination, and what was left out.
+"""Sets of rated responses -> preference pairs: the rules, decontamination, and the command.
 
     python -m notus.curation INPUT --out DIR [--rule mean-rating] [--decontaminate FILE ...]
 
-curates a file, folder or hub dataset into a folder of its own; a source in a training
-configuration that has "curation" goes the same way without files in between. With the same
-settings and seed both give the same pairs.
+curates a file, folder or hub dataset into a new folder. A source in a training configuration that
+has "curation" is curated the same way without files in between. With the same settings and seed
+both give the same pairs.
 """
 
 import argparse
 import hashlib
 import json
-import shutil
 import sys
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +37,9 @@ from notus.curation.ratings import (
     find_rated_format,
 )
 from notus.curation.report import Summary, write_report
-from notus.curation.rows import PlacedRow, Row, read_rows, read_text
+from notus.curation.rows import Row, read_rows, read_text
 from notus.errors import UserError
+from notus.files import new_folder
 from notus.strict import Text
 
 DUPLICATE = "duplicate prompt"
@@ -67,10 +66,10 @@ class Curation:
 
 
 class Screen:
-    """Which rows stay out of the training data because of their prompt or their source."""
+    """Decides which rows are left out because of their prompt or their source."""
 
     def __init__(self, curation: Curation, held_out: Sequence[str] = ()) -> None:
-        """held_out: files of prompts that no pair may repeat, or nearly so.
+        """held_out: files of prompts that no pair may repeat or nearly repeat.
 
         Raises:
             UserError: a file cannot be read, or holds no prompts.
@@ -85,9 +84,9 @@ class Screen:
                 self._held_out.add(prompt, where)
 
     def refuse(self, asked: Sequence[str], whole: str, row: Row, where: str) -> Dropped | None:
-        """Why a row gives no pair whatever its responses; None if it may.
+        """The reason to leave a row out whatever its responses are; None if there is none.
 
-        asked: the texts that the prompt asks; whole: the prompt as one text.
+        asked: the texts of the user in the prompt; whole: the prompt as one text.
         """
         if self._sources and read_text(row, "source", where) in self._sources:
             return Dropped(f'source "{row["source"]}"')
@@ -96,7 +95,7 @@ class Screen:
         return Dropped(HELD_OUT_PROMPT) if self._held_out.find(whole) else None
 
     def repeated(self, whole: str, where: str) -> Dropped | None:
-        """Whether a pair's prompt came before in another pair; notes it if it did not."""
+        """The reason to drop a pair with an earlier pair's prompt; None notes the prompt as seen."""
         if self._duplicates == "keep" or self._seen.add(whole, where) is None:
             return None
         return Dropped(DUPLICATE if self._duplicates == "exact" else NEAR_DUPLICATE)
@@ -105,7 +104,7 @@ class Screen:
 def curate_row(
     rated: RatedRow, row: Row, where: str, curation: Curation, screen: Screen, seed: int
 ) -> Choice | Dropped:
-    """The pair of a row of rated responses, or why it gives none.
+    """The pair of a row of rated responses, or the reason why it gives none.
 
     Raises:
         UserError: a rating is out of range, or a response that would be in the pair is not text.
@@ -153,73 +152,58 @@ SCHEMA = pyarrow.schema(
 
 
 def curate(path: str, split: str | None, out: Path, settings: Settings) -> Summary:
-    """Curates the rows at `path` (see `read_rows`) into the new folder `out`.
+    """Curate the rows at `path` (see `read_rows`) into the new folder `out`.
 
     It holds train.parquet and jsonl/train.jsonl (the same pairs, in Argilla's columns; the
     `*_avg_rating` are the scores under the rule), jsonl/dropped.jsonl (every other row and why),
     report.md with figures, and manifest.json (settings, hashes, counts). As a training source the
-    folder is its Parquet file. It appears whole, or not at all.
+    folder is its Parquet file. It appears only when it is complete.
 
     Raises:
         UserError: `out` exists, a file cannot be read, a row or a rating is malformed, or no pair
             is left.
     """
-    with new_folder(out) as folder:
-        screen = Screen(settings, settings.held_out)
-        summary, digest = Summary(), hashlib.sha256()
-        (folder / "jsonl").mkdir()
-        with (
-            pyarrow.parquet.ParquetWriter(folder / "train.parquet", SCHEMA) as parquet,
-            open(folder / "jsonl" / "train.jsonl", "w", encoding="utf-8") as train,
-            open(folder / "jsonl" / "dropped.jsonl", "w", encoding="utf-8") as dropped,
-        ):
-            batch: list[Row] = []
-            for where, row in tqdm(read_rows(path, split), unit=" rows", disable=None):
-                digest.update(_canonical(row))
-                rated = find_rated_format(row, where).read(row, where)
-                outcome = curate_row(rated, row, where, settings, screen, settings.seed)
-                summary.add(rated, outcome, where)
-                if isinstance(outcome, Dropped):
-                    _write_line(dropped, _record_of_dropped(rated, outcome, where))
-                    continue
-                batch.append(_record_of_pair(rated, outcome, where))
-                _write_line(train, batch[-1])
-                if len(batch) == 1000:
-                    parquet.write_table(pyarrow.Table.from_pylist(batch, SCHEMA))
-                    batch = []
-            parquet.write_table(pyarrow.Table.from_pylist(batch, SCHEMA))
-        if not summary.pairs:
-            rule = f'under the rule "{settings.rule}"'
-            raise UserError(f"{path}: no pair is left {rule}; {_counts(summary)}")
-        described = {"input": path, "split": split or "train", **asdict(settings)}
-        write_report(folder, summary, {key: _show(value) for key, value in described.items()})
-        _write_manifest(folder, described, digest.hexdigest(), summary)
-    return summary
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name at the end, or vanishes on an error.
-
-    Raises:
-        UserError: `path` exists already or cannot be made.
-    """
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path}: exists already; expected the name of a new folder")
-    # A random name: a run that is killed leaves its folder, and process numbers come again.
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    made = [folder for folder in path.parents if not folder.exists()]
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already; expected the name of a new folder")
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(path)
+        with new_folder(out) as folder:
+            return _fill(folder, path, split, settings)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made: {error}") from None
+        raise UserError(f"{out}: cannot be made: {error}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in made:
             with suppress(OSError):  # there is no such folder, or it has got its content
                 folder.rmdir()
+
+
+def _fill(folder: Path, path: str, split: str | None, settings: Settings) -> Summary:
+    """Write everything that `curate` promises into `folder`."""
+    screen = Screen(settings, settings.held_out)
+    summary, digest = Summary(), hashlib.sha256()
+    pairs, dropped = [], []
+    for where, row in tqdm(read_rows(path, split), unit=" rows", disable=None):
+        digest.update(_canonical(row))
+        rated = find_rated_format(row, where).read(row, where)
+        outcome = curate_row(rated, row, where, settings, screen, settings.seed)
+        summary.add(rated, outcome, where)
+        if isinstance(outcome, Dropped):
+            dropped.append(_record_of_dropped(rated, outcome, where))
+        else:
+            pairs.append(_record_of_pair(rated, outcome, where))
+    if not pairs:
+        rule = f'under the rule "{settings.rule}"'
+        raise UserError(f"{path}: no pair is left {rule}; {_counts(summary)}")
+    (folder / "jsonl").mkdir()
+    for name, records in (("train", pairs), ("dropped", dropped)):
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / "jsonl" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    table = pyarrow.Table.from_pylist(pairs, SCHEMA)
+    pyarrow.parquet.write_table(table, folder / "train.parquet", row_group_size=1000)
+    described = {"input": path, "split": split or "train", **asdict(settings)}
+    write_report(folder, summary, {key: _show(value) for key, value in described.items()})
+    _write_manifest(folder, described, digest.hexdigest(), summary)
+    return summary
 
 
 def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:
@@ -236,13 +220,14 @@ def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:
 
 
 def _record_of_dropped(rated: RatedRow, dropped: Dropped, where: str) -> Row:
-    record = {"row": where, "source": rated.source, "instruction": rated.prompt}
     hit = {} if dropped.hit is None else dropped.hit._asdict()
-    return {**record, "reason": dropped.reason, **{f"benchmark_{k}": v for k, v in hit.items()}}
-
-
-def _write_line(file: Any, record: Row) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return {
+        "row": where,
+        "source": rated.source,
+        "instruction": rated.prompt,
+        "reason": dropped.reason,
+        **{f"benchmark_{name}": value for name, value in hit.items()},
+    }
 
 
 def _canonical(row: Row) -> bytes:
@@ -253,13 +238,15 @@ def _canonical(row: Row) -> bytes:
 def _write_manifest(
     folder: Path, described: dict[str, Any], input_hash: str, summary: Summary
 ) -> None:
-    prompts = {
-        name: _hash_of_rows(read_rows(name))
-        for name in (*described["decontaminate"], *described["held_out"])
-    }
+    rows_sha256 = {described["input"]: input_hash}
+    for name in (*described["decontaminate"], *described["held_out"]):
+        digest = hashlib.sha256()
+        for _, row in read_rows(name):
+            digest.update(_canonical(row))
+        rows_sha256[name] = digest.hexdigest()
     manifest = {
         **described,
-        "rows_sha256": {described["input"]: input_hash, **prompts},
+        "rows_sha256": rows_sha256,
         "counts": {
             "rows": summary.rows,
             "pairs": summary.pairs,
@@ -274,13 +261,6 @@ def _write_manifest(
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _hash_of_rows(rows: Iterable[PlacedRow]) -> str:
-    digest = hashlib.sha256()
-    for _, row in rows:
-        digest.update(_canonical(row))
-    return digest.hexdigest()
 
 
 def _show(value: Any) -> str:
@@ -298,29 +278,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m notus.curation",
         description="Curate a set of rated responses into preference pairs.",
     )
-    parser.add_argument("input", help="a JSON, JSONL or Parquet file, a folder, or a hub id")
-    parser.add_argument("--split", help="a split of the input (default: train)")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to make")
-    parser.add_argument("--rule", choices=RULES, default=Settings.rule, help="what ranks responses")
-    parser.add_argument("--rejected", choices=REJECTED, default=Settings.rejected)
-    files = {"action": "extend", "nargs": "+", "default": [], "metavar": "FILE"}
-    parser.add_argument("--decontaminate", **files, help="benchmark prompts, to be left out")
-    parser.add_argument(
-        "--match",
-        choices=MATCHES,
-        default=Settings.match,
-        help="how a benchmark prompt is recognised",
-    )
-    parser.add_argument("--held-out", **files, help="prompts to evaluate on, to be left out")
-    parser.add_argument(
-        "--drop-source", **files | {"metavar": "NAME"}, help="rows whose source is left out"
-    )
-    parser.add_argument(
-        "--duplicates", choices=DUPLICATES, default=Settings.duplicates, help="of prompts"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=Settings.seed, help="of the draw of rejected responses"
-    )
+    add, defaults = parser.add_argument, Settings()
+    files = {"action": "extend", "nargs": "+", "default": []}
+    add("input", help="a JSON, JSONL or Parquet file, a folder, or a hub id")
+    add("--split", help="a split of the input (default: train)")
+    add("--out", required=True, type=Path, help="the folder to make")
+    add("--rule", choices=RULES, default=defaults.rule, help="what ranks responses")
+    add("--rejected", choices=REJECTED, default=defaults.rejected)
+    add("--decontaminate", **files, metavar="FILE", help="benchmark prompts to leave out")
+    add("--match", choices=MATCHES, default=defaults.match, help="how they are recognised")
+    add("--held-out", **files, metavar="FILE", help="evaluation prompts to leave out")
+    add("--drop-source", **files, metavar="NAME", help="leave out rows of this source")
+    add("--duplicates", choices=DUPLICATES, default=defaults.duplicates, help="of prompts")
+    add("--seed", type=int, default=defaults.seed, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
     settings = Settings(
         rule=options.rule,
@@ -339,7 +309,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"wrote {options.out}: {summary.pairs:,} pairs; {_counts(summary)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
-"""Prompts that must not be trained on: those of benchmarks, of held-out rows, and repeated ones.
+"""Prompts that must not be trained on: those of benchmarks and held-out rows, and repeated ones.
 
 Texts are compared word by word, without case, punctuation and spacing. `BenchmarkPrompts` finds
-the prompts of a test set, also inside longer ones; `SeenPrompts` finds a prompt that came before.
+the prompts of a test set, also inside longer ones; `SeenPrompts` finds repeated prompts.
 """
 
 import re
@@ -39,14 +39,14 @@ def words_of(text: str) -> list[str]:
 
 
 def asked(prompt: str | list[dict[str, str]]) -> list[str]:
-    """What a prompt, text or messages, asks: the text itself, or each turn of the user."""
+    """The texts that a prompt asks: the text itself, or the content of each turn of the user."""
     if isinstance(prompt, str):
         return [prompt]
     return [message["content"] for message in prompt if message["role"] == "user"]
 
 
 def whole_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as one text: that of all its turns."""
+    """A prompt as one text, that of all its turns."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(message["content"] for message in prompt)
@@ -55,9 +55,8 @@ def whole_text(prompt: str | list[dict[str, str]]) -> str:
 class Hit(NamedTuple):
     """A benchmark prompt found in a training prompt.
 
-    kind is "exact prompt", "normalised prompt" (the same words) or "8-grams"; `benchmark` is the
-    file's path as given, `where` the place in it; `overlap` is the covered part of `prompt`'s
-    words, from 0 to 1.
+    kind: "exact prompt", "normalised prompt" (the same words) or "8-grams". benchmark: the file's
+    path as given; where: the row in it. overlap: the covered share of `prompt`'s words, 0 to 1.
     """
 
     kind: str
@@ -80,14 +79,15 @@ class Dropped(NamedTuple):
 
 
 class BenchmarkPrompts:
-    """The prompts of benchmark files, to be looked for in training prompts.
+    """An index of the prompts of benchmark files, to find them in training prompts.
 
-    The index holds every 8-gram of the benchmarks, so a look-up costs the training prompt's
-    length and not the benchmarks' size. Prompts of fewer than 8 words are found whole only.
+    It holds every 8-gram of the benchmarks, so the time of a look-up depends on the training
+    prompt's length and not on the benchmarks' size. Prompts of fewer than 8 words are found only
+    as complete prompts.
     """
 
     def __init__(self, paths: Sequence[str], match: str) -> None:
-        """match: what is looked for, a name in `MATCHES`, and what stands before it there.
+        """match: a name in `MATCHES`; those before it are looked for too.
 
         Raises:
             UserError: a file cannot be read, or holds no prompts (see `read_prompts`).
@@ -112,7 +112,7 @@ class BenchmarkPrompts:
         self._starts = np.concatenate([*starts, np.empty(0, np.int64)])[order]
 
     def find(self, texts: Sequence[str]) -> Hit | None:
-        """The benchmark prompt that one of `texts` holds, the surest kind of hit first."""
+        """A benchmark prompt that one of `texts` holds, the surest kind of hit first, or None."""
         for text in texts:
             if text in self._exact:
                 return self._hit("exact prompt", self._exact[text], 1.0)
@@ -132,7 +132,7 @@ class BenchmarkPrompts:
         return Hit(kind, *self._prompts[number], overlap)
 
     def _coverage(self, words: list[str]) -> tuple[float, int] | None:
-        """(part of its words, number) of the benchmark prompt that is covered most."""
+        """(covered share of its words, number) of the benchmark prompt that is covered most."""
         grams = np.unique(_ngrams(words, NGRAM))
         left = np.searchsorted(self._keys, grams, "left")
         right = np.searchsorted(self._keys, grams, "right")
@@ -147,13 +147,13 @@ class BenchmarkPrompts:
 
 
 class SeenPrompts:
-    """Prompts seen so far, each with the place that it came from."""
+    """The prompts seen so far, each with its origin."""
 
     def __init__(self, near: bool) -> None:
-        """near: prompts that differ in few words count as seen, else equal texts only.
+        """near: prompts that differ in few words count as seen; otherwise only equal texts do.
 
-        Nearly equal are texts of the same words, and those whose sets of 5-word shingles have a
-        Jaccard index of at least 0.8. Candidates come from minima of hash functions in bands
+        Texts are nearly equal if they have the same words or if their sets of 5-word shingles have
+        a Jaccard index of at least 0.8. Candidates come from minima of hash functions in bands
         (Broder, 1997: On the resemblance and containment of documents) and are then compared.
         """
         self._near = near
@@ -164,13 +164,13 @@ class SeenPrompts:
         self._factors = draws.integers(0, 2**63, (BANDS, MINIMA, 1), np.uint64) * 2 + 1
 
     def find(self, text: str) -> str | None:
-        """The place of a prompt seen before that is (nearly) equal to `text`, if there is one."""
+        """The origin of an earlier prompt that is (nearly) equal to `text`, or None."""
         if not self._texts:
             return None
         return self._texts.get(self._key(text)) or self._search(*self._describe(text))
 
     def add(self, text: str, where: str) -> str | None:
-        """Notes a prompt as seen, unless one like it was: then that one's place is given back."""
+        """`find`; a prompt that is not found is noted as seen."""
         key = self._key(text)
         shingles, bands = self._describe(text)
         found = self._texts.get(key) or self._search(shingles, bands)
@@ -182,11 +182,11 @@ class SeenPrompts:
         return found
 
     def _key(self, text: str) -> str:
-        # Texts without any word, such as "?!", are equal only as they stand.
+        # Texts without any word, such as "?!", are compared unchanged.
         return " ".join(words_of(text)) or text if self._near else text
 
     def _describe(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The set of a text's shingle hashes (uint64, sorted) and its bands; none if not near."""
+        """A text's shingle hashes (uint64, sorted, unique) and bands; empty if not near."""
         shingles = np.unique(_ngrams(words_of(text) if self._near else (), SHINGLE))
         return shingles, self._signature(shingles) if len(shingles) else []
 
@@ -227,8 +227,8 @@ def _word_hash(word: str) -> int:
 
 # ------------------------------------------------------------------------- files of prompts
 
-# The first of these columns that a row has is its prompt: text, a list of texts (the turns of
-# MT-Bench), or a list of messages, of which the user's count.
+# A row's prompt is in the first of these columns that it has: text, a list of texts (the turns of
+# MT-Bench), or a list of messages, of which only the user's are read.
 PROMPT_COLUMNS = (
     "instruction",
     "prompt",
@@ -246,7 +246,7 @@ PROMPT_COLUMNS = (
 
 
 def read_prompts(path: str) -> Iterator[tuple[str, str]]:
-    """(where, prompt) of every prompt in a file, folder or dataset, blank ones left out.
+    """(where, prompt) of every prompt in a file, folder or dataset, except blank ones.
 
     Raises:
         UserError: the file cannot be read, a row has none of `PROMPT_COLUMNS`, or its prompt is

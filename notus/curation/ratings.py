@@ -1,4 +1,4 @@
-"""The ratings of one prompt's completions -> a chosen and a rejected one.
+"""The ratings of a prompt's completions -> a chosen and a rejected completion.
 
 A raw openbmb/UltraFeedback row holds a prompt (`instruction`) and usually four completions, each
 rated by GPT-4 from 1 to 5 on four aspects (`annotations`) and from 1 to 10 overall
@@ -25,7 +25,7 @@ UNCLEAR_TEN = "overall score of 10 that may be a 1"
 
 
 class RatedRow(NamedTuple):
-    """A prompt with several rated completions; `source` is where it was taken from, if said."""
+    """A prompt with several rated completions; `source`: the dataset it was taken from, if known."""
 
     prompt: str
     completions: list[Completion]
@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 def read_ultrafeedback(row: Row, where: str) -> RatedRow:
     """openbmb/UltraFeedback, in any of its revisions; raises UserError that names `where`."""
     prompt = read_text(row, "instruction", where)
-    # null stands for no completions: Parquet files written from JSON hold it for missing lists.
+    # null means no completions: Parquet files written from JSON hold it for missing lists.
     completions = [] if row.get("completions", ()) is None else row.get("completions")
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         reject_column(row, "completions", where, "a list of objects")
@@ -96,7 +96,7 @@ def find_rated_format(row: Row, where: str) -> RatedFormat:
 
 
 def read_source(row: Row, where: str) -> str | None:
-    """The row's `source`, where it has one."""
+    """The row's `source`, or None."""
     return None if row.get("source") is None else read_text(row, "source", where)
 
 
@@ -136,7 +136,7 @@ def overall_score(completion: Completion) -> float | None:
     """GPT-4's overall score of a completion as published, 1 to 10; None if there is none.
 
     Strings ("8", "8/10") are read as numbers. Revisions before 2023-12-29 hold 10 where 1 was
-    meant; that is not repaired here.
+    meant; this is not corrected here.
 
     Raises:
         UserError: the score is not a number from 1 to 10.
@@ -150,11 +150,11 @@ def overall_score(completion: Completion) -> float | None:
 
 
 def overall_score_fixed(completion: Completion) -> float | None:
-    """The overall score after UltraFeedback's correction of the 10s; nan where it is not known.
+    """The overall score after UltraFeedback's correction of the 10s; nan where it is unknown.
 
-    A 10 whose mean rating is at most 2 was a 1, and one whose mean is above 4 is a 10. Those
-    between were annotated again by GPT-4, which cannot be done here: they are nan, as is a 10
-    without ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
+    A 10 is a 1 if the mean rating is at most 2, and a 10 if the mean is above 4. UltraFeedback had
+    GPT-4 annotate those in between again, which is impossible here: they are nan, as is a 10 without
+    ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
     """
     score, mean = overall_score(completion), mean_rating(completion)
     if score != 10:
@@ -195,18 +195,18 @@ def _number(found: Any, name: str, lowest: float, highest: float) -> float:
 
 
 def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -> Choice | str:
-    """The pair that `rule` (a name in `RULES`) makes of a row, or why there is none.
+    """The pair that `rule` (a name in `RULES`) makes of a row, or the reason why there is none.
 
-    Chosen is the first completion with the highest score. Rejected is, by `rejected`:
+    The chosen completion is the first with the highest score. The rejected one is, by `rejected`:
 
     - "random": drawn among those with a strictly lower score (as Notus did; nearly Zephyr's way,
-      https://arxiv.org/abs/2310.16944, section 3). The draw depends on the seed and the prompt's
-      text alone, so neither the order of the rows nor other rows change it.
+      https://arxiv.org/abs/2310.16944, section 3). The draw depends only on the seed and the
+      prompt's text, so neither the order of the rows nor other rows change it.
     - "lowest": the first with the lowest score.
-    - "zephyr": drawn among all the others, equal scores included, by Python's `random` seeded
-      anew for every row: HuggingFaceH4/ultrafeedback_binarized as it was first published.
+    - "zephyr": drawn among all the others, equal scores included, by Python's `random`, seeded
+      for every row: HuggingFaceH4/ultrafeedback_binarized as it was first published.
 
-    Completions without a score take no part.
+    Completions without a score are ignored.
 
     Raises:
         UserError: the rule or the way to reject is unknown, or a rating is out of range.

@@ -1,4 +1,4 @@
-"""Files, folders, saved datasets and the hub -> rows, each with the place that it came from."""
+"""Files, folders, saved datasets and the hub -> rows, each with its origin."""
 
 import gzip
 import json
@@ -22,8 +22,8 @@ SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 def read_rows(path: str, split: str | None = None) -> Iterator[PlacedRow]:
     """(where, row) of a file, a folder of files, a dataset saved to disk or one on the hub.
 
-    A split of null stands for "train" wherever there are splits. In a folder of files, those
-    whose name contains the split are read; a folder without a file so named has no splits.
+    A split of None means "train" where there are splits. In a folder, the files whose names contain
+    the split are read; if there are none, the folder has no splits.
 
     Raises:
         UserError: nothing is found, or what is found cannot be read as rows.
@@ -163,18 +163,18 @@ KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a row is, in words for a message."""
+    """The kind of a row's value, in words for a message."""
     return KINDS.get(type(value), "a number")
 
 
 def reject_column(row: Row, column: str, where: str, expected: str) -> NoReturn:
-    """Raises the UserError of a column that is missing or holds something else."""
+    """Raise the UserError for a column that is missing or holds something else."""
     found = f"is {kind_of(row[column])}" if column in row else "is missing"
     raise UserError(f'{where}: "{column}" {found}; expected {expected}')
 
 
 def read_text(row: Row, column: str, where: str) -> str:
-    """The text in `row[column]`; raises UserError that names `where` if it holds none."""
+    """The text in `row[column]`; raises a UserError that names `where` if there is none."""
     text = row.get(column)
     if not isinstance(text, str):
         reject_column(row, column, where, "text")

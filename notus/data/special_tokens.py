@@ -1,7 +1,7 @@
-"""Special tokens that a data set spells out: found, and kept from becoming special.
+"""Special tokens that a data set spells out: found, and read as text in conversations.
 
-Who writes "</s>" in a message could end a turn and begin another. In a conversation only the chat
-template makes turns, so special tokens in what was said are read as the characters they are.
+A message that contains "</s>" could end its turn and begin another. In a conversation only the
+chat template makes turns, so special tokens in messages are read as ordinary characters.
 """
 
 import re
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import Message, Pair
 
-# Noncharacters, which no text is to hold: BREAK goes into the text of special tokens that were said
-# while a template renders it; those that the template wrote become OPEN, their id, CLOSE.
+# Noncharacters, which no text should contain: BREAK splits a special token's text in a message while
+# the template renders it; special tokens that the template writes become OPEN, their id, CLOSE.
 BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-UNSAID = dict.fromkeys(map(ord, (BREAK, OPEN, CLOSE)))  # a message that holds them forges no marks
+REMOVED = dict.fromkeys(map(ord, (BREAK, OPEN, CLOSE)))  # so that no message can forge marks
 
 
 def spells_special(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -48,7 +48,7 @@ def without_ends(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Pair:
 
 
 def _without_final(text: str, eos: str) -> str:
-    """The text without EOS, and white space after it, at its end."""
+    """The text without EOS tokens, and white space after them, at its end."""
     while text.rstrip().endswith(eos):
         text = text.rstrip().removesuffix(eos)
     return text
@@ -64,16 +64,16 @@ def _contents(pair: Pair) -> Iterator[str]:
 
 @lru_cache(maxsize=4)
 def _pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Matches the text of any special token, the longest one first."""
+    """A pattern of the text of any special token, the longest first."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Encodes a rendered conversation so that special tokens come from the template alone.
+    """Encodes a rendered conversation so that only the template makes special tokens.
 
-    backend: a copy of the tokenizer that reads the special tokens' texts as text, and tokens of its
+    backend: a copy of the tokenizer that reads special tokens' texts as text and has tokens of its
     own, OPEN id CLOSE, in their place. original: those tokens' ids -> the special tokens' ids.
     """
 
@@ -84,10 +84,10 @@ class Guard:
     unknown: int | None
 
     def break_up(self, pair: Pair) -> Pair:
-        """The conversation with a BREAK in every special token's text, to be rendered."""
+        """The conversation with a BREAK in every special token's text, ready to be rendered."""
 
         def broken(messages: Sequence[Message]) -> list[Message]:
-            contents = (message["content"].translate(UNSAID) for message in messages)
+            contents = (message["content"].translate(REMOVED) for message in messages)
             return [
                 {**message, "content": self.pattern.sub(_broken, content)}
                 for message, content in zip(messages, contents, strict=True)
@@ -101,19 +101,19 @@ class Guard:
         )
 
     def mark(self, rendered: str) -> str:
-        """The rendered text, to be encoded: what the template wrote marked, BREAKs taken out."""
+        """The rendered text, ready to be encoded: the template's tokens marked, BREAKs removed."""
         marked = self.pattern.sub(lambda match: f"{OPEN}{self.ids[match[0]]}{CLOSE}", rendered)
         return marked.replace(BREAK, "")
 
     def is_tight(self, ids: Sequence[int]) -> bool:
-        """Whether the backend, given marked text, made no special token of what was said.
+        """Whether the backend, given marked text, made no special token of a message's text.
 
-        Merges may lead from the characters of a special token to itself.
+        Merges may lead from a special token's characters to the token itself.
         """
         return not (set(self.original.values()) - {self.unknown}) & set(ids)
 
     def restore(self, ids: Sequence[int]) -> list[int]:
-        """The backend's ids with the special tokens' own."""
+        """The backend's ids, its marks replaced by the special tokens' ids."""
         return [self.original.get(token, token) for token in ids]
 
 
@@ -123,7 +123,7 @@ def _broken(match: re.Match[str]) -> str:
 
 @lru_cache(maxsize=4)
 def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
-    """The guard of a tokenizer, which must not change afterwards."""
+    """The guard of a tokenizer; the tokenizer must not change afterwards."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

@@ -59,9 +59,9 @@ def tokenize_pairs(
 ) -> Tokenized:
     """Render, encode and truncate `pairs`; style is "clean" or "trl-0.7.4".
 
-    A pair without a rejected response has none in the result. Raises UserError, showing the pair,
-    when its prompt is not a prefix of both branches, in text or in tokens, and when a conversation
-    meets a tokenizer without a chat template.
+    A pair without a rejected response has none in the result. Raises a UserError that names the
+    pair when its prompt is not a prefix of both branches, in text or in tokens, and when a
+    conversation meets a tokenizer without a chat template.
     """
     encode = _clean if style == "clean" else _trl_0_7_4
     tokens: list[int] = []
@@ -145,7 +145,7 @@ def truncate(
 
 
 def _keep_end(length: int, keep: int, has_bos: bool) -> list[int]:
-    """Indices of the last `keep` of `length` prompt tokens; a cut prompt keeps its BOS in front."""
+    """Indices of the last `keep` of `length` prompt tokens; a cut prompt keeps its BOS."""
     if has_bos and keep < length:
         return [0, *range(length - keep + 1, length)]
     return list(range(length - keep, length))
@@ -235,7 +235,7 @@ def _split(
 ) -> tuple[list[int], list[int]]:
     """One encoded branch as (prompt tokens, response tokens), the response with one final EOS."""
     boundary = encoding.char_to_token(len(prompt))
-    if boundary is None:  # nothing follows the prompt but what the tokenizer swallows
+    if boundary is None:  # the tokenizer swallows all that follows the prompt
         boundary = len(ids)
     elif encoding.token_to_chars(boundary)[0] < len(prompt) and not pair.implied:
         raise UserError(
@@ -251,7 +251,7 @@ def _split(
 
 
 def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The response without EOS and white space after it at its end, then exactly one EOS."""
+    """The response without EOS tokens and white space at its end, then exactly one EOS."""
     eos = tokenizer.eos_token_id
     while eos in response:
         last = len(response) - 1 - response[::-1].index(eos)
@@ -290,7 +290,7 @@ def _trl_0_7_4(
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation, begun with `system_prompt` if that is given and no system turn is there."""
+    """The conversation, with `system_prompt` in front if it is given and there is no system turn."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]

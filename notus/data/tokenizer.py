@@ -16,7 +16,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
     vocab_size: the model's, if the tokenizer is to be checked against it.
 
     Not AutoTokenizer: for Llama-type tokenizers transformers 5 rebuilds the normaliser, and from a
-    tokenizer.model also the merges, after which runs of spaces split otherwise than in training.
+    tokenizer.model also the merges, after which runs of spaces are split differently than in training.
     Raises UserError when the folder has neither file, when it names no end-of-sequence token, and
     when the tokenizer has more tokens than the model.
     """
@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
 def _check_tokenizer_json(path: Path) -> None:
     try:
         Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises this very class, never a narrower one
+    except Exception as error:  # the library raises this class, never a narrower one
         raise UserError(
             f"{path}: the tokenizer cannot be read ({error}); expected a file that the tokenizers "
             "library wrote"
@@ -52,9 +52,9 @@ def _check_tokenizer_json(path: Path) -> None:
 
 
 def sentencepiece_backend(path: Path) -> Tokenizer:
-    """A fast tokenizer equal to the sentencepiece BPE model at `path`, with its offsets.
+    """A fast tokenizer, with offsets, equal to the sentencepiece BPE model at `path`.
 
-    For models with Llama's settings: text taken as it is, a space put in front, byte fallback.
+    For models with Llama's settings: text not normalised, a space put in front, byte fallback.
     Raises UserError when the file is not a sentencepiece model.
     """
     try:
@@ -93,10 +93,10 @@ def sentencepiece_backend(path: Path) -> Tokenizer:
 def sentencepiece_merges(
     model: sentencepiece.SentencePieceProcessor,
 ) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece BPE model, in the order in which they are to be applied.
+    """The merges of a sentencepiece BPE model, in the order of their application.
 
-    sentencepiece joins the adjacent pair whose joined piece has the best score, so they are all
-    splits of every piece into two known pieces, best piece first.
+    sentencepiece joins the adjacent pair whose joined piece has the best score, so the merges are
+    all splits of every piece into two known pieces, best piece first.
     """
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}

@@ -12,13 +12,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from notus.curation import report as curation_report
-from notus.curation.curate import Screen, Settings, curate, curate_row, main, new_folder
+from notus.curation.curate import Screen, Settings, curate, curate_row, main
 from notus.curation.decontamination import Dropped
 from notus.curation.ratings import find_rated_format
 from notus.curation.rows import read_rows
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
-from notus.errors import UserError
+from notus.files import partial_path
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
@@ -295,16 +295,11 @@ def test_the_report_says_what_was_found(place, run):
         "| pairs | 3 | 2 | 1 | 0 |",
         '| source "truthful_qa" | 1 | 0 | 0 | 1 |',
         # Rows 1 (a wrong 10) and none else; in rows 3 to 8 the first of equal scores is both's.
-        "different responses in 1 of 8 rows (12.5%); in 1 (12.5%) no tie explains it.",
-        "| up to 2: a 1 | 1 |",
-        "| above 4: a 10 | 0 |",
+        "different responses in 1 of 8 rows; in 1 no tie explains it.",
         # "good" is longer than "bad", "rated 5555" as long as "rated 3333", "" shorter than "text"
         "The longer response is chosen in 1 of 3 pairs (33.3%), the shorter in 1; 1 are of equal",
         "| raw.jsonl:4 | 8-grams | 100% | bench.jsonl:1 | Which benchmark asks",
         "dropped by the trainer: 1 empty chosen response.",
-        "## Ratings of all completions by aspect",
-        "| 1 | 1 | 1 | 1 | 1 |",
-        "| 5 | 7 | 7 | 7 | 7 |",
     ):
         assert line in report, line
     assert not (place / "out" / "figures").exists()
@@ -334,7 +329,7 @@ def test_any_set_of_rated_responses(place, run):
         [None, "1", "a", "c", 10.0, -1.0, None],
     ]
     report = (place / "out" / "report.md").read_text()
-    assert "do not hold both" in report and "| pairs | 60 | 60 |" in report
+    assert "The mean rating" not in report and "| pairs | 60 | 60 |" in report
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -399,20 +394,23 @@ def test_a_folder_that_exists_is_left_as_it_is(place, run):
     assert run("raw.jsonl", "--out", "deep/er/out")[0] == 0
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
-        (folder / "part").write_text("text")
+def test_an_interrupted_run_leaves_nothing(place, run, monkeypatch):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
+
+    before = sorted(os.listdir(place))
+    monkeypatch.setattr("notus.curation.curate.write_report", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("raw.jsonl", "--out", "deep/out")
+    assert sorted(os.listdir(place)) == before
 
 
-def test_what_a_killed_run_left_is_no_hindrance(place, run):
-    killed = new_folder(place / "out").gen
-    next(killed)  # this process, so of the same number as the one that comes now
+def test_what_a_killed_run_left_is_removed(place, run):
+    left = partial_path(place / "out")
+    left.mkdir()
+    (left / "manifest.json").write_text("half of it")
     assert run("raw.jsonl", "--out", "out")[0] == 0
-    with pytest.raises(UserError, match="out: cannot be made: .*not empty"):
-        next(killed)  # it lived, and comes second
-    assert "manifest.json" in os.listdir(place / "out")
+    assert json.loads((place / "out" / "manifest.json").read_text())["counts"]["pairs"] == 7
     assert not [name for name in os.listdir(place) if "partial" in name]
 
 
