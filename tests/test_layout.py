@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors agreement files strict
+    errors agreement files strict tables
     config
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.preferences data.special_tokens data.tokenization data.tokenized data.planning data.packing
