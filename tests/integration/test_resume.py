@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ranks import ROOT, finish, kill, launch, run_ranks, wait_for, wait_for_words
+from faults import wait_in_step
+from ranks import finish, kill, launch, run_ranks, wait_for, wait_for_words
 from runs import base_config, checkpoints, metrics, stored
 
 STEPS = 12  # of two epochs
@@ -76,12 +76,12 @@ def test_killed_then_stopped_then_finished(config, whole, variant, tmp_path):
     expected, output, log = whole(variant), tmp_path / "run", tmp_path / "log"
     arguments = [config, *VARIANTS[variant], f"output_dir={output}"]
 
-    ranks = launch(arguments, log, ranks=2, fault="waits in step 7")
+    ranks = launch(arguments, log, ranks=2, fault=partial(wait_in_step, 7))
     wait_for_words(log, "waits in step 7")
     wait_for(lambda: (output / "checkpoints/step-00000004").exists())
     kill(ranks)
 
-    ranks = launch(arguments, log, ranks=2, fault="waits in step 3")
+    ranks = launch(arguments, log, ranks=2, fault=partial(wait_in_step, 3))
     wait_for_words(log, "waits in step 3")
     ranks[1].terminate()  # one is told, both save and end
     assert finish(ranks) == 0
@@ -119,7 +119,7 @@ def test_other_numbers_of_ranks_go_on(config, whole, ranks, keys, tmp_path):
 def test_a_signal_saves_and_the_run_goes_on(config, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     keys = ["checkpoint.every=null", "train.max_steps=4", f"output_dir={output}"]
-    (rank,) = launch([config, *keys], log, fault="waits in step 3")
+    (rank,) = launch([config, *keys], log, fault=partial(wait_in_step, 3))
     wait_for_words(log, "waits in step 3")
     owner = json.loads((output / "lock").read_text())
     assert owner["pid"] == rank.pid
@@ -131,7 +131,9 @@ def test_a_signal_saves_and_the_run_goes_on(config, tmp_path):
 @pytest.mark.slow
 def test_two_interrupts_end_it_at_once(config, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
-    (rank,) = launch([config, f"output_dir={output}"], log, fault="never ends step 2")
+    (rank,) = launch(
+        [config, f"output_dir={output}"], log, fault=partial(wait_in_step, 2, obeys=False)
+    )
     wait_for_words(log, "waits in step 2")
     os.kill(rank.pid, signal.SIGINT)
     wait_for_words(log, "was signalled")
@@ -141,28 +143,12 @@ def test_two_interrupts_end_it_at_once(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_resumes_after_a_rank_has_died(config, whole, tmp_path):
-    output = tmp_path / "run"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(ROOT / "tests/integration/dies_once.py")
-    done = subprocess.run(
-        [sys.executable, *launcher, "--max-restarts", "1", script, config, f"output_dir={output}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step-00000004 after 4 steps" in done.stdout
-    assert_same_end(whole(), output)
-
-
-@pytest.mark.slow
 def test_the_reference_must_be_the_one_it_began_with(config, other, tmp_path):
     reference, output, log = tmp_path / "reference", tmp_path / "run", tmp_path / "log"
     shutil.copytree(other, reference)
     keys = [f"model.reference={reference}", "train.max_steps=4"]
     arguments = [config, *keys, f"output_dir={output}"]
-    (rank,) = launch(arguments, log, fault="waits in step 3")
+    (rank,) = launch(arguments, log, fault=partial(wait_in_step, 3))
     wait_for_words(log, "waits in step 3")
     rank.terminate()
     assert finish([rank]) == 0
@@ -182,7 +168,7 @@ def test_a_new_run_from_the_weights_alone(config, whole, demo, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, "loss.beta=0.5", 'data.eval={"holdout":9}', f"output_dir={output}"]
     options = ["--resume", str(start), "--model-only"]
-    (rank,) = launch([*arguments, *options], log, fault="waits in step 3")
+    (rank,) = launch([*arguments, *options], log, fault=partial(wait_in_step, 3))
     wait_for_words(log, "waits in step 3")
     rank.terminate()
     assert finish([rank]) == 0
