@@ -1,6 +1,7 @@
 """A run that is killed or stopped ends, to the bit, where one that is left alone does."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,14 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from faults import wait_in_step
+from notus.data.tokenization import load_tokenizer
 from ranks import finish, kill, launch, run_ranks, wait_for, wait_for_words
 from runs import base_config, checkpoints, metrics, stored
 
 STEPS = 12  # of two epochs
 VARIANTS = {
     "cached": ["parallel.activation_checkpointing=full"],
-    "online, seldom logged": [
+    "following, seldom logged": [
         "reference.log_probs=online",
+        "reference.sync_every=3",
+        'data.eval={"holdout":9}',
+        "evaluation.every=5",
         "parallel.activation_checkpointing=selective",
         "log.every=5",
     ],
@@ -62,9 +67,10 @@ def assert_same_end(one: Path, other: Path) -> None:
     ]
     assert lines[0] == lines[1]
     last = checkpoints(one)[-1]
-    for prefix in ("model", "optimizer"):
+    for prefix in ("model", "optimizer", "reference"):
         expected, found = (stored(path / "checkpoints" / last, prefix) for path in (one, other))
-        assert expected.keys() == found.keys() and len(expected) > 10
+        assert expected.keys() == found.keys()
+        assert len(expected) > 10 or prefix == "reference"
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     weights = "final/model-00001-of-00002.safetensors"
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
@@ -93,7 +99,9 @@ def test_killed_then_stopped_then_finished(config, whole, variant, tmp_path):
     code, told = run_ranks(arguments, log, ranks=2)
     assert code == 0 and "step-00000007 after 7 steps" in told
     assert_same_end(expected, output)
-    assert len(metrics(output)) == (3 if "seldom" in variant else STEPS)
+    follows = bool(stored(output / "checkpoints/step-00000012", "reference"))
+    assert follows == ("following" in variant)
+    assert len(metrics(output)) == (4 if "seldom" in variant else STEPS)
 
 
 @pytest.mark.slow
@@ -111,8 +119,16 @@ def test_other_numbers_of_ranks_go_on(config, whole, ranks, keys, tmp_path):
     files = (output / "checkpoints/step-00000012").glob("model-*.safetensors")
     assert len(list(files)) == ranks
     for one, other in zip(metrics(expected), metrics(output), strict=True):
+        for key, value in one.items():
+            if not key.startswith("perf/"):
+                assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (one["step"], key)
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert other["num_tokens"] == one["num_tokens"]
+    for prefix in ("model", "optimizer"):
+        whole_run, resumed = (
+            stored(path / "checkpoints/step-00000012", prefix) for path in (expected, output)
+        )
+        for name, value in whole_run.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -187,7 +203,16 @@ def test_a_new_run_from_the_weights_alone(config, whole, demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_stored_is_open_to_all(whole):
+def test_metrics_at_the_start_have_their_known_values(whole):
+    line = metrics(whole())[0]
+    assert line["step"] == 1 and line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert abs(line[key]) < 1e-5
+    assert line["learning_rate"] == 0 and line["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_what_is_stored_is_open_to_all(whole, demo):
     """JSON and safetensors alone, and a folder that transformers loads."""
     output = whole()
     for file in output.rglob("*"):
@@ -202,11 +227,16 @@ def test_what_is_stored_is_open_to_all(whole):
             known = file.name == "lock" or "tfevents" in file.name
             assert known or file.suffix in (".jinja", ".md"), file
     trained = stored(output / "checkpoints/step-00000012", "model")
+    initial = transformers.AutoModelForCausalLM.from_pretrained(demo / "sft").state_dict()
+    assert all(not torch.equal(initial[name], trained[name]) for name in trained)
+    given = load_tokenizer(demo / "sft")("a b")["input_ids"]
     for folder, dtype in (("checkpoints/step-00000012", torch.float32), ("final", torch.bfloat16)):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             output / folder, dtype="auto", output_loading_info=True
         )
         assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert model.dtype == dtype
+        assert load_tokenizer(output / folder)("a b")["input_ids"] == given
         assert all(torch.equal(v, trained[n].to(dtype)) for n, v in model.state_dict().items())
     state = json.loads((output / "checkpoints/step-00000012/state.json").read_text())
     assert (state["step"], state["updates"], state["steps_per_epoch"]) == (12, 12, 6)
