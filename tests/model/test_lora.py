@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +33,7 @@ from notus.model.lora import (
 )
 from notus.model.mistral import MistralForCausalLM, read_shape
 from notus.model.weights import load_weights
+from ranks import call
 
 SETTINGS = {
     "two by name": LoraSettings(4, 8, target_modules=("q_proj", "v_proj")),
@@ -541,18 +539,8 @@ def test_a_tied_head_cannot_take_an_adapter_apart_from_the_embedding(tmp_path):
 def test_two_ranks_compute_what_one_does(tiny_folder, tmp_path):
     given = adapted_model(tiny_folder, lora_ranks.SETTINGS)
     save_adapter(tmp_path / "given", given, lora_ranks.SETTINGS, None)
-    done = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(lora_ranks.__file__, tiny_folder, tmp_path),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    code, told = call(lora_ranks.main, tiny_folder, tmp_path, log=tmp_path / "log", ranks=2)
+    assert code == 0, told
     found = load_file(tmp_path / "results.safetensors")
 
     # Unsharded, bfloat16 compute is a model whose parameters are all bfloat16.
