@@ -25,7 +25,7 @@ UNCLEAR_TEN = "overall score of 10 that may be a 1"
 
 
 class RatedRow(NamedTuple):
-    """A prompt with several rated completions; `source`: the dataset it was taken from, if known."""
+    """A prompt with several rated completions; `source`: the dataset it is from, if known."""
 
     prompt: str
     completions: list[Completion]
@@ -153,8 +153,8 @@ def overall_score_fixed(completion: Completion) -> float | None:
     """The overall score after UltraFeedback's correction of the 10s; nan where it is unknown.
 
     A 10 is a 1 if the mean rating is at most 2, and a 10 if the mean is above 4. UltraFeedback had
-    GPT-4 annotate those in between again, which is impossible here: they are nan, as is a 10 without
-    ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
+    GPT-4 annotate those in between again, which is impossible here: they are nan, and so is a 10
+    without ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
     """
     score, mean = overall_score(completion), mean_rating(completion)
     if score != 10:

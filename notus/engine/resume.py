@@ -149,7 +149,7 @@ def what_must_match(
     start: Mapping[str, Any] | None,
     steps: int,
 ) -> Plain:
-    """The facts that a run and its resumption must share: settings, model, data, reference, steps."""
+    """The facts a run and its resumption must share: settings, model, data, reference, steps."""
     return settings_that_matter(settings, MAY_CHANGE + PATHS) | {
         "model_shape": asdict(shape),
         "tokens_sha256": pairs.fingerprint(),

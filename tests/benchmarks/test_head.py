@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from benchmarks import head
 from conftest import needs_interpreter
+from ranks import call
 
 METHODS = ["eager", "eager-float32", "cce", "plain", "triton"]
 
@@ -66,15 +64,9 @@ def test_out_of_memory_and_table():
 
 
 def interpreted(options: list[str], path: Path) -> dict:
-    command = [sys.executable, "-m", "benchmarks.head", "--toy", "--json", str(path), *options]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(head.__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["--toy", "--json", str(path), *options]
+    code, told = call(head.main, arguments, log=path.with_name("log"))
+    assert code == 0, told
     return json.loads(path.read_text())
 
 

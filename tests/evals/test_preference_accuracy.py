@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from notus.data.preferences import load_preferences
 from notus.data.tokenization import tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
 from notus.evals.accuracy import groups, table
+from ranks import call
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,15 +76,8 @@ def test_equals_a_slow_loop(ranks, demo, data, other, expected, tmp_path):
     assert len(pairs) == 67
     out = tmp_path / "out"
     words = arguments(demo, data, out, "--reference", str(other), "--beta", "0.2")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / "eval.py"), *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    code, told = call(command.main, words, log=tmp_path / "log", ranks=ranks)
+    assert code == 0, told
     records = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert [record["where"] for record in records] == [pair.where for pair in pairs]
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")

@@ -1,12 +1,9 @@
 """Answers of the models, their marks and the page that shows them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import sample_ranks
 import torch
 import transformers
 from torch.utils.tensorboard import SummaryWriter
@@ -22,6 +19,7 @@ from notus.generate.samples import record_samples, samples_markdown, share_right
 from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import load_weights
+from ranks import call
 
 CPU = torch.device("cpu")
 NEW = 6
@@ -143,20 +141,10 @@ def test_no_prompts_no_responses(other):
 @pytest.mark.slow
 def test_a_sharded_model_answers_as_one(other, demo, tmp_path):
     """Two ranks, FSDP2; one of them has no prompt in the last case."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            str(Path(__file__).with_name("sample_ranks.py")),
-            *(str(other), str(demo / "prompts.jsonl"), str(tmp_path)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    prompts = read_prompts(demo / "prompts.jsonl")
+    given = other, demo / "prompts.jsonl", tmp_path
+    code, told = call(sample_ranks.main, *given, log=tmp_path / "log", ranks=2)
+    assert code == 0, told
+    prompts = read_prompt_set(str(demo / "prompts.jsonl")).prompts
     for count in (5, 1):
         expected = alone(other, prompts[:count], do_sample=True, temperature=0.9)
         for rank in range(2):

@@ -1,9 +1,6 @@
 """A short configuration, and a way to run train.py on several ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,8 +10,7 @@ from notus.config import Config
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import TokenizedPairs, tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parents[2]
+from ranks import call, train_each
 
 
 def base_config(demo: Path) -> dict:
@@ -36,31 +32,17 @@ def base_config(demo: Path) -> dict:
     }
 
 
-def run(
-    config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1
-) -> subprocess.CompletedProcess:
+def run(config: dict, overrides: list[list[str]], folder: Path, ranks: int = 1) -> str:
     """train.py once per list of overrides, one after another in the same `ranks` processes.
 
     Returns what all of them have written to the console.
     """
-    (folder / "config.json").write_text(json.dumps(config))
-    arguments = [[str(folder / "config.json"), *values] for values in overrides]
-    (folder / f"runs-{ranks}.json").write_text(json.dumps(arguments))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            str(ROOT / "tests/integration/launch.py"),
-            str(folder / f"runs-{ranks}.json"),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
-    return done
+    file = folder / "config.json"
+    file.write_text(json.dumps(config))
+    arguments = [[str(file), *values] for values in overrides]
+    code, told = call(train_each, arguments, log=folder / f"runs-{ranks}.log", ranks=ranks)
+    assert code == 0, told
+    return told
 
 
 def pairs_of(config: Config) -> tuple[TokenizedPairs, TokenizedPairs]:

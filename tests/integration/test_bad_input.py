@@ -5,10 +5,7 @@ spoilt. Each message must name the place, what was found and what was expected.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -18,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = Path("policy/model.safetensors")
 INDEX = Path("policy/model.safetensors.index.json")
 GOOD_ROW = {"prompt": "Say a.", "chosen": " a", "rejected": " b"}
@@ -530,22 +527,12 @@ def test_a_damaged_checkpoint(finished, capfd, file, spoil, words):
 # Several processes
 
 
-@pytest.mark.slow
 def test_what_one_of_two_processes_finds_ends_both(place):
     # The text of row 8 can only be split by the second process, which tokenizes the latter half.
     write_rows(*[GOOD_ROW] * 7, {"prompt": "Ad", "chosen": "d 9 and 4.", "rejected": "4"})
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train.py"), "config.json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0
-    assert len(messages) == 1, done.stderr
+    code, told = run_ranks(["config.json"], place / "log", ranks=2)
+    messages = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(messages) == 1, told
     check(messages[0], "pairs.jsonl:8: the prompt is not a token prefix")
-    assert done.stderr.count("Traceback") <= 1  # torchrun's own, about its children's exit code
-    assert "exitcode  : 2" in done.stderr
+    assert "Traceback" not in told
     assert not Path("out").exists()

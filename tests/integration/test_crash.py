@@ -4,14 +4,17 @@ import json
 import random
 import shutil
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
+from faults import disk_full, slow_disk, small_files, spoil_pair, spoil_steps, wait_in_step
+from notus.config import load_config
 from ranks import finish, kill, launch, run_ranks, wait_for, wait_for_words
-from runs import base_config, checkpoints, metrics, steps_logged, stored
+from runs import base_config, checkpoints, metrics, pairs_of, steps_logged, stored
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def same_end(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 14), (2, 6)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 10), (2, 5)])
 def test_killed_again_and_again(config, ranks, kills, tmp_path):
     """Started until it has been killed that often; runs that came to their end are begun anew."""
     expected, chance, log = whole(config, ranks), random.Random(ranks), tmp_path / "log"
@@ -61,7 +64,7 @@ def test_killed_again_and_again(config, ranks, kills, tmp_path):
     while killed < kills:
         output = tmp_path / f"run-{runs}"
         arguments = [config, f"output_dir={output}"]
-        if killed_at_random(launch(arguments, log, ranks, "slow disk"), output, chance):
+        if killed_at_random(launch(arguments, log, ranks, slow_disk), output, chance):
             killed += 1
             in_saves += bool(list((output / "checkpoints").glob(".partial-*")))
         if killed == kills or (output / "final").exists():
@@ -95,7 +98,7 @@ def killed_at_random(processes: list[BaseProcess], output: Path, chance: random.
 @pytest.mark.slow
 def test_a_full_disk_costs_one_checkpoint(config, tmp_path):
     output = tmp_path / "run"
-    code, told = run_ranks([config, f"output_dir={output}"], tmp_path / "log", 2, "disk full")
+    code, told = run_ranks([config, f"output_dir={output}"], tmp_path / "log", 2, disk_full)
     assert code == 0
     (warning,) = [line for line in told.splitlines() if line.startswith("warning: ")]
     for part in ("step-00000004 was not saved", "No space left on device", "optimizer-0000"):
@@ -110,7 +113,7 @@ def test_a_full_disk_costs_one_checkpoint(config, tmp_path):
 def test_a_disk_that_stays_full_ends_in_an_error(config, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole(config, 1), output, ignore=shutil.ignore_patterns("final", "*08"))
-    code, told = run_ranks([config, f"output_dir={output}"], tmp_path / "log", 1, "small files")
+    code, told = run_ranks([config, f"output_dir={output}"], tmp_path / "log", 1, small_files)
     assert code == 2
     assert "step-00000008 was not saved" in told and "File too large" in told
     assert "error: the last checkpoint was not saved" in told
@@ -123,7 +126,7 @@ def test_a_disk_that_stays_full_ends_in_an_error(config, tmp_path):
 def test_two_runs_in_one_output_dir(config, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, f"output_dir={output}"]
-    (rank,) = launch(arguments, log, fault="waits in step 2")
+    (rank,) = launch(arguments, log, fault=partial(wait_in_step, 2))
     wait_for_words(log, "waits in step 2")
     code, told = run_ranks(arguments, tmp_path / "other")
     assert code == 2
@@ -135,21 +138,24 @@ def test_two_runs_in_one_output_dir(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["infinite loss", "infinite gradient"])
-def test_a_step_that_is_not_finite_is_skipped(config, fault, tmp_path):
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(config, spoilt, tmp_path):
     output = tmp_path / "run"
     keys = ["train.pairs_per_step=24", "checkpoint.keep=12", f"output_dir={output}"]
+    lengths = [tuple(row) for row in pairs_of(load_config(config))[0].lengths[:, 1:].tolist()]
+    spoilt_pair = next(index for index, own in enumerate(lengths) if lengths.count(own) == 1)
+    fault = partial(spoil_pair, lengths[spoilt_pair], float(spoilt == "loss"))
     code, told = run_ranks([config, *keys], tmp_path / "log", 2, fault)
     assert code == 0, told
-    # Pair 5 comes once in each of the two epochs.
+    # The pair comes once in each of the two epochs.
     records = [json.loads(line) for line in (output / "nonfinite.jsonl").read_text().splitlines()]
     lines = metrics(output)
     assert [record["step"] for record in records] == [m["step"] for m in lines if m["nonfinite"]]
     assert len(records) == 2 and len(lines) == 6
     for record in records:
         pairs = {pair["index"]: pair["where"] for pair in record["pairs"]}
-        assert "preferences.jsonl:" in pairs[5]
-        alone = fault == "infinite loss"  # a gradient alone does not tell whose it is
+        assert "preferences.jsonl:" in pairs[spoilt_pair]
+        alone = spoilt == "loss"  # a gradient alone does not tell whose it is
         assert (len(pairs) == 1) == alone and (record["loss"] == "inf") == alone
         assert not alone or record["grad_norm"] != "nan"
         line = lines[record["step"] - 1]
@@ -167,10 +173,10 @@ def test_a_step_that_is_not_finite_is_skipped(config, fault, tmp_path):
 def test_too_many_in_a_row_end_the_run_and_a_resumed_one_counts_on(config, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, "train.max_nonfinite=4", f"output_dir={output}"]
-    code, told = run_ranks(arguments, log, 1, "nothing finite from step 3")
+    code, told = run_ranks(arguments, log, 1, partial(spoil_steps, 3))
     assert code == 2 and "error: step 6: loss nan" in told and "the last of 4 steps" in told
     assert checkpoints(output)[-1] == "step-00000005"
-    code, told = run_ranks(arguments, log, 1, "nothing finite from step 1")
+    code, told = run_ranks(arguments, log, 1, partial(spoil_steps, 1))
     assert code == 2 and "after 5 steps" in told and "error: step 6:" in told
     assert len((output / "nonfinite.jsonl").read_text().splitlines()) == 4
     # Once the cause is gone, the run goes on from where its weights are sound.

@@ -21,10 +21,8 @@ def outputs(demo, other, tmp_path_factory):
     config["optimizer"]["max_grad_norm"] = 1e9
     config["train"] |= {"max_steps": 1, "pairs_per_step": 8}
     outputs = {name: folder / name for name in RUNS}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        overrides = [[*keys, f"output_dir={outputs[name]}"] for name, keys in RUNS.items()]
-        run(config, overrides, folder, ranks=2)
+    overrides = [[*keys, f"output_dir={outputs[name]}"] for name, keys in RUNS.items()]
+    run(config, overrides, folder, ranks=2)
     return outputs
 
 

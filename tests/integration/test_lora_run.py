@@ -16,6 +16,7 @@ from notus.config import load_config
 from notus.data.planning import pairs_of_step
 from notus.model.lora import adapter_parameters, adapters_off
 from notus.model.weights import load_weights
+from faults import no_space_for_adapters
 from ranks import run_ranks
 from runs import base_config, metrics, pairs_of, run, stored
 
@@ -287,23 +288,22 @@ def observed(demo, tmp_path_factory):
         found.gradients = {name: p.grad.dtype for name, p in named if p.grad is not None}
         return original_clip(parameters, *others)
 
-    def export(config, run):
+    def finish(run, *others):
         found.frozen = {n: p.full_tensor() for n, p in run.policy.named_parameters()}
         with adapters_off(run.policy):
-            rows = train.rows_of(config, found.ranks)
-            found.off = train.score(run.policy, run.pairs, range(9), rows)
+            found.off = train.score(run.policy, run.pairs, range(9), run.rows)
         mesh = train.distributed.make_mesh(found.ranks, None, 1)
-        base = build.build_model(config, run.policy.shape, mesh, found.ranks, frozen=True)
+        base = build.build_model(run.config, run.policy.shape, mesh, run.ranks, frozen=True)
         load_weights(base, run.source)
-        found.base = train.score(base, run.pairs, range(9), rows)
-        original_export(config, run)
+        found.base = train.score(base, run.pairs, range(9), run.rows)
+        original_finish(run, *others)
 
     original_open, original_clip = train.open_run, train.clip_grad_norm_
-    original_export = train.export
+    original_finish = train.finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "open_run", open_run)
         patch.setattr(train, "clip_grad_norm_", clip)
-        patch.setattr(train, "export", export)
+        patch.setattr(train, "finish", finish)
         assert train.main([str(folder / "config.json")]) == 0
     found.weights, found.folder = halved, folder
     return found
@@ -391,7 +391,7 @@ def test_an_export_without_space_is_one_message(demo, tmp_path):
     config, output = tmp_path / "config.json", tmp_path / "out"
     config.write_text(json.dumps(lora_config(demo, merge=True)))
     arguments = [str(config), f"output_dir={output}", "train.max_steps=1"]
-    code, told = run_ranks(arguments, tmp_path / "log", ranks=2, fault="no space for adapters")
+    code, told = run_ranks(arguments, tmp_path / "log", ranks=2, fault=no_space_for_adapters)
     assert code == 2 and "Traceback" not in told, told
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"{output / 'final'}: cannot be written" in errors[0], told

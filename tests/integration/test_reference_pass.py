@@ -1,12 +1,14 @@
 """An interrupted reference pass on several ranks: it is resumed and leaves no partial files."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from faults import small_parts
 from ranks import kill, launch, run_ranks, wait_for
 from runs import base_config
 
@@ -32,12 +34,11 @@ def log_probs(output: Path) -> torch.Tensor:
 def whole(config) -> torch.Tensor:
     """The log-probs of an uninterrupted pass on two ranks."""
     output = Path(config).parent / "whole"
-    code, _ = run_ranks([config, f"output_dir={output}"], output.with_suffix(".log"), 2, PARTS)
+    code, _ = run_ranks(
+        [config, f"output_dir={output}"], output.with_suffix(".log"), 2, small_parts
+    )
     assert code == 0
     return log_probs(output)
-
-
-PARTS = "small parts"
 
 
 @pytest.mark.parametrize("ranks", [2, 1])
@@ -45,14 +46,14 @@ def test_killed_in_the_pass(config, whole, tmp_path, ranks):
     """Resumed after SIGKILL: bit-identical on as many ranks, up to rounding on others."""
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, f"output_dir={output}"]
-    processes = launch(arguments, log, 2, PARTS)
+    processes = launch(arguments, log, 2, small_parts)
     try:
         wait_for(lambda: any(f.stat().st_size for f in output.glob("reference/*.parts")))
     finally:
         kill(processes)
     (parts,) = output.glob("reference/*.parts")
     assert 0 < parts.stat().st_size < 4 * len(whole)
-    code, told = run_ranks(arguments, log, ranks, PARTS)
+    code, told = run_ranks(arguments, log, ranks, small_parts)
     assert code == 0, told
     found = log_probs(output)
     if ranks == 2:
@@ -64,10 +65,10 @@ def test_no_space_in_the_pass(config, whole, tmp_path):
     """One message, and all ranks end; with space again it resumes after the second part."""
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = [config, f"output_dir={output}"]
-    code, told = run_ranks(arguments, log, 2, PARTS + ", the third refused")
+    code, told = run_ranks(arguments, log, 2, partial(small_parts, 3))
     assert code == 2
     assert told.count("error: ") == 1 and "Traceback" not in told
     assert ".parts: cannot be read or written (No space left on device)" in told
-    code, told = run_ranks(arguments, log, 2, PARTS)
+    code, told = run_ranks(arguments, log, 2, small_parts)
     assert code == 0, told
     assert torch.equal(log_probs(output), whole)

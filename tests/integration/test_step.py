@@ -10,7 +10,7 @@ from notus.config import load_config
 from notus.data.planning import pairs_of_step
 from runs import base_config, metrics, pairs_of, run, stored
 
-RATE, BETA, CLIP, STEPS, PER_STEP = 2e-3, 0.3, 0.05, 3, 16
+RATE, BETA, CLIP, STEPS = 2e-3, 0.3, 0.05, 3
 
 
 def log_prob(model, prompt, response):
@@ -20,7 +20,7 @@ def log_prob(model, prompt, response):
     return log_probs[rows, ids[0, len(prompt) :]].sum()
 
 
-def by_hand(demo, config):
+def by_hand(demo, config, per_step):
     """(metrics of each step, final weights): one pair at a time, cosine schedule, clipping."""
     pairs, _ = pairs_of(config)
     policy, reference = (
@@ -33,7 +33,7 @@ def by_hand(demo, config):
     lines = []
     for step in range(STEPS):
         chosen = pairs_of_step(
-            step, pairs=len(pairs), pairs_per_step=PER_STEP, seed=42, shuffle=True
+            step, pairs=len(pairs), pairs_per_step=per_step, seed=42, shuffle=True
         )
         total = 0.0
         for index in chosen:
@@ -41,7 +41,7 @@ def by_hand(demo, config):
             with torch.no_grad():
                 base = log_prob(reference, prompt, good) - log_prob(reference, prompt, bad)
             margin = log_prob(policy, prompt, good) - log_prob(policy, prompt, bad) - base
-            loss = -torch.nn.functional.logsigmoid(BETA * margin) / PER_STEP
+            loss = -torch.nn.functional.logsigmoid(BETA * margin) / per_step
             loss.backward()
             total += loss.item()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters()))
@@ -57,7 +57,9 @@ def by_hand(demo, config):
 
 
 @pytest.mark.slow
-def test_three_steps_with_clipping_decay_and_warmup(demo, tmp_path):
+@pytest.mark.parametrize(("ranks", "per_step"), [(2, 16), (3, 2)])
+def test_three_steps_with_clipping_decay_and_warmup(demo, tmp_path, ranks, per_step):
+    """With two pairs for three ranks, one has none in any step: it idles, and says so once."""
     settings = base_config(demo)
     settings["loss"] = {"beta": BETA}
     settings["optimizer"] = {
@@ -66,10 +68,12 @@ def test_three_steps_with_clipping_decay_and_warmup(demo, tmp_path):
         "max_grad_norm": CLIP,
     }
     settings["schedule"] = {"name": "cosine", "warmup_ratio": 0.5}
-    settings["train"] = {"pairs_per_step": PER_STEP, "max_steps": STEPS}
+    settings["train"] = {"pairs_per_step": per_step, "max_steps": STEPS}
     settings["output_dir"] = str(tmp_path / "out")
-    run(settings, [[]], tmp_path, ranks=2)
-    lines, weights = by_hand(demo, load_config(tmp_path / "config.json"))
+    told = run(settings, [[]], tmp_path, ranks)
+    idle = "a step has 2 pairs, so at least 1 of 3 ranks idle in every step"
+    assert told.count(idle) == (ranks == 3)
+    lines, weights = by_hand(demo, load_config(tmp_path / "config.json"), per_step)
     for ours, theirs in zip(metrics(tmp_path / "out"), lines, strict=True):
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-9), (ours["step"], key)

@@ -1,11 +1,8 @@
-"""Gradients and files of a model with adapters, sharded over the ranks that torchrun starts.
-
-    torchrun --nproc_per_node 2 lora_ranks.py MODEL_FOLDER OUT
+"""Gradients and files of a model with adapters, sharded over ranks, each of which calls `main`.
 
 `results` is what a test computes itself, without ranks, to compare.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -118,7 +115,3 @@ def main(folder: Path, out: Path) -> None:
     if dist.get_rank() == 0:
         save_file(tensors, out / "results.safetensors")
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,9 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +35,7 @@ from notus.model.lora import (
 from notus.model.mistral import MistralForCausalLM
 from notus.model.peft import adapter_tensors, save_adapter
 from notus.strict import parse
+from ranks import call
 
 
 @pytest.mark.parametrize(
@@ -202,18 +200,8 @@ def test_wrong_settings_are_named(changes, message, tiny_folder):
 def test_two_ranks_compute_what_one_does(tiny_folder, tmp_path):
     given = adapted_model(tiny_folder, lora_ranks.SETTINGS)
     save_adapter(tmp_path / "given", adapter_tensors(given), lora_ranks.SETTINGS, None)
-    done = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(lora_ranks.__file__, tiny_folder, tmp_path),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    code, told = call(lora_ranks.main, tiny_folder, tmp_path, log=tmp_path / "log", ranks=2)
+    assert code == 0, told
     found = load_file(tmp_path / "results.safetensors")
 
     # Unsharded, bfloat16 compute is a model whose parameters are all bfloat16.
