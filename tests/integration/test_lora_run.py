@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import train
+from faults import no_space_for_adapters
 from notus import build
 from notus.config import load_config
 from notus.data.planning import pairs_of_step
 from notus.model.lora import adapter_parameters, adapters_off
 from notus.model.weights import load_weights
-from faults import no_space_for_adapters
 from ranks import run_ranks
 from runs import base_config, metrics, pairs_of, run, stored
 
