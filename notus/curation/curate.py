@@ -95,7 +95,7 @@ class Screen:
         return Dropped(HELD_OUT_PROMPT) if self._held_out.find(whole) else None
 
     def repeated(self, whole: str, where: str) -> Dropped | None:
-        """The reason to drop a pair with an earlier pair's prompt, else None: it is now seen."""
+        """The reason to drop a pair with an earlier pair's prompt; else None, and it is noted."""
         if self._duplicates == "keep" or self._seen.add(whole, where) is None:
             return None
         return Dropped(DUPLICATE if self._duplicates == "exact" else NEAR_DUPLICATE)

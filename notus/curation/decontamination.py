@@ -67,7 +67,7 @@ class Hit(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Why a row gives no pair.
+    """The reason why a row gives no pair.
 
     hit: the benchmark prompt that it holds, if that is why. is_row: whether it still counts as a
     row of its source when held-out rows are drawn.

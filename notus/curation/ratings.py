@@ -18,6 +18,9 @@ from notus.curation.rows import Row, read_text, reject_column
 from notus.errors import UserError
 
 Completion = dict[str, Any]
+Scored = tuple[Completion, float]
+
+REJECTED = ("random", "lowest", "zephyr")  # ways to choose the rejected completion
 
 TIED_RATINGS = "tied ratings"
 TOO_FEW_RATED = "fewer than two rated completions"
@@ -25,7 +28,7 @@ UNCLEAR_TEN = "overall score of 10 that may be a 1"
 
 
 class RatedRow(NamedTuple):
-    """A prompt with several rated completions; `source`: the dataset it is from, if known."""
+    """A prompt with several rated completions; source: the dataset that it is from, if known."""
 
     prompt: str
     completions: list[Completion]
@@ -152,9 +155,9 @@ def overall_score(completion: Completion) -> float | None:
 def overall_score_fixed(completion: Completion) -> float | None:
     """The overall score after UltraFeedback's correction of the 10s; nan where it is unknown.
 
-    A 10 is a 1 if the mean rating is at most 2, and a 10 if the mean is above 4. UltraFeedback had
-    GPT-4 annotate those in between again, which is impossible here: they are nan, and so is a 10
-    without ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
+    A 10 is a 1 if the mean rating is at most 2, and a 10 if the mean is above 4. Those in between
+    were annotated again by GPT-4, which is impossible here: they are nan, as is a 10 without
+    ratings (OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py).
     """
     score, mean = overall_score(completion), mean_rating(completion)
     if score != 10:
@@ -225,42 +228,26 @@ def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -
         return TOO_FEW_RATED
     best = max(score for _, score in scored)
     chosen = next(completion for completion, score in scored if score == best)
-    pick = REJECTED[rejected](scored, chosen, best, f"{seed}:{row.prompt}", seed)
+    pick = _pick_rejected(rejected, scored, chosen, f"{seed}:{row.prompt}", seed)
     return TIED_RATINGS if pick is None else Choice(chosen, pick[0], best, pick[1])
 
 
-Scored = tuple[Completion, float]
-
-
-def _draw_lower(
-    scored: list[Scored], chosen: Completion, best: float, key: str, seed: int
+def _pick_rejected(
+    rejected: str, scored: list[Scored], chosen: Completion, key: str, seed: int
 ) -> Scored | None:
+    """The rejected completion by `rejected`, a name in `REJECTED`; None if there is none."""
+    if rejected == "zephyr":
+        draws = random.Random(seed)
+        if all(completion == chosen for completion, _ in scored):
+            return None
+        while (candidate := draws.choice(scored))[0] == chosen:
+            pass
+        return candidate
+    best = max(score for _, score in scored)
     lower = [candidate for candidate in scored if candidate[1] < best]
-    draw = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
-    return lower[draw % len(lower)] if lower else None
-
-
-def _lowest(
-    scored: list[Scored], chosen: Completion, best: float, key: str, seed: int
-) -> Scored | None:
-    lowest = min(scored, key=lambda candidate: candidate[1])
-    return lowest if lowest[1] < best else None
-
-
-def _draw_as_zephyr(
-    scored: list[Scored], chosen: Completion, best: float, key: str, seed: int
-) -> Scored | None:
-    if all(completion == chosen for completion, _ in scored):
+    if not lower:
         return None
-    draws = random.Random(seed)
-    while True:
-        candidate = draws.choice(scored)
-        if candidate[0] != chosen:
-            return candidate
-
-
-REJECTED: dict[str, Callable[[list[Scored], Completion, float, str, int], Scored | None]] = {
-    "random": _draw_lower,
-    "lowest": _lowest,
-    "zephyr": _draw_as_zephyr,
-}
+    if rejected == "lowest":
+        return min(lower, key=lambda candidate: candidate[1])
+    draw = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
+    return lower[draw % len(lower)]

@@ -34,7 +34,7 @@ from notus.strict import Positive, Text
 
 
 class Preferences(NamedTuple):
-    """Pairs in training order, pairs set aside, and how many rows were dropped for which reason."""
+    """Pairs in training order, held-out pairs, and how many rows were dropped, by reason."""
 
     train: list[Pair]
     holdout: list[Pair]
@@ -150,10 +150,10 @@ def _convert_screened(
 
 
 def weighted_rows(count: int, weight: float, seed: int, source_index: int) -> np.ndarray:
-    """Indices (int64) of the rows that enter an epoch: all of them `weight` times.
+    """Indices (int64) of the rows that enter an epoch: each of them `weight` times.
 
-    The whole part of the weight repeats the source in file order; the rest is a random part of
-    it, drawn by (seed, source_index), in file order too.
+    The integer part of the weight repeats the source in file order; the rest is a random part of
+    it, drawn by (seed, source_index), also in file order.
     """
     repeats, fraction = divmod(weight, 1)
     generator = np.random.default_rng((seed, source_index))
@@ -183,7 +183,7 @@ HELD_OUT_COPY = "copy of a held-out row"
 
 
 def reason_to_drop(pair: Pair, responses_only: bool = False) -> str | None:
-    """Why nothing can be learned from a pair, or from its chosen response; None if it can."""
+    """The reason why nothing can be learned from a pair or its chosen response; None if it can."""
     if _is_blank(pair.chosen):
         return EMPTY_CHOSEN
     if not responses_only and _is_blank(pair.rejected):

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import Message, Pair
 
-# Noncharacters, which no text should contain: BREAK splits a special token's text in a message
-# while the template renders it; special tokens of the template become OPEN, their id, CLOSE.
+# Noncharacters, which no text should contain. BREAK splits a special token's text in a message
+# while the template renders it; the template's own special tokens become OPEN, their id, CLOSE.
 BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 REMOVED = dict.fromkeys(map(ord, (BREAK, OPEN, CLOSE)))  # so that no message can forge marks
 

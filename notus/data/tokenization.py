@@ -290,7 +290,7 @@ def _trl_0_7_4(
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation, with `system_prompt` in front if given and there is no system turn."""
+    """The conversation, with `system_prompt`, if given, as its system turn if it has none."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]

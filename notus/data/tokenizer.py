@@ -16,7 +16,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
     vocab_size: the model's, if the tokenizer is to be checked against it.
 
     Not AutoTokenizer: for Llama-type tokenizers transformers 5 rebuilds the normaliser, and from a
-    tokenizer.model also the merges, after which runs of spaces are not split as in training.
+    tokenizer.model also the merges, and then splits runs of spaces differently than in training.
     Raises UserError when the folder has neither file, when it names no end-of-sequence token, and
     when the tokenizer has more tokens than the model.
     """
