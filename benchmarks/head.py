@@ -23,6 +23,7 @@ Methods:
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -348,13 +349,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Hardware and versions."""
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
+        "cores": os.cpu_count(),
     }
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,40 +1,39 @@
-"""How fast a step can be: FLOPs and bytes counted, beside the rates this machine reaches.
+"""Limits: how fast a step can be at most on this machine, and how its cost grows.
 
     python -m benchmarks.roofline                 # on a GPU: Mistral-7B, and 8 of its layers
     python -m benchmarks.roofline --model toy     # on a CPU, seconds
     python -m benchmarks.roofline --model A B --tflops 790 --gigabytes-per-second 4300
+    python -m benchmarks.roofline --curves        # how cost grows, counted; seconds
 
-Two rates are measured here: a large matrix product in the compute dtype, and a copy of memory. All
-else is counted. For each length profile the table gives the FLOPs that a pair needs (model), those
-that the settings really do (hardware), and the least time that they and the bytes of everything
-between the products take; the MFU follows. It is a ceiling: nothing overlaps, and nothing waits.
+Two rates are measured: a large matrix product in the compute dtype, and a copy of memory. FLOPs
+are counted by notus/engine/flops.py. For each length profile the table gives the FLOPs that a pair
+needs and the least time that they and the bytes of everything between the products take; the MFU
+follows. It is a ceiling: nothing overlaps, and nothing waits.
 
-Letters: P, C, R tokens of prompt, chosen and rejected response; L layers, d hidden size, F
-feed-forward size, h x e query width, k x e key width, V vocabulary.
+--curves prints two tables that no other load on the machine can change:
 
-    products of a block     N = d (2 h e + 2 k e) + 3 d F weights, 2 N FLOPs per token and forward
-    attention               4 h e FLOPs per layer, query and key it may attend to
-    head                    2 d V FLOPs per scored token
-    forward                 f = L (2 N tokens + 4 h e attended) + 2 d V (C + R)
-    model                   3 f, each token once: P + C + R with its prompt shared, causal attention
-    hardware                model + what is padded, repeated or recomputed (`hardware_flops`)
+    padding           slots by real tokens: rows padded to the longest of a random batch, of a
+                      batch grouped by length, and packed here
+    eight GPUs        PROJECTED, not measured: seconds of communication and of computation per
+                      microbatch from volumes and assumed rates
 """
 
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.head import seconds
 from benchmarks.memory import model_shape
-from notus.engine.flops import model_flops, peak_flops
+from notus.data.packing import slots_of
+from notus.data.planning import Plan
+from notus.engine.flops import forward_flops, model_flops, peak_flops
 from notus.model.hf_config import ModelShape
 from notus.model.mistral import count_parameters
 
@@ -45,6 +44,8 @@ MODELS = {
 }
 MAX_LENGTH = 1024
 SEED = 0
+
+Row = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------- length profiles
@@ -101,37 +102,23 @@ PROFILES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 # ----------------------------------------------------------------------------------- the formulae
 
 
-def block_weights(shape: ModelShape) -> int:
-    """N, the weights of one block's matrix products."""
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    hidden = shape.hidden_size
-    return hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.intermediate_size
-
-
-def blocks_forward(shape: ModelShape, tokens: float, attended: float) -> float:
-    """FLOPs of all blocks' forward pass over so many token slots and query-key pairs."""
-    queries = shape.num_attention_heads * shape.head_dim
-    per_layer = 2 * block_weights(shape) * tokens + 4 * queries * attended
-    return shape.num_hidden_layers * per_layer
-
-
-def head_forward(shape: ModelShape, scored: float) -> float:
-    """FLOPs of the logits of so many tokens."""
-    return 2.0 * shape.hidden_size * shape.vocab_size * scored
-
-
 @dataclass(frozen=True)
 class Processed:
-    """What really goes through the model in some steps: token slots, query-key pairs, head rows."""
+    """What goes through the model in some steps: token slots, query-key pairs, head rows."""
 
     slots: float
     attended: float
     scored: float
 
+    def forward_flops(self, shape: ModelShape) -> tuple[float, float]:
+        """FLOPs of a forward pass: of all blocks, and of the head."""
+        products, attention, _ = forward_flops(shape, np.array([[1, 0, 0]]))
+        head = forward_flops(shape, np.array([[0, 1, 0]]))[2]
+        return products * self.slots + attention * self.attended, head * self.scored
+
 
 def causal(lengths: np.ndarray) -> np.ndarray:
-    """Query-key pairs of whole sequences of these lengths."""
+    """Query-key pairs of complete sequences of these lengths."""
     return lengths * (lengths + 1) / 2
 
 
@@ -146,6 +133,16 @@ def packed(lengths: np.ndarray, slots: float) -> Processed:
     return Processed(slots, float(attended.sum()) + slots - real, float(lengths[:, 1:].sum()))
 
 
+def unshared(lengths: np.ndarray) -> Processed:
+    """The same pairs [.., 3] as two sequences each, without padding."""
+    prompt, chosen, rejected = lengths.astype(np.float64).T
+    return Processed(
+        float((2 * prompt + chosen + rejected).sum()),
+        float((causal(prompt + chosen) + causal(prompt + rejected)).sum()),
+        float((chosen + rejected).sum()),
+    )
+
+
 def padded(batches: Sequence[tuple[int, int]], scored: float) -> Processed:
     """Right-padded microbatches of (sequences, length): a mask of padding computes every score."""
     rows = np.array(batches, dtype=np.float64)
@@ -153,39 +150,32 @@ def padded(batches: Sequence[tuple[int, int]], scored: float) -> Processed:
 
 
 def hardware_flops(
-    shape: ModelShape,
-    processed: Processed,
-    *,
-    head_passes: int,
-    recomputed_blocks: bool,
-    online_reference: bool,
+    shape: ModelShape, processed: Processed, *, recomputed_blocks: bool, online_reference: bool
 ) -> float:
-    """FLOPs that a step really does: forward and twice that backward, and what is done again.
+    """FLOPs that a step really does: forward, twice that backward, and what is done again.
 
-    head_passes: products of the head in units of its forward one, 3 are needed, 4 if the logits are
-    computed again in the backward pass. recomputed_blocks: full activation checkpointing.
-    online_reference: a second model's forward pass over the same microbatches.
+    The logits are always computed again in the backward pass. recomputed_blocks: full activation
+    checkpointing. online_reference: a second model's forward pass over the same microbatches.
     """
-    blocks = blocks_forward(shape, processed.slots, processed.attended)
-    head = head_forward(shape, processed.scored)
-    total = (3 + recomputed_blocks) * blocks + head_passes * head
+    blocks, head = processed.forward_flops(shape)
+    total = (3 + recomputed_blocks) * blocks + 4 * head
     return total + (blocks + head if online_reference else 0.0)
 
 
 def elementwise_bytes(shape: ModelShape, width: int) -> int:
     """Bytes moved per token and layer between the products, forward and backward, if all is fused.
 
-    Forward: two norms (4 d), two residual sums (6 d), rotation of queries and keys, and
-    silu(gate) * up (3 F); backward: norms (6 d), sums (6 d), rotation, and the product (5 F).
+    Hidden size d, feed-forward size F. Forward: two norms (4 d), two residual sums (6 d), rotation
+    of queries and keys, and silu(gate) * up (3 F); backward: norms (6 d), sums (6 d), rotation,
+    and the product (5 F).
     """
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
     return width * (22 * shape.hidden_size + 4 * (queries + keys) + 8 * shape.intermediate_size)
 
 
-OPTIMIZER_BYTES = (
-    28  # AdamW, float32: reads weight, gradient, two moments; writes all but the second
-)
+# AdamW, float32: reads weight, gradient and two moments, writes all but the gradient.
+OPTIMIZER_BYTES = 28
 
 
 class Rates(NamedTuple):
@@ -195,64 +185,27 @@ class Rates(NamedTuple):
     copy: float
 
 
-class Prediction(NamedTuple):
-    """Seconds of one optimiser step by cause, and what follows."""
-
-    products: float
-    attention: float
-    head: float
-    elementwise: float
-    optimizer: float
-    pairs: int
-    model_flops: float
-
-    @property
-    def seconds(self) -> float:
-        return sum(self[:5])
-
-    @property
-    def pairs_per_second(self) -> float:
-        return self.pairs / self.seconds
-
-    @property
-    def flops_per_second(self) -> float:
-        """The model FLOP/s that MFU divides by a peak."""
-        return self.model_flops / self.seconds
-
-
-def predict(shape: ModelShape, lengths: np.ndarray, rates: Rates, width: int) -> Prediction:
-    """The least time of a step on these pairs, all settings at their fastest.
+def least_seconds(
+    shape: ModelShape, lengths: np.ndarray, rates: Rates, width: int
+) -> dict[str, float]:
+    """The least time of a step on these pairs by cause, all settings at their fastest.
 
     Packed without padding, prompts shared, cached reference, nothing recomputed but the head's
     logits; attention's products at half the rate, as flash attention's backward repeats one.
     """
-    counts = packed(lengths, float(lengths.sum()))
-    products = 3 * blocks_forward(shape, counts.slots, 0.0)
-    attention = 3 * blocks_forward(shape, 0.0, counts.attended)
-    layer_tokens = shape.num_hidden_layers * counts.slots
-    return Prediction(
-        products=products / rates.matmul,
-        attention=2 * attention / rates.matmul,
-        head=4 * head_forward(shape, counts.scored) / rates.matmul,
-        elementwise=layer_tokens * elementwise_bytes(shape, width) / rates.copy,
-        optimizer=OPTIMIZER_BYTES * count_parameters(shape) / rates.copy,
-        pairs=len(lengths),
-        model_flops=model_flops(shape, lengths),
-    )
+    products, attention, head = forward_flops(shape, lengths)
+    layer_tokens = shape.num_hidden_layers * int(lengths.sum())
+    return {
+        "products": 3 * products / rates.matmul,
+        "attention": 2 * 3 * attention / rates.matmul,
+        "head": 4 * head / rates.matmul,
+        "elementwise": layer_tokens * elementwise_bytes(shape, width) / rates.copy,
+        "optimizer": OPTIMIZER_BYTES * count_parameters(shape) / rates.copy,
+    }
 
 
-def palm_flops(shape: ModelShape, tokens: float, mean_length: float) -> float:
-    """6 (parameters without the embedding) + 12 L h e T per token: only to compare with papers."""
-    queries = shape.num_attention_heads * shape.head_dim
-    weights = count_parameters(shape) - shape.vocab_size * shape.hidden_size
-    return tokens * (6 * weights + 12 * shape.num_hidden_layers * queries * mean_length)
-
-
-# ------------------------------------------------------------------------------- this machine
-
-
-def measure_rates(device: torch.device, size: int | None = None, repeats: int = 5) -> Rates:
-    """Time a product of two square matrices and a copy; the median of `repeats`.
+def measure_rates(device: torch.device, size: int | None = None, at_least: float = 0.3) -> Rates:
+    """Time a product of two square matrices and a copy, each for at least so many seconds.
 
     size: of the matrices, 8192 in bfloat16 on CUDA, 1024 in float32 on the CPU by default. The copy
     moves 1 GiB on CUDA, 64 MiB on the CPU, and counts what is read and what is written.
@@ -263,57 +216,133 @@ def measure_rates(device: torch.device, size: int | None = None, repeats: int = 
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(2**28 if cuda else 2**24, device=device, dtype=torch.float32).fill_(1.0)
     target = torch.empty_like(source)
-    product = _seconds(lambda: left @ right, device, repeats)
-    copying = _seconds(lambda: target.copy_(source), device, repeats)
+    product = seconds(lambda: left @ right, device, at_least)
+    copying = seconds(lambda: target.copy_(source), device, at_least)
     return Rates(2 * size**3 / product, 2 * source.nbytes / copying)
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of one call, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
+# -------------------------------------------------------------------------------------- the curves
+
+
+def padded_slots(lengths: np.ndarray, batch: int, grouped: bool) -> int:
+    """Slots of microbatches of `batch` pairs, both sequences padded to the longest of all."""
+    longer = lengths[:, 0] + lengths[:, 1:].max(1)
+    order = np.argsort(longer, kind="stable") if grouped else np.arange(len(longer))
+    return int((2 * batch * longer[order].reshape(-1, batch).max(1)).sum())
+
+
+def packed_slots(lengths: np.ndarray, budget: int, pairs_per_step: int) -> int:
+    """Slots of the rows that train.py would make, over all steps of an epoch."""
+    run = Plan(
+        slots_of(lengths, prefix_sharing=True),
+        pairs_per_step=pairs_per_step,
+        epochs=1,
+        max_steps=None,
+        seed=SEED,
+        shuffle=True,
+        ranks=1,
+        budget=budget,
+    )
+    divisions = [run.division(run.pairs_of(step)) for step in range(run.steps)]
+    return sum(division.slots * len(division.bins) for division in divisions)
+
+
+def padding(pairs: int) -> list[Row]:
+    """Slots by real tokens, of sequences for what pads and of shared prompts for what packs."""
+    found = []
+    for profile in ("uf", "longprompt"):
+        lengths = PROFILES[profile](pairs, np.random.default_rng(SEED))
+        apart, shared = (int(slots_of(lengths, on).sum()) for on in (False, True))
+        ours = packed_slots(lengths, 8192, 64)
+        for batch in (1, 2, 4, 8, 16):
+            slots = {
+                name: padded_slots(lengths, batch, on)
+                for name, on in (("random", False), ("grouped", True))
+            }
+            found.append(
+                {
+                    "profile": profile,
+                    "pairs_per_microbatch": batch,
+                    **{name: count / apart for name, count in slots.items()},
+                    "packed": ours / shared,
+                    **{f"{name}_by_packed": count / ours for name, count in slots.items()},
+                }
+            )
+    return found
+
+
+NVLINK = 370e9  # assumed: bytes/s of one GPU's links within a node in a ring
+REACHED = 500e12  # assumed: FLOP/s of the data sheet's
+
+
+def projection(name: str, ranks: int, slot_counts: Sequence[int]) -> list[Row]:
+    """Communication and computation of one microbatch under FSDP2, PROJECTED.
+
+    Each rank receives (ranks - 1) / ranks of the bfloat16 parameters in the forward and again in
+    the backward pass, and sends as much of the float32 gradients. Kept gathered, a step of n
+    microbatches gathers once. Computation: 3 x forward at REACHED, uf lengths.
+    """
+    shape, found = MODELS[name], []
+    lengths = PROFILES["uf"](4096, np.random.default_rng(SEED))
+    products, attention, head = forward_flops(shape, lengths)
+    per_slot = (3 * (products + attention) + 4 * head) / int(lengths.sum())
+    share = (ranks - 1) / ranks
+    gather, scatter = (width * count_parameters(shape) * share / NVLINK for width in (2, 4))
+    for slots in slot_counts:
+        compute = slots * per_slot / REACHED
+        found.append(
+            {
+                "model": name,
+                "ranks": ranks,
+                "slots": slots,
+                "compute_seconds": compute,
+                "communication_seconds": 2 * gather + scatter,
+                "kept_gathered_seconds": scatter,
+                "hidden": 2 * gather + scatter <= compute,
+                "projected": True,
+            }
+        )
+    return found
 
 
 # ------------------------------------------------------------------------------------ the command
 
 
-def rows(models: Sequence[str], rates: Rates, width: int, pairs: int) -> list[dict[str, Any]]:
-    """One row for each model and profile: FLOPs per pair, and the prediction for a step."""
-    found = []
+def ceilings(
+    models: Sequence[str], rates: Rates, peak: float | None, width: int, pairs: int
+) -> Iterator[Row]:
+    """One row for each model and profile: what a pair needs, and the prediction for a step."""
     for name in models:
         shape = MODELS[name]
         for profile, draw in PROFILES.items():
             sample = draw(20_000, np.random.default_rng(SEED))
-            shared = model_flops(shape, sample) / len(sample)
-            prompt, chosen, rejected = sample.astype(np.float64).T
-            apart = blocks_forward(
-                shape,
-                float((2 * prompt + chosen + rejected).sum()),
-                float((causal(prompt + chosen) + causal(prompt + rejected)).sum()),
-            ) + head_forward(shape, float((chosen + rejected).sum()))
-            step = predict(shape, sample[:pairs], rates, width)
-            found.append(
-                {
-                    "model": name,
-                    "profile": profile,
-                    "tokens_unshared": float((2 * prompt + chosen + rejected).mean()),
-                    "tokens_shared": float(sample.sum(1).mean()),
-                    "tflop_unshared": 3 * apart / len(sample) / 1e12,
-                    "tflop_shared": shared / 1e12,
-                    "predicted_seconds": step._asdict() | {"step": step.seconds},
-                    "predicted_pairs_per_second": step.pairs_per_second,
-                    "predicted_tflops": step.flops_per_second / 1e12,
-                }
-            )
-    return found
+            apart = unshared(sample)
+            causes = least_seconds(shape, sample[:pairs], rates, width)
+            total = sum(causes.values())
+            reached = model_flops(shape, sample[:pairs]) / total
+            yield {
+                "model": name,
+                "profile": profile,
+                "tokens/pair": apart.slots / len(sample),
+                "shared": float(sample.sum(1).mean()),
+                "TFLOP/pair": 3 * sum(apart.forward_flops(shape)) / len(sample) / 1e12,
+                "TFLOP shared": model_flops(shape, sample) / len(sample) / 1e12,
+                **{f"{cause} s": value for cause, value in causes.items()},
+                "step s": total,
+                "pairs/s": pairs / total,
+                "TFLOP/s": reached / 1e12,
+                "of matmul": reached / rates.matmul,
+                "MFU": None if peak is None else reached / peak,
+            }
+
+
+def table(title: str, rows: Sequence[Row]) -> str:
+    """Rows with the same keys."""
+    text = [[f"{v:.4g}" if isinstance(v, float) else f"{v}" for v in row.values()] for row in rows]
+    cells = [list(rows[0]), *text]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    body = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([f"\n{title}", *body])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -322,55 +351,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=64, help="of one optimiser step")
     parser.add_argument("--tflops", type=float, help="of matrix products, instead of measuring")
     parser.add_argument("--gigabytes-per-second", type=float, help="read and written, likewise")
+    parser.add_argument("--curves", action="store_true", help="how cost grows, instead")
     parser.add_argument("--json", type=Path, help="write every value here")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device.type == "cuda"
-    given = options.tflops, options.gigabytes_per_second
-    if None in given:
-        rates = measure_rates(device)
-        rates = Rates(
-            rates.matmul if given[0] is None else given[0] * 1e12,
-            rates.copy if given[1] is None else given[1] * 1e9,
-        )
-    else:
-        rates = Rates(given[0] * 1e12, given[1] * 1e9)
-    peak = peak_flops(device)
-    width = 2 if cuda or options.tflops is not None else 4
-    table = rows(options.model or (["A", "B"] if cuda else ["toy"]), rates, width, options.pairs)
-    report = {
+    cuda, peak = device.type == "cuda", peak_flops(device)
+    report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "torch": torch.__version__,
-        "matmul_flops": rates.matmul,
-        "copy_bytes_per_second": rates.copy,
         "peak_flops": peak,
         "pairs_per_step": options.pairs,
         "models": {name: asdict(shape) for name, shape in MODELS.items()},
         "seed": SEED,
-        "results": table,
     }
+    if options.curves:
+        report["tables"] = {
+            "padding": padding(64 * 40),
+            "eight GPUs, PROJECTED": projection("B", 8, (1024, 2048, 4096, 8192, 16_384)),
+        }
+    else:
+        tflops, gigabytes = options.tflops, options.gigabytes_per_second
+        rates = Rates((tflops or 0.0) * 1e12, (gigabytes or 0.0) * 1e9)
+        if None in (tflops, gigabytes):
+            measured = measure_rates(device)
+            rates = Rates(rates.matmul or measured.matmul, rates.copy or measured.copy)
+        report |= {"matmul_flops": rates.matmul, "copy_bytes_per_second": rates.copy}
+        title = (
+            f"{report['device']}: matrix products {rates.matmul / 1e12:.4g} TFLOP/s, copies "
+            f"{rates.copy / 1e9:.4g} GB/s"
+        )
+        width = 2 if cuda or tflops is not None else 4
+        models = options.model or (["A", "B"] if cuda else ["toy"])
+        report["tables"] = {title: list(ceilings(models, rates, peak, width, options.pairs))}
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(
-        f"{report['device']}: matrix products {rates.matmul / 1e12:.4g} TFLOP/s, copies "
-        f"{rates.copy / 1e9:.4g} GB/s"
-        + ("" if peak is None else f"; data sheet {peak / 1e12:.4g} TFLOP/s")
-    )
-    print(
-        f"{'model':<6}{'profile':<11}{'tokens/pair':>12}{'shared':>8}{'TFLOP/pair':>12}"
-        f"{'shared':>9}"
-        f"{'step s':>9}{'pairs/s':>9}{'TFLOP/s':>9}{'of matmul':>10}"
-        + ("" if peak is None else "  MFU")
-    )
-    for row in table:
-        reached = row["predicted_tflops"] * 1e12
-        print(
-            f"{row['model']:<6}{row['profile']:<11}{row['tokens_unshared']:>12,.0f}"
-            f"{row['tokens_shared']:>8,.0f}{row['tflop_unshared']:>12.4g}{row['tflop_shared']:>9.4g}"
-            f"{row['predicted_seconds']['step']:>9.3g}{row['predicted_pairs_per_second']:>9.3g}"
-            f"{row['predicted_tflops']:>9.4g}{reached / rates.matmul:>10.0%}"
-            + ("" if peak is None else f"{reached / peak:>5.0%}")
-        )
+    for title, rows in report["tables"].items():
+        print(table(title, rows))
     return 0
 
 

@@ -37,7 +37,6 @@ DPOConfig, and train.py's overrides.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -47,7 +46,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +57,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
+from benchmarks.head import environment
 from benchmarks.memory import model_shape
 from benchmarks.roofline import (
     MAX_LENGTH,
@@ -473,7 +472,6 @@ def summarize(
     hardware = hardware_flops(
         shape,
         Processed(**run["processed"]),
-        head_passes=4,
         recomputed_blocks=(
             settings.get("parallel.activation_checkpointing") == "full"
             or settings.get("gradient_checkpointing", False)
@@ -632,19 +630,6 @@ def best_known(model: str) -> dict[str, Settings]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Hardware and versions."""
-    found = {"python": platform.python_version(), "device": "CPU", "cores": os.cpu_count()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    if torch.cuda.is_available():
-        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
 def gpu_clock() -> str | None:
     """The GPU's clocks, temperature and power now, as nvidia-smi gives them."""
     if not torch.cuda.is_available():
@@ -721,7 +706,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if (options.pairs is None) != (options.tokenizer is None):
         raise UserError("--pairs and --tokenizer: found one of them, expected both or neither")
-    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
     warm, steps = options.warm, options.steps
     if warm is None:
         warm = (3 if options.model == "B" else 5) if cuda else 1
@@ -775,7 +761,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results += [measure(case, side, chosen[side]) for side in sides]
 
     report = {
-        "environment": environment(),
+        "environment": environment(device, PACKAGES),
         "threads": None if cuda else options.threads,
         "gpu_at_end": gpu_clock(),
         "case": asdict(case),

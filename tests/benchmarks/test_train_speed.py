@@ -1,18 +1,30 @@
 """The speed benchmark at its smallest, with train.py alone, and how it compares two sides."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import train_speed
 from benchmarks.train_speed import Case, compare_start, grouped_order, ratios, verdict
+from ranks import call
 
 CASE = Case("tiny", 4, 1, 2, "float32", "adamw", 1e-5)
 
 
+def forked(command, **_):
+    """In place of subprocess.run of a module's `main`."""
+    assert command[1:4] == ["-m", "benchmarks.train_speed", "--task"]
+    log = Path(command[4]).with_name("log")
+    code, told = call(train_speed.main, command[3:], log=log)
+    return subprocess.CompletedProcess(command, code, told, told)
+
+
 def test_ours_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_speed, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_speed.subprocess, "run", forked)
     path = tmp_path / "speed.json"
     options = ["--pairs-per-step", "3", "--warm", "1", "--steps", "2", "--repeats", "1"]
     assert train_speed.main(["--model", "tiny", *options, "--json", str(path)]) == 0

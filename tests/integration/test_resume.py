@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from faults import wait_in_step
-from notus.data.tokenization import load_tokenizer
+from notus.data.tokenizer import load_tokenizer
 from ranks import finish, kill, launch, run_ranks, wait_for, wait_for_words
 from runs import base_config, checkpoints, metrics, stored
 
