@@ -18,12 +18,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from notus.build import (
-    answer_samples,
-    check_loss,
-    sample_prompts,
-    set_learning_rate,
-)
+from notus.build import answer_samples, check_loss, sample_prompts, set_learning_rate
 from notus.config import load_config
 from notus.data.packing import pack_division
 from notus.data.planning import random_seed

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from notus import build
@@ -27,6 +29,7 @@ from notus.engine.metrics import Meter, Progress, Speed
 from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
 from notus.kernels.dispatch import check_backend
+from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.model.peft import export_adapter, merge
@@ -51,7 +54,7 @@ class Run(NamedTuple):
     held_out: TokenizedPairs | None
     policy: MistralForCausalLM
     reference: Reference
-    held_out_reference: Reference | None
+    held_out_reference: Reference  # unused without held-out pairs
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
     optimizer: Optimizer
@@ -70,6 +73,9 @@ class Beginning(NamedTuple):
     start: dict[str, str] | None
 
 
+NEW = Beginning(None, None)
+
+
 def open_run(
     config: Config, ranks: Ranks, lock: OutputLock, *, resume: str, model_only: bool
 ) -> Run | None:
@@ -79,6 +85,7 @@ def open_run(
     Collective. Raises UserError, on every rank, for what a user can get wrong; nothing but caches
     is written before data, models and output_dir have been found usable.
     """
+    output = Path(config.output_dir)
     with agreed():
         check_backend(config.parallel.kernels, ranks.device)
         models = build.find_models(config, weights=True)
@@ -88,9 +95,9 @@ def open_run(
     data = build.load_data(config, models, ranks)
     pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build.build_plan(config, pairs, ranks.count)
-    output = Path(config.output_dir)
-    settings = build.settings_of(config)
-    begin = find_beginning(output, settings, ranks, lock, resume=resume, model_only=model_only)
+    rows = build.build_rows(config, ranks)
+    check_predicate(config, models, plan, pairs, rows)
+    begin = find_beginning(config, ranks, lock, resume=resume, model_only=model_only)
     announce(config, ranks, plan, models)
     if (output / "final").exists():
         say_finished(output, ranks)
@@ -98,46 +105,30 @@ def open_run(
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(models.shape), ranks)
     models = merge_adapter(config, models, ranks, lock)
-
-    identity = None
-    if loss.uses_reference:
-        identity = hash_weights(models.reference_path, models.reference)
-    common = resuming.what_must_match(
-        settings, models.shape, pairs, identity, begin.start, plan.steps
-    )
-    if config.model.lora is not None and not (identity and models.reference_is_policy):
-        # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
-        common["base_sha256"] = hash_weights(config.model.policy, models.source)["sha256"]
+    facts = state_facts(config, loss, models, pairs, plan, begin)
     if begin.checkpoint:
+        settings = facts["settings"]
         with agreed():
-            resuming.check_checkpoint(begin.checkpoint, common, settings, build.settings_now)
-    policy = build.build_model(config, models.shape, mesh, ranks, frozen=False)
-    with agreed():
-        load_weights(policy, models.source, others=adapter_parameters(policy))
-    initialize_adapters(policy, config.train.seed)
-    claim_output_dir(output, settings, lock, begin)
+            resuming.check_checkpoint(
+                begin.checkpoint, facts["common"], settings, build.settings_now
+            )
+    policy = load_policy(config, models, mesh, ranks)
+    claim_output_dir(output, facts["settings"], lock, begin)
     record_start(config, models, ranks, begin, data)
 
-    if identity:
-        ranks.say(f"reference log-probs: {config.reference.log_probs}")
     sets = [pairs] if held_out is None else [pairs, held_out]
-    references, model = build.build_references(config, models, policy, identity, mesh, ranks, sets)
+    references, model = build.build_references(
+        config, models, policy, facts["reference"], mesh, ranks, sets
+    )
     following = model if config.reference.sync_every else None
-    reference_answers = []
+    answers = []
     if config.evaluation.samples is not None:
         with adapters_off(policy):
-            reference_answers = build.answer_samples(config, ranks, model, models.source)
+            answers = build.answer_samples(config, ranks, model, models.source)
     optimizer = build.build_optimizer(config, policy)
-    progress = Progress(step=0, totals={}, skipped=0)
-    if begin.checkpoint:
-        progress = checkpoint.load_checkpoint(begin.checkpoint, policy, optimizer, following)
-        ranks.say(f"resumed from {begin.checkpoint} after {progress.step:,} steps")
-    elif begin.start:
-        with agreed():
-            checkpoint.load_trained(Path(begin.start["path"]), policy)
-        ranks.say(f"the policy starts from the weights of {begin.start['path']}")
-    elif identity and models.reference_is_policy:
-        check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
+    progress = restore(begin, policy, optimizer, following, ranks)
+    if begin == NEW and facts["reference"] and models.reference_is_policy:
+        check_first_batch(config, loss, plan, pairs, rows, policy, references[0])
     return Run(
         config=config,
         ranks=ranks,
@@ -145,46 +136,48 @@ def open_run(
         source=models.source,
         loss=loss,
         plan=plan,
-        rows=build.build_rows(config, ranks),
+        rows=rows,
         pairs=pairs,
         origins=data["train"].origins,
         held_out=held_out,
         policy=policy,
         reference=references[0],
-        held_out_reference=references[1] if held_out is not None else None,
+        held_out_reference=references[-1],
         following=following,
-        reference_answers=reference_answers,
+        reference_answers=answers,
         optimizer=optimizer,
         progress=progress,
-        facts={
-            "common": common,
-            "settings": settings,
-            "reference": identity,
-            "start": begin.start,
-            "pairs": len(pairs),
-            "steps_per_epoch": plan.steps_per_epoch,
-            "ranks": ranks.count,
-        },
+        facts=facts,
     )
 
 
+def check_predicate(
+    config: Config, models: Models, plan: Plan, pairs: TokenizedPairs, rows: Rows
+) -> None:
+    """Refuse FlashAttention on CUDA for an edited `may_attend`, which it would ignore. Collective.
+
+    Compares the two on the first packed row, on the CPU. Raises UserError on every rank.
+    """
+    backend = build.attention_backend(config, models.shape, rows.device)
+    if backend != "varlen" or rows.device.type == "cpu":  # segments on the CPU ask may_attend
+        return
+    division = plan.division(plan.pairs_of(0))
+    row = next(pack_division(division, pairs, 0, rows._replace(device=torch.device("cpu"))))
+    with agreed():
+        check_segments(row.layout, models.shape.sliding_window)
+
+
 def find_beginning(
-    output: Path,
-    settings: dict[str, Any],
-    ranks: Ranks,
-    lock: OutputLock,
-    *,
-    resume: str,
-    model_only: bool,
+    config: Config, ranks: Ranks, lock: OutputLock, *, resume: str, model_only: bool
 ) -> Beginning:
     """What the run in output_dir begins from; the lock is taken if the folder holds a run.
 
     resume, model_only: as for `open_run`. Collective. Raises UserError, on every rank, for an
     output_dir or a checkpoint that cannot be used.
     """
-    given = Path(resume) if model_only else None
+    output, given = Path(config.output_dir), Path(resume) if model_only else None
     with agreed():
-        resuming.check_output_dir(output, settings, resume, build.settings_now)
+        resuming.check_output_dir(output, build.settings_of(config), resume, build.settings_now)
         start = resuming.recorded_start(output, given)
         if resuming.holds_run(output):
             lock.take()
@@ -196,6 +189,68 @@ def find_beginning(
     if given and not start:
         start = checkpoint.checkpoint_identity(given)
     return Beginning(found, start)
+
+
+def state_facts(
+    config: Config,
+    loss: Loss,
+    models: Models,
+    pairs: TokenizedPairs,
+    plan: Plan,
+    begin: Beginning,
+) -> dict[str, Any]:
+    """The entries of a checkpoint's state.json that do not change during a run.
+
+    "common" holds what a resumed run must share. Hashes the weights of the models that matter.
+    """
+    settings, identity = build.settings_of(config), None
+    if loss.uses_reference:
+        identity = hash_weights(models.reference_path, models.reference)
+    common = resuming.what_must_match(
+        settings, models.shape, pairs, identity, begin.start, plan.steps
+    )
+    if config.model.lora is not None and not (identity and models.reference_is_policy):
+        # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
+        common["base_sha256"] = hash_weights(config.model.policy, models.source)["sha256"]
+    return {
+        "common": common,
+        "settings": settings,
+        "reference": identity,
+        "start": begin.start,
+        "pairs": len(pairs),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "ranks": plan.ranks,
+    }
+
+
+def load_policy(
+    config: Config, models: Models, mesh: DeviceMesh, ranks: Ranks
+) -> MistralForCausalLM:
+    """The sharded policy with its initial weights. Collective."""
+    policy = build.build_model(config, models.shape, mesh, ranks, frozen=False)
+    with agreed():
+        load_weights(policy, models.source, others=adapter_parameters(policy))
+    initialize_adapters(policy, config.train.seed)
+    return policy
+
+
+def restore(
+    begin: Beginning,
+    policy: MistralForCausalLM,
+    optimizer: Optimizer,
+    following: MistralForCausalLM | None,
+    ranks: Ranks,
+) -> Progress:
+    """Load what the run begins from into policy, optimiser and reference; the run's position."""
+    if begin.checkpoint:
+        progress = checkpoint.load_checkpoint(begin.checkpoint, policy, optimizer, following)
+        ranks.say(f"resumed from {begin.checkpoint} after {progress.step:,} steps")
+        return progress
+    if begin.start:
+        with agreed():
+            checkpoint.load_trained(Path(begin.start["path"]), policy)
+        ranks.say(f"the policy starts from the weights of {begin.start['path']}")
+    return Progress(step=0, totals={}, skipped=0)
 
 
 def announce(config: Config, ranks: Ranks, plan: Plan, models: Models) -> None:
@@ -276,16 +331,16 @@ def record_start(
 
 def check_first_batch(
     config: Config,
-    ranks: Ranks,
     loss: Loss,
     plan: Plan,
     pairs: TokenizedPairs,
+    rows: Rows,
     policy: MistralForCausalLM,
     reference: Reference,
 ) -> None:
     """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
     division = plan.division(plan.pairs_of(0))
-    batch = next(pack_division(division, pairs, ranks.rank, build.build_rows(config, ranks)))
+    batch = next(pack_division(division, pairs, dist.get_rank(), rows))
     with torch.no_grad():
         log_probs = token_log_probs(policy, batch, loss.uses_weights)
     scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
