@@ -11,10 +11,9 @@ It writes, without network and with the same bytes each time on one machine:
 
 The tasks are checkable: sums, the alphabet and spelling. An answer is right when it is the expected
 text and nothing else (`generate.samples.is_right`). The policy is trained by maximum likelihood,
-first on right answers, which is where its knowledge comes from, then on answers of mixed quality
-(`SFT_SHARES`), so that about half of the answers that it samples are right; the preference run
-raises that share. Held-out instructions are new strings, but the policy may have seen their facts
-in another phrasing: a model of this size knows only what it was told.
+first on right answers, the source of its knowledge, then on answers of mixed quality (`SFT_SHARES`),
+so that about half of the answers that it samples are right; the preference run raises that share.
+Held-out instructions are new strings, but their facts may have been seen in another phrasing.
 """
 
 import argparse
@@ -42,6 +41,8 @@ from notus.errors import UserError
 SEED = 42
 ROOT = Path(__file__).parents[1]  # of the repository, where train.py and configs/ are
 
+Row = dict[str, Any]
+
 # ------------------------------------------------------------------------------ the questions
 
 
@@ -68,7 +69,7 @@ PHRASINGS = {
 
 def facts() -> Iterator[tuple[str, Sequence[object], str, Sequence[str]]]:
     """Yield (task, words that fill its phrasings, right answer, wrong answers)."""
-    for a, b in product(range(1, 11), repeat=2):
+    for a, b in product(range(1, 10), repeat=2):
         yield "sum", (a, b), str(a + b), [str(a + b + d) for d in (-2, -1, 1, 2)]
     for i in range(1, 25):
         yield "next", ascii_lowercase[i], ascii_lowercase[i + 1], ascii_lowercase[i - 1 : i + 1]
@@ -123,7 +124,7 @@ def response(question: Question, kind: str, rng: random.Random) -> str:
     return rng.choice(OFF_TOPIC if kind == "off-topic" else question.wrong)
 
 
-def completion(kind: str, text: str, planted: bool, rng: random.Random) -> dict[str, Any]:
+def completion(question: Question, kind: str, planted: bool, rng: random.Random) -> Row:
     """One completion in the raw UltraFeedback schema; `planted` gives it the overall score 10.
 
     The published set holds such scores: a critic's 1 was read as 10 (OpenBMB/UltraFeedback,
@@ -131,26 +132,27 @@ def completion(kind: str, text: str, planted: bool, rng: random.Random) -> dict[
     off by one, so their mean moves by at most 0.25 and the order of the kinds remains.
     """
     model, ratings, critique = KINDS[kind]
-    off = rng.randrange(4) if rng.random() < 0.3 else None
-    annotations, total = {}, 0
-    for i, (aspect, rating) in enumerate(zip(ASPECTS, ratings, strict=True)):
-        if i == off:
-            rating = min(5, max(1, rating + rng.choice((-1, 1))))
-        annotations[aspect] = {"Rating": str(rating), "Rationale": critique}
-        total += rating
+    ratings = list(ratings)
+    if rng.random() < 0.3:
+        i = rng.randrange(len(ratings))
+        ratings[i] = min(5, max(1, ratings[i] + rng.choice((-1, 1))))
+    mean = sum(ratings) / len(ratings)
     return {
         "model": model,
         "principle": "helpfulness",
         "custom_system_prompt": "",
-        "response": text,
+        "response": response(question, kind, rng),
         "critique": critique,
-        "overall_score": 10.0 if planted else float(math.floor(total / 2 - 0.5)),
-        "fine-grained_score": total / 4,
-        "annotations": annotations,
+        "overall_score": 10.0 if planted else float(math.floor(2 * mean - 0.5)),
+        "fine-grained_score": mean,
+        "annotations": {
+            aspect: {"Rating": str(rating), "Rationale": critique}
+            for aspect, rating in zip(ASPECTS, ratings, strict=True)
+        },
     }
 
 
-def preference_row(question: Question, rng: random.Random) -> dict[str, Any]:
+def preference_row(question: Question, rng: random.Random) -> Row:
     """A raw UltraFeedback row: a completion of each kind, in any order.
 
     In one row of twelve the wrong or off-topic completion gets a planted overall score of 10.
@@ -161,9 +163,7 @@ def preference_row(question: Question, rng: random.Random) -> dict[str, Any]:
         "source": "notus_demo",
         "instruction": question.instruction,
         "models": [KINDS[kind].model for kind in kinds],
-        "completions": [
-            completion(kind, response(question, kind, rng), kind == planted, rng) for kind in kinds
-        ],
+        "completions": [completion(question, kind, kind == planted, rng) for kind in kinds],
         "correct_answers": ["None"],
         "incorrect_answers": ["None"],
     }
@@ -173,9 +173,7 @@ def asked(question: Question) -> dict[str, str]:
     return {"role": "user", "content": question.instruction}
 
 
-def sft_rows(
-    questions: Sequence[Question], passes: int, rng: random.Random
-) -> Iterator[dict[str, Any]]:
+def sft_rows(questions: list[Question], passes: int, rng: random.Random) -> Iterator[Row]:
     """Conversations of one question, in passes over the questions, each in a new order.
 
     The answers of the first passes (RIGHT_FIRST of all) are right, later ones of mixed quality.
@@ -188,10 +186,10 @@ def sft_rows(
             yield {"messages": [asked(question), answer]}
 
 
-def make_data(rows: int | None = None, sft_passes: int = 0) -> dict[str, list[dict[str, Any]]]:
+def make_data(rows: int | None = None, sft_passes: int = 0) -> dict[str, list[Row]]:
     """The rows of each data file, a pure function of the arguments.
 
-    rows: the number of training instructions (None: all, about six hundred). A sixth of all
+    rows: the number of training instructions (None: all, about five hundred). A sixth of all
     questions is held out first, also cut to `rows`. sft_passes: the number of answers to each
     training instruction in sft.jsonl.
     """
@@ -262,9 +260,7 @@ def random_policy(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Mistr
         max_position_embeddings=256,
         sliding_window=None,
         initializer_range=0.06,  # the usual 0.02 is for wide models: this one would learn late
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # BOS 1 and EOS 2 are the defaults
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -274,15 +270,10 @@ def random_policy(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Mistr
 def train_policy(folder: Path) -> MistralForCausalLM:
     """The bfloat16 model that train.py and configs/demo-sft.json make of `folder`/init.
 
-    train.py runs in a process of its own. Raises UserError when train.py is not found, or has
-    failed, after it has printed the reason.
+    train.py runs in a process of its own. Raises UserError when that fails, after it has printed
+    the reason.
     """
     script = ROOT / "train.py"
-    if not script.is_file():
-        raise UserError(
-            f"{script}: not found, and it trains the demo's policy; run the demo from a clone of "
-            "the repository, installed with: pip install -e ."
-        )
     with TemporaryDirectory() as output:
         places = {
             "model.policy": folder / "init",
@@ -330,7 +321,7 @@ def save_model(folder: Path, model: MistralForCausalLM, tokenizer: PreTrainedTok
 def write_demo(
     folder: Path | str,
     rows: int | None = None,
-    sft_passes: int = 18,
+    sft_passes: int = 20,
     hidden_size: int = 128,
     vocabulary: int = 600,
 ) -> None:
@@ -361,9 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
     folder = parser.parse_args(arguments).out
     logging.disable_progress_bar()
-    print(
-        f"Writing {folder}: data, a tokenizer and a small SFT policy (about a minute)", flush=True
-    )
+    print(f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)", flush=True)
     try:
         write_demo(folder)
     except UserError as error:
