@@ -11,8 +11,8 @@ It writes, without network and with the same bytes each time on one machine:
 
 The tasks are checkable: sums, the alphabet and spelling. An answer is right when it is the expected
 text and nothing else (`generate.samples.is_right`). The policy is trained by maximum likelihood,
-first on right answers, the source of its knowledge, then on answers of mixed quality (`SFT_SHARES`),
-so that about half of the answers that it samples are right; the preference run raises that share.
+first on right answers, the source of its knowledge, then on answers of mixed quality, so that about
+half of the answers that it samples are right; the preference run raises that share.
 Held-out instructions are new strings, but their facts may have been seen in another phrasing.
 """
 
@@ -42,8 +42,6 @@ SEED = 42
 ROOT = Path(__file__).parents[1]  # of the repository, where train.py and configs/ are
 
 Row = dict[str, Any]
-
-# ------------------------------------------------------------------------------ the questions
 
 
 class Question(NamedTuple):
@@ -86,9 +84,6 @@ def all_questions(rng: random.Random) -> list[Question]:
         for phrasing in PHRASINGS[task].split("|")
     ]
     return rng.sample(questions, len(questions))
-
-
-# -------------------------------------------------------------------------------- their answers
 
 
 class Kind(NamedTuple):
@@ -153,11 +148,9 @@ def completion(question: Question, kind: str, planted: bool, rng: random.Random)
 
 
 def preference_row(question: Question, rng: random.Random) -> Row:
-    """A raw UltraFeedback row: a completion of each kind, in any order.
-
-    In one row of twelve the wrong or off-topic completion gets a planted overall score of 10.
-    """
+    """A raw UltraFeedback row: a completion of each kind, in any order."""
     kinds = rng.sample(list(KINDS), len(KINDS))
+    # In one row of twelve a bad completion has the overall score 10.
     planted = rng.choice(("wrong", "off-topic")) if rng.random() < 1 / 12 else None
     return {
         "source": "notus_demo",
@@ -174,10 +167,7 @@ def asked(question: Question) -> dict[str, str]:
 
 
 def sft_rows(questions: list[Question], passes: int, rng: random.Random) -> Iterator[Row]:
-    """Conversations of one question, in passes over the questions, each in a new order.
-
-    The answers of the first passes (RIGHT_FIRST of all) are right, later ones of mixed quality.
-    """
+    """Conversations of one question, in passes over all; the first RIGHT_FIRST answer rightly."""
     for number in range(passes):
         shares = {"right": 1.0} if number < RIGHT_FIRST * passes else SFT_SHARES
         for question in rng.sample(questions, len(questions)):
@@ -204,8 +194,6 @@ def make_data(rows: int | None = None, sft_passes: int = 0) -> dict[str, list[Ro
         "sft.jsonl": list(sft_rows(train, sft_passes, rng)),
     }
 
-
-# -------------------------------------------------------------------- the tokenizer and the policy
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 # Each turn is its role's marker, a newline, the text, the end-of-sequence token and a newline, the
@@ -244,7 +232,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         eos_token="</s>",
         pad_token="</s>",
         chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
     )
 
 
@@ -270,8 +257,7 @@ def random_policy(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Mistr
 def train_policy(folder: Path) -> MistralForCausalLM:
     """The bfloat16 model that train.py and configs/demo-sft.json make of `folder`/init.
 
-    train.py runs in a process of its own. Raises UserError when that fails, after it has printed
-    the reason.
+    train.py runs in a process of its own. Raises UserError when that fails.
     """
     script = ROOT / "train.py"
     with TemporaryDirectory() as output:
@@ -292,12 +278,10 @@ def train_policy(folder: Path) -> MistralForCausalLM:
         return MistralForCausalLM.from_pretrained(Path(output) / "run/final", dtype="auto")
 
 
-# ----------------------------------------------------------------------------------- the folder
-
-DATA_FILES = ["preferences.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl"]
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 MODEL_FILES += ["tokenizer.json", "tokenizer_config.json"]
-FILES = {*DATA_FILES, *(f"{model}/{name}" for model in ("init", "sft") for name in MODEL_FILES)}
+FILES = {"preferences.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl"}
+FILES |= {f"{model}/{name}" for model in ("init", "sft") for name in MODEL_FILES}
 
 
 def check_folder(folder: Path) -> None:
@@ -337,8 +321,7 @@ def write_demo(
     folder.mkdir(parents=True, exist_ok=True)
     data = make_data(rows, sft_passes)
     for name, lines in data.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     texts = [row["instruction"] for row in data["preferences.jsonl"]]
     texts += [c["response"] for row in data["preferences.jsonl"] for c in row["completions"]]
     tokenizer = train_tokenizer(texts, vocabulary)

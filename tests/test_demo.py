@@ -3,7 +3,6 @@ import random
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -12,7 +11,7 @@ from notus.config import load_config
 from notus.errors import UserError
 from notus.generate.samples import is_right
 
-SMALL = {"rows": 48, "sft_steps": 2, "hidden_size": 16, "batch_size": 4, "vocabulary": 400}
+SMALL = {"rows": 48, "sft_passes": 1, "hidden_size": 16, "vocabulary": 400}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_rows_have_the_raw_ultrafeedback_schema(folder: Path) -> None:
 
 def test_the_best_rated_completion_is_the_only_right_one() -> None:
     data = demo.make_data()
-    for prompt, row in zip(data.prompts, data.heldout, strict=True):
+    for prompt, row in zip(data["prompts.jsonl"], data["heldout.jsonl"], strict=True):
         assert prompt["prompt"] == [{"role": "user", "content": row["instruction"]}]
         ranked = sorted(row["completions"], key=mean_rating)
         right = [is_right(c["response"], prompt["answer"]) for c in ranked]
@@ -70,7 +69,7 @@ def test_the_best_rated_completion_is_the_only_right_one() -> None:
 
 
 def test_some_bad_completions_have_a_planted_score_of_ten() -> None:
-    rows = demo.make_data().train
+    rows = demo.make_data()["preferences.jsonl"]
     tens = [c for row in rows for c in row["completions"] if c["overall_score"] == 10]
     assert 0.05 < len(tens) / len(rows) < 0.12
     assert all(mean_rating(completion) <= 2 for completion in tens)
@@ -80,36 +79,28 @@ def test_answers_agree_with_the_questions() -> None:
     questions = {q.instruction: q for q in demo.all_questions(random.Random(demo.SEED))}
     assert questions["What is 7 plus 8?"].answer == "15"
     assert questions["Which letter comes after g?"].answer == "h"
-    assert questions["Name the letter before g."].answer == "f"
-    assert questions["What is the opposite of hot?"].answer == "cold"
-    assert questions["Give the opposite of cold."].answer == "hot"
-    assert questions["Spell the word cat."].answer == "c-a-t"
-    assert questions["Which letter does tree end with?"].answer == "e"
+    assert questions["What are the letters of cat?"].answer == "c-a-t"
     assert all(q.wrong and q.answer not in q.wrong for q in questions.values())
-    for instruction, question in questions.items():
-        if instruction.startswith("Name the larger number: "):
-            numbers = instruction.removeprefix("Name the larger number: ").rstrip(".").split(", ")
-            assert question.answer == str(max(map(int, numbers)))
 
 
 def test_data_is_deterministic_and_held_out() -> None:
-    data = demo.make_data(rows=100, sft_count=300)
-    assert data == demo.make_data(rows=100, sft_count=300)
-    assert data != demo.make_data(rows=100, sft_count=300, seed=1)
-    trained = {row["instruction"] for row in data.train}
-    trained |= {row["messages"][0]["content"] for row in data.sft}
+    data = demo.make_data(rows=100, sft_passes=3)
+    assert data == demo.make_data(rows=100, sft_passes=3)
+    trained = {row["instruction"] for row in data["preferences.jsonl"]}
+    assert len(trained) == 100 and len(data["sft.jsonl"]) == 300
+    trained |= {row["messages"][0]["content"] for row in data["sft.jsonl"]}
     assert len(trained) == 100
-    assert trained.isdisjoint(row["instruction"] for row in data.heldout)
+    assert trained.isdisjoint(row["instruction"] for row in data["heldout.jsonl"])
 
 
 def test_policy_examples_are_right_first_and_then_mixed() -> None:
     answers = {q.instruction: q.answer for q in demo.all_questions(random.Random(demo.SEED))}
-    sft = demo.make_data(sft_count=10_000).sft
+    sft = demo.make_data(rows=500, sft_passes=20)["sft.jsonl"]
     turns = [[message["content"] for message in row["messages"]] for row in sft]
     right = [is_right(text, answers[instruction]) for instruction, text in turns]
-    assert all(right[:7000])
-    # the binomial's standard deviation over 3,000 draws is 0.009
-    assert sum(right[7000:]) / 3000 == pytest.approx(demo.SFT_SHARES["right"], abs=0.03)
+    assert len(right) == 10_000 and all(right[:7500])
+    # the binomial's standard deviation over 2,500 draws is 0.01
+    assert sum(right[7500:]) / 2500 == pytest.approx(demo.SFT_SHARES["right"], abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +123,15 @@ def test_chat_template_renders_like_zephyr(folder: Path) -> None:
     assert opened == "<|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
 
 
-def test_fast_tokenizer_segments_like_sentencepiece() -> None:
-    rows = demo.make_data(rows=200).train
+def test_tokenizer_restores_every_text() -> None:
+    rows = demo.make_data(rows=200)["preferences.jsonl"]
     texts = [row["instruction"] for row in rows]
-    processor: sentencepiece.SentencePieceProcessor = demo.train_sentencepiece(texts, 500)
-    tokenizer = demo.to_fast_tokenizer(processor)
+    tokenizer = demo.train_tokenizer(texts, 500)
     unseen = ["Zoë  has 1234 pets.", " two\nlines ", "日本", *demo.RAMBLING]
     for text in texts + unseen:
-        assert tokenizer(text)["input_ids"] == processor.encode(text)
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= 500
+    assert tokenizer.tokenize("Spell<|user|>15") == ["Spell", "<|user|>", "1", "5"]
 
 
 def test_tokenizer_as_loaded_by_transformers(folder: Path) -> None:
@@ -167,7 +158,7 @@ def test_policy_loads_in_transformers_and_was_trained(folder: Path) -> None:
     assert model.config.vocab_size == len(tokenizer)
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*.*")} == demo.FILES
     assert (initial.dtype, model.dtype) == (torch.float32, torch.bfloat16)
-    # two steps at rates up to 2e-3, which bfloat16 does not show on norms: they are near 1
+    # two steps at rates up to 1.5e-3, which bfloat16 does not show on norms: they are near 1
     for name, value in model.named_parameters():
         if "norm" not in name:
             moved = (value - initial.get_parameter(name)).abs()
@@ -179,34 +170,32 @@ def test_the_policy_is_trained_as_the_configuration_says(folder: Path) -> None:
     assert config.train.objective == "sft" and not config.data.shuffle
     paths = (config.model.policy, config.data.train[0].path, config.data.eval[0].path)
     assert paths == ("demo/init", "demo/sft.jsonl", "demo/heldout.jsonl")
-    assert len(read_jsonl(folder / "sft.jsonl")) == 2 * 4
+    assert len(read_jsonl(folder / "sft.jsonl")) == 48
 
 
 def test_default_policy_has_about_a_million_parameters() -> None:
-    texts = [row["instruction"] for row in demo.make_data().train]
-    tokenizer = demo.to_fast_tokenizer(demo.train_sentencepiece(texts, 900))
-    model = demo.random_policy(tokenizer, hidden_size=128, seed=demo.SEED)
+    texts = [row["instruction"] for row in demo.make_data()["preferences.jsonl"]]
+    tokenizer = demo.train_tokenizer(texts, 600)
+    model = demo.random_policy(tokenizer, hidden_size=128)
     assert 0.8e6 < model.num_parameters() < 1.2e6
 
 
 def test_without_steps_the_policy_is_the_initial_model(tmp_path: Path) -> None:
-    demo.write_demo(tmp_path, **SMALL | {"sft_steps": 0})
+    demo.write_demo(tmp_path, **SMALL | {"sft_passes": 0})
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")} == demo.FILES
     for name in demo.MODEL_FILES:
         assert (tmp_path / "sft" / name).read_bytes() == (tmp_path / "init" / name).read_bytes()
 
 
-def test_what_hinders_the_training_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo.write_demo(tmp_path / "demo", **SMALL | {"sft_steps": 0})
+def test_a_training_that_fails_leaves_no_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.write_demo(tmp_path / "demo", **SMALL | {"sft_passes": 0})
     (tmp_path / "train.py").write_text("import sys; sys.exit(2)")
-    for root, words in (
-        (tmp_path / "wheel", "wheel/train.py: not found"),
-        (tmp_path, "ended with 2"),
-    ):
-        monkeypatch.setattr(demo, "ROOT", root)
-        with pytest.raises(UserError, match=words):
-            demo.write_demo(tmp_path / "demo", **SMALL)
-        assert not (tmp_path / "demo/sft").exists()  # rather none than one that looks trained
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="ended with 2"):
+        demo.write_demo(tmp_path / "demo", **SMALL)
+    assert not (tmp_path / "demo/sft").exists()  # rather none than one that looks trained
 
 
 def test_a_demo_is_written_over_with_the_same_bytes(folder: Path) -> None:

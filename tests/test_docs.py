@@ -243,8 +243,6 @@ NOT_RUN = {
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
-    "python -m notus.card runs/notus-7b-v1 --license mit --push-to-hub NAME/notus-7b "
-    "--private": "uploads; tests/card/test_card.py does so to a stand-in of the hub",
     "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.

@@ -3,27 +3,20 @@
 import json
 import re
 import shutil
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, metadata_load
-from torch.utils.tensorboard import SummaryWriter
+from huggingface_hub import ModelCard, metadata_load
 
 import eval as evaluation_commands
 import train
 from notus.card import card
-from notus.card.card import Identity, read_record, run_hours, write_card
+from notus.card.card import read_record, write_card
 from notus.card.curves import running_mean
 from notus.errors import UserError
-from notus.evals.published import DPO_RUNS
-
-ROOT = Path(__file__).parents[2]
 
 
 def short_run(demo: Path, folder: Path, **keys: object) -> Path:
@@ -79,8 +72,8 @@ def edit_start(run: Path, **changes) -> None:
     path.write_text("\n".join([json.dumps(json.loads(first) | changes), *rest]) + "\n")
 
 
-def text_of(run: Path, identity: Identity = card.UNKNOWN) -> str:
-    return write_card(run, identity).read_text()
+def text_of(run: Path, **facts: object) -> str:
+    return write_card(run, **facts).read_text()
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
@@ -129,14 +122,13 @@ def test_tables_show_the_numbers_of_the_log(finished):
         if name.startswith("eval_"):
             assert rows[name] == [f"{first[name]:.4f}", f"{value:.4f}"]
     record = read_record(finished)
-    assert rows["steps"] == ["4"] and rows["pairs per step"] == ["24"]
-    assert rows["epochs"] == [f"{lines_of(finished)[-1]['epoch']:g}"]
+    assert f"{record.count('train')}pairs: 4 steps, {lines_of(finished)[-1]['epoch']:g} ep" in text
     assert rows["torch"] == [version("torch")] and rows["processes"][0].startswith("1 x CPU")
     state = json.loads(next(finished.glob("checkpoints/*/state.json")).read_text())
     assert f"tokens: `{state['common']['tokens_sha256']}`" in text
     assert f"weights: `{state['reference']['sha256']}`" in text
     assert f"- train: {state['pairs']} pairs" in text and "- eval: 9 pairs" in text
-    assert record.held_out_pairs == 9 and "Means over 9 held-out pairs" in text
+    assert "Means over 9 held-out pairs" in text
     shown = text.split("```json\n")[1].split("\n```")[0]
     settings = json.loads((finished / "config.json").read_text())
     settings["model"]["policy"] = "sft"
@@ -148,7 +140,7 @@ def test_tables_show_the_numbers_of_the_log(finished):
 def test_figures_hold_the_curves(finished):
     image = pytest.importorskip("matplotlib.image")
     text = (finished / "final/README.md").read_text()
-    names = {"loss", "rewards", "accuracy", "margin", "displacement", "falling"}
+    names = {"loss", "rewards", "accuracy", "margin", "displacement"}
     assert {path.stem for path in (finished / "final/figures").iterdir()} == names
     blue, orange = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in ("#0072B2", "#D55E00"))
     for name in names:
@@ -160,13 +152,10 @@ def test_figures_hold_the_curves(finished):
         assert has_orange == (name in ("rewards", "displacement"))
 
 
-def test_without_matplotlib_there_is_a_table(run):
+def test_without_matplotlib_the_card_says_what_draws_the_curves(run):
     text = text_of(run)
     assert "figures/" not in text and not (run / "final/figures").exists()
-    rows = table_rows(text)
-    for line in lines_of(run)[1:]:
-        assert rows[str(line["step"])][0] == f"{line['loss']:.4f}"
-        assert f"{line['rewards/margins']:.4f}" in rows[str(line["step"])]
+    assert "pip install -e '.[report]'" in text
 
 
 def test_running_mean_by_hand():
@@ -190,62 +179,18 @@ def test_hub_ids_stand_in_the_front_matter(run):
         ("org/set", "train_prefs")
     }
     edit_start(run, local=["alignment-handbook/zephyr-7b-sft-full", "org/set"])
-    named = ModelCard(text_of(run, Identity("mit", "org/base", ("org/raw",)))).data
+    named = ModelCard(text_of(run, license="mit", base_model="org/base", datasets=["org/raw"])).data
     assert (named.license, named.base_model, named.datasets) == ("mit", "org/base", ["org/raw"])
-
-
-def as_notus(run: Path, **loss) -> None:
-    """Make the run look like the published one: its recipe, shape and evaluations."""
-    published = DPO_RUNS["notus-7b-v1"]
-    settings = json.loads((run / "config.json").read_text())
-    notus = json.loads((ROOT / "configs/notus.json").read_text())
-    for section in ("optimizer", "schedule", "train"):
-        settings[section] |= notus[section]
-    settings["train"]["max_steps"] = None
-    settings["loss"] |= loss
-    edit(run / "config.json", **settings)
-    (state,) = run.glob("checkpoints/*/state.json")
-    common = json.loads(state.read_text())["common"]
-    common["model_shape"] |= {"hidden_size": 4096, "num_hidden_layers": 32}
-    edit(state, common=common)
-    lines = lines_of(run)
-    lines[-1] |= {
-        "eval_loss": published.end.loss,
-        "eval_rewards/accuracies": published.end.accuracy,
-        "eval_rewards/margins": 1.0,
-    }
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_a_repeated_recipe_stands_beside_the_published_run(run):
-    as_notus(run)
-    text = text_of(run)
-    cells = {
-        line.split(" | ")[1]: line.strip("| ").split(" | ")
-        for line in text.splitlines()
-        if line.startswith("| end | ")
-    }
-    assert cells["loss"] == ["end", "loss", "0.4730", "0.4730", "0.0000", "2,000"]
-    assert cells["accuracy"][2:] == ["0.8016", "0.8016", "0.0000", "252"]
-    # The spread of the margins is 3.8412 / Phi^-1(0.8016) = 4.5322 over 252 and 9 pairs.
-    assert float(cells["margin"][4]) == pytest.approx(
-        -2.8412 / (4.5322 * (1 / 252 + 1 / 9) ** 0.5), abs=1e-3
-    )
-
-
-def test_another_recipe_does_not(run):
-    as_notus(run, beta=0.2)
-    assert "notus-7b-v1" not in text_of(run)
 
 
 def test_adapters_are_tagged_as_such(run):
     settings = json.loads((run / "config.json").read_text())
     settings["model"]["lora"] = {"rank": 4, "alpha": 8.0, "merge": False}
     edit(run / "config.json", **settings)
-    text = text_of(run, Identity(base_model="org/base"))
+    text = text_of(run, base_model="org/base")
     data = ModelCard(text).data.to_dict()
-    assert data["library_name"] == "peft" and {"lora", "peft"} <= {*data["tags"]}
-    assert data["base_model_relation"] == "adapter" and 'subfolder="adapter"' in text
+    assert data["library_name"] == "peft" and "lora" in data["tags"]
+    assert data["base_model_relation"] == "adapter" and "Low-rank adapters for [org/base]" in text
     settings["model"]["lora"]["merge"] = True
     edit(run / "config.json", **settings)
     assert ModelCard(text_of(run)).data.library_name == "transformers"
@@ -270,26 +215,9 @@ def test_hours_of_a_run_that_was_killed_once(run):
     start["device"] = "NVIDIA H200"
     text = "".join(json.dumps(start | event) + "\n" for event in events)
     (run / "history.jsonl").write_text(text)
-    midnight = 1767225600  # 2026-01-01T00:00:00Z
-    with SummaryWriter(str(run / "tensorboard")) as board:
-        board.add_scalar("loss", 1.0, 1, walltime=midnight + 2 * 3600)
-    hours = [(h, start["ranks"]) for h, start in run_hours(read_record(run))]
-    assert hours == [(2.0, 8), (1.5, 4)]
     rows = table_rows(text_of(run))
-    assert rows["hours"] == ["3.50 in 2 starts"] and rows["GPU-hours"] == ["22.00 of NVIDIA H200"]
-    assert "cost" not in rows
-    assert card.main([str(run), "--price", "2.5"]) == 0
-    rows = table_rows((run / "final/README.md").read_text())
-    assert rows["cost"] == ["55.00 at 2.5 per GPU-hour"]
-
-
-def test_no_price_of_what_used_no_gpu(run, capsys):
-    text = (run / "final/README.md").read_text()
-    assert "GPU-hours |" not in text
-    for price, words in (("2.5", "tells of no hours on a GPU"), ("-1", "expected the price of")):
-        assert card.main([str(run), "--price", price]) == 2
-        assert words in capsys.readouterr().err
-    assert (run / "final/README.md").read_text() == text
+    assert rows["hours"] == ["1.50, without 1 that were killed"]
+    assert rows["processes"] == ["4 x NVIDIA H200"]
 
 
 @pytest.mark.parametrize(
@@ -297,27 +225,24 @@ def test_no_price_of_what_used_no_gpu(run, capsys):
     [
         ("train.py", "train.py"),
         ("/home/anna/notus/train.py", "train.py"),
-        ("~/c.json", "c.json"),
         ("../anna/c.json", "c.json"),
         ("configs/notus.json", "configs/notus.json"),
+        ("{here}/configs/notus.json", "configs/notus.json"),
         ("--resume=/home/anna/step-5", "--resume=step-5"),
         ("model.policy=org/name", "model.policy=org/name"),
-        ("model.policy=/home/anna/sft", "model.policy=sft"),
+        ("model.policy=/home/anna/my sft", "model.policy=my sft"),
         ("data.train.0.path=../anna/p.jsonl", "data.train.0.path=p.jsonl"),
         ('data.train=[{"path": "/home/anna/p.jsonl"}]', 'data.train=[{"path": "p.jsonl"}]'),
         (
             'data.train.0.curation={"decontaminate":["/home/anna/t.jsonl", "m.jsonl"]}',
-            'data.train.0.curation={"decontaminate": ["t.jsonl", "m.jsonl"]}',
+            'data.train.0.curation={"decontaminate":["t.jsonl", "m.jsonl"]}',
         ),
-        ("data.train.0.curation.decontaminate.0=/home/anna/t", None),
-        ("data.system_prompt=/think", "data.system_prompt=/think"),
         ("loss.beta=0.10", "loss.beta=0.10"),
         ("/home/anna/a=b/c.json", "c.json"),
     ],
 )
-def test_what_a_card_tells_of_a_command(word, told):
-    told = told or "data.train.0.curation.decontaminate.0=t"
-    assert card.public_word(word) == told
+def test_words_of_a_command_have_no_absolute_path(word, told):
+    assert card.shown_text(word.format(here=Path.cwd()) if "{here}" in word else word) == told
 
 
 def test_no_path_of_the_machine_is_published(run, tmp_path):
@@ -365,13 +290,13 @@ def test_no_path_of_the_machine_is_published(run, tmp_path):
     assert "python train.py c.json model.policy=sft" in text
     for name in ("sft", "other", "pairs", "mt.jsonl", "truthful_qa.jsonl", "prompts.jsonl"):
         assert name in text
-    assert 'from_pretrained("sft")' in text
 
 
 @pytest.mark.parametrize("option", ["--base-model", "--datasets"])
 def test_hub_ids_are_no_paths(run, capsys, option):
-    assert card.main([str(run), option, "/home/anna/sft"]) == 2
-    assert f"{option} /home/anna/sft: expected a hub id" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        card.main([str(run), option, "/home/anna/sft"])
+    assert f"{option}: invalid hub_id value: '/home/anna/sft'" in capsys.readouterr().err
 
 
 def test_curated_data_bring_their_manifest(run, tmp_path):
@@ -393,7 +318,7 @@ def test_curated_data_bring_their_manifest(run, tmp_path):
     rows = table_rows(text)
     assert rows["rows"] == ["1,234"] and rows["dropped: tied ratings"] == ["234"]
     assert rows["SHA-256 of train.parquet"] == ["def"]
-    assert f"- {folder.name}: prompts of truthful_qa.jsonl were left out" in text
+    assert rows["left out: prompts of"] == ["truthful_qa.jsonl"]
 
 
 def test_results_of_evaluators_stand_beside_the_published_ones(run, tmp_path):
@@ -426,96 +351,14 @@ def test_what_a_card_cannot_be_made_of(run, tmp_path, capsys):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     with pytest.raises(UserError, match="metrics.jsonl: no training step is logged there"):
         write_card(run)
-    (run / "metrics.jsonl").write_text(whole[:-10])
-    last = len(whole.splitlines())
-    with pytest.raises(UserError, match=f"metrics.jsonl:{last}: not valid JSON"):
-        write_card(run)
     (run / "metrics.jsonl").write_text(whole)
     shutil.rmtree(run / "final")
-    with pytest.raises(UserError, match="final: no such folder, so the run has not ended"):
+    with pytest.raises(UserError, match="final: no such folder; train.py writes it"):
         write_card(run)
 
 
-# ---------------------------------------------------------------------------------------- the hub
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What of the hub's API an upload of small files meets, and what it was sent."""
-
-    requests: list[tuple[str, object]]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        home = f"http://{self.headers['Host']}/me/mine"
-        if self.path.endswith("/commit/main"):
-            sent = [json.loads(line) for line in body.splitlines()]
-            answer = {"commitUrl": f"{home}/commit/abc", "commitOid": "a" * 40, "success": True}
-        else:
-            sent = json.loads(body)
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in sent.get("files", ())
-            ]
-            answer = {"url": home, "files": files}
-        self.requests.append((self.path, sent))
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub on this machine; its list of requests."""
-    handler = type("OwnHub", (Hub,), {"requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(card, "HfApi", partial(HfApi, endpoint=endpoint, token="hf_test"))
-    yield handler.requests
-    server.shutdown()
-    server.server_close()
-
-
-def test_pushing_uploads_final_and_nothing_else(run, hub, capsys):
-    assert card.main([str(run), "--push-to-hub", "me/mine", "--private"]) == 0
-    assert '.from_pretrained("me/mine"' in (run / "final/README.md").read_text()
-    created = dict(hub)["/api/repos/create"]
-    assert created["name"] == "mine" and created["organization"] == "me"
-    assert created.get("private", created.get("visibility")) in (True, "private")
-    sent = dict(hub)["/api/models/me/mine/commit/main"]
-    uploaded = {entry["value"]["path"] for entry in sent if entry["key"] == "file"}
-    final = run / "final"
-    assert uploaded == {str(p.relative_to(final)) for p in final.rglob("*") if p.is_file()}
-    assert not any("optimizer" in name or "metrics" in name for name in uploaded)
-    assert "/me/mine" in capsys.readouterr().out
-
-
-def test_an_adapter_of_a_local_base_is_not_pushed(run, hub, capsys):
-    adapter = run / "final/adapter/adapter_config.json"
-    adapter.parent.mkdir()
-    adapter.write_text(json.dumps({"base_model_name_or_path": "/home/anna/sft"}))
-    assert card.main([str(run), "--push-to-hub", "me/mine"]) == 2
-    assert "base_model_name_or_path is /home/anna/sft" in capsys.readouterr().err
-    assert hub == []
-    edit(adapter, base_model_name_or_path="org/base")
-    assert card.main([str(run), "--push-to-hub", "me/mine"]) == 0
-
-
-def test_nothing_is_pushed_unasked(run, hub):
-    assert card.main([str(run)]) == 0
-    assert hub == []
-    with pytest.raises(SystemExit):
-        card.main([str(run), "--private"])
-
-
-def test_a_hub_that_cannot_be_reached(run, monkeypatch, capsys):
-    nowhere = partial(HfApi, endpoint="http://127.0.0.1:9", token="hf_test")
-    monkeypatch.setattr(card, "HfApi", nowhere)
-    assert card.main([str(run), "--push-to-hub", "me/mine"]) == 2
-    assert "--push-to-hub me/mine: the hub did not take it" in capsys.readouterr().err
+def test_a_torn_line_of_metrics_is_skipped(run):
+    whole = text_of(run)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "loss": 0.\xff')
+    assert text_of(run) == whole
