@@ -255,6 +255,7 @@ NOT_RUN = {
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
 SUBSTITUTED = {"alpaca_eval": "alpaca_eval.jsonl", "mt_bench": "mt_bench.jsonl"}
+MAIN = {"notus.card": "notus.card.card", "notus.curation": "notus.curation.curate"}  # of folders
 SHORT_ANSWERS = ["--max-new-tokens", "4"]  # where something is generated
 
 
@@ -355,7 +356,8 @@ def call(words: list[str]) -> int:
         options = get_args_parser().parse_args(arguments)  # exits for what torchrun does not know
         arguments = [options.training_script, *options.training_script_args]
     if arguments[0] == "-m":
-        return importlib.import_module(arguments[1]).main(arguments[2:])
+        module = MAIN.get(arguments[1], arguments[1])
+        return importlib.import_module(module).main(arguments[2:])
     script, *arguments = arguments
     if script == "eval.py":
         if arguments[0] in ("generate", "samples"):
