@@ -43,10 +43,10 @@ from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[], None]) -> bool:
     """The loop: from a step's pairs to the weight update. False if a signal ended it early."""
     config, ranks, policy, reference = run.config, run.ranks, run.policy, run.reference
-    loss, plan, meter, log = run.loss, run.plan, open_meter(run), open_log(run)
-    stopped = False
+    loss, plan, log, stopped = run.loss, run.plan, open_log(run), False
     if run.progress.step == 0:
         log.write(0, evaluate_held_out(run))
+    meter = open_meter(run)
 
     for step in range(run.progress.step, plan.steps):
         chosen = plan.pairs_of(step)  # the step's pairs, the same on any number of ranks
@@ -151,7 +151,7 @@ def show_samples(run: Run, log: MetricsLog, done: int) -> None:
     """Show the policy's current answers next to the reference's: samples.md and TensorBoard."""
     if run.config.evaluation.samples is None:
         return
-    answers = answer_samples(run.config, run.ranks, run.policy, run.source)
+    answers = answer_samples(run, run.policy)
     if run.ranks.first:
         prompts = sample_prompts(run.config)
         texts = run.reference_answers, answers
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config, ranks, lock, resume=options.resume, model_only=options.model_only
             )
             if run is not None and run_to_end(run, options.profile):
-                source, output = run.source, run.output
+                source, output = run.models.source, run.output
                 del run  # its models need the memory that the answering ones take
                 show_result(config, ranks, source, output)
     except UserError as error:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 import train
-from notus import build
+from notus import build, start
 from notus.config import load_config
 from notus.data.packing import PADDING
 from notus.model import attention as attention_module
@@ -74,7 +74,7 @@ def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
     """Each time, the one before the first step too, the clock starts anew before the next step."""
     events, evaluate_held_out = [], train.evaluate_held_out
 
-    class Recorded(train.Speed):
+    class Recorded(start.Speed):
         def restart(self) -> None:
             events.append("restart")
             super().restart()
@@ -87,7 +87,7 @@ def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
         events.append("evaluation")
         return evaluate_held_out(*arguments)
 
-    monkeypatch.setattr(train, "Speed", Recorded)
+    monkeypatch.setattr(start, "Speed", Recorded)
     monkeypatch.setattr(train, "evaluate_held_out", evaluated)
     config = base_config(demo) | {"evaluation": {"every": 1}, "log": {"every": 3}}
     config["data"] = config["data"] | {"eval": {"holdout": 8}}
@@ -103,12 +103,12 @@ def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_p
     """Work.scorings is the number of passes without gradient in a step of one row."""
     counted = []
 
-    class Recorded(train.Speed):
+    class Recorded(start.Speed):
         def count(self, *arguments) -> None:
             counted.append((self.work.scorings, [gradient for gradient, *_ in forwards]))
             forwards.clear()
 
-    monkeypatch.setattr(train, "Speed", Recorded)
+    monkeypatch.setattr(start, "Speed", Recorded)
     monkeypatch.setattr(Recorded, "report", lambda speed: {})
     config = base_config(demo) | {"loss": {"name": name}, "reference": {"log_probs": log_probs}}
     overrides = "train.max_steps=2", "data.tokens_per_microbatch=4096"
