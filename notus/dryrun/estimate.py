@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.build import build_plan
+from notus.build import build_plan, step_work
 from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import MemoryBudget, MemorySettings, ParameterCounts, memory_budget
-from notus.engine.flops import GIB, GPU, Work, forward_flops, hardware_flops, model_flops
+from notus.engine.flops import GIB, GPU, forward_flops, hardware_flops, model_flops
 from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
 
@@ -41,17 +41,13 @@ def usable(gpu: GPU) -> int:
 
 
 class RowCounts(NamedTuple):
-    """The rows of all steps, for one number of ranks and one token budget.
+    """The rows of all steps, for one number of ranks and one token budget."""
 
-    slots, scored: of the longest row and the most scored tokens of any. total: slots of all rows of
-    all ranks. microbatches: of all steps, on one rank; most: of one step.
-    """
-
-    slots: int
-    scored: int
-    total: int
-    microbatches: int
-    most: int
+    slots: int  # of the longest row
+    scored: int  # the most scored tokens of any row
+    total: int  # slots of all rows of all ranks
+    microbatches: int  # of all steps, on one rank
+    most: int  # microbatches of one step
 
 
 def count_rows(plan: Plan, pairs: TokenizedPairs, steps: Sequence[np.ndarray]) -> RowCounts:
@@ -173,14 +169,13 @@ class Estimate:
         reference, scoring the pairs first for a loss that couples them. reference: the pass for
         cached log-probs. evaluation: the held-out pairs, by the policy and an online reference.
         """
-        shape, held_out = self.shape, 0.0
+        shape, online = self.shape, self.reference == "online"
         trained = self.pairs.lengths[np.concatenate(self.steps)]
-        online, frozen = self.reference == "online", self.counts.frozen > 0
-        recomputed = self.config.parallel.activation_checkpointing == "full"
-        work = Work(frozen, recomputed, scorings=online + self.loss.couples_pairs * (1 + online))
-        model = model_flops(shape, trained, frozen)
-        if self.held_out is not None:
-            held_out = sum(forward_flops(shape, self.held_out.lengths))
+        work = step_work(self.config, self.loss)
+        model = model_flops(shape, trained, work.frozen)
+        held_out = (
+            0.0 if self.held_out is None else sum(forward_flops(shape, self.held_out.lengths))
+        )
         once = held_out + sum(forward_flops(shape, self.pairs.lengths))
         return {
             "model": model,
@@ -214,20 +209,20 @@ def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:
     by itself; the last is the fewest GPUs on which the run fits.
     """
     config = estimate.config
-    changes: list[tuple[str, Any]] = [
-        ("parallel.keep_gathered", False),
-        ("parallel.activation_checkpointing", "full"),
-        ("optimizer.state_dtype", "bfloat16"),
-        ("parallel.cpu_offload", True),
-    ]
+    fixed = estimate.reference == "online" and config.reference.sync_every is None
     longest = slots_of(estimate.pairs.lengths, config.data.prefix_sharing).max()
-    if (half := config.data.tokens_per_microbatch // 2) >= max(longest, SHORTEST_ROW):
-        changes.insert(2, ("data.tokens_per_microbatch", half))
-    if estimate.reference == "online" and config.reference.sync_every is None:
-        changes.insert(0, ("reference.log_probs", "cached"))
-    for key, value in changes:
+    half = config.data.tokens_per_microbatch // 2
+    changes: list[tuple[str, Any, bool]] = [
+        ("reference.log_probs", "cached", fixed),
+        ("parallel.keep_gathered", False, True),
+        ("parallel.activation_checkpointing", "full", True),
+        ("data.tokens_per_microbatch", half, half >= max(longest, SHORTEST_ROW)),
+        ("optimizer.state_dtype", "bfloat16", True),
+        ("parallel.cpu_offload", True, True),
+    ]
+    for key, value, possible in changes:
         changed = estimate.with_setting(key, value)
-        if changed.config != config:
+        if possible and changed.config != config:
             yield f"{key}={value if isinstance(value, str) else json.dumps(value)}", changed
     if found := fewest_gpus(estimate, gpu):
         shard = f" parallel.shard={found.shard}" if config.parallel.shard else ""
