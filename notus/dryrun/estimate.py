@@ -21,13 +21,12 @@ from notus.engine.flops import GIB, GPU, forward_flops, hardware_flops, model_fl
 from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
 
-# The part of a GPU's memory that tensors cannot have: CUDA's context, NCCL's buffers and the
-# workspaces of matrix products take about a fixed amount, and the allocator's gaps a share.
-# Estimates.
+# The part of a GPU's memory that tensors cannot have, an estimate: CUDA's context, NCCL's buffers
+# and the workspaces of matrix products take about a fixed amount, and the allocator's gaps a share.
 RESERVED = int(1.5 * GIB)
 USABLE_SHARE = 0.95
-# Share of the data-sheet peak at which all the FLOPs of a run are assumed to be done, whether they
-# count for the MFU or not. An assumption: published 7B trainings are between the outer two.
+# Share of the data-sheet peak at which all FLOPs are assumed to be done, whether they count for the
+# MFU or not: published 7B trainings are between the outer two.
 UTILISATION = (0.35, 0.45, 0.55)
 MOST_GPUS = 256  # tried
 SHORTEST_ROW = 1024  # slots: below, matrix products wait for the weights to be gathered
@@ -155,11 +154,9 @@ class Estimate:
     @property
     def evaluations(self) -> int:
         """How often the held-out pairs are scored: at the start, when due, and at the end."""
-        if self.held_out is None:
-            return 0
-        steps, every = len(self.steps), self.config.evaluation.every
-        due = range(every, steps, every) if every else ()
-        return 2 + len(due)
+        every = self.config.evaluation.every
+        due = range(every, len(self.steps), every) if every else ()
+        return 0 if self.held_out is None else 2 + len(due)
 
     @property
     def flops(self) -> dict[str, float]:
@@ -173,9 +170,7 @@ class Estimate:
         trained = self.pairs.lengths[np.concatenate(self.steps)]
         work = step_work(self.config, self.loss)
         model = model_flops(shape, trained, work.frozen)
-        held_out = (
-            0.0 if self.held_out is None else sum(forward_flops(shape, self.held_out.lengths))
-        )
+        held_out = sum(forward_flops(shape, self.held_out.lengths)) if self.held_out else 0.0
         once = held_out + sum(forward_flops(shape, self.pairs.lengths))
         return {
             "model": model,
@@ -195,11 +190,9 @@ def fewest_gpus(estimate: Estimate, gpu: GPU) -> Estimate | None:
     None if these are more than MOST_GPUS.
     """
     gpus = estimate.config.parallel.replicate
-    while gpus <= MOST_GPUS:
-        if (found := estimate.on_gpus(gpus)).fits(gpu):
-            return found
+    while gpus <= MOST_GPUS and not estimate.on_gpus(gpus).fits(gpu):
         gpus *= 2
-    return None
+    return estimate.on_gpus(gpus) if gpus <= MOST_GPUS else None
 
 
 def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:

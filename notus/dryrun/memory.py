@@ -1,8 +1,7 @@
 """The memory of one rank while it trains: the largest sum of tensors that exist together.
 
-Computed from the decoder's shape and the length of a row. What is kept for the backward pass
-follows model/mistral.py line by line; what is gathered when follows PyTorch's fully_shard
-(torch/distributed/fsdp/_fully_shard): a unit is a transformer block, the head, or the root with the
+What is kept for the backward pass follows model/mistral.py line by line; what is gathered when
+follows PyTorch's fully_shard: a unit is a transformer block, the head, or the root with the
 embedding. tests/dryrun/test_memory.py compares the sum with what the CPU allocator gave,
 benchmarks/memory.py with what the GPU's did. All sizes are in bytes.
 """
@@ -33,15 +32,11 @@ BLOCK_PARAMETERS = {
 
 
 class ParameterCounts(NamedTuple):
-    """The policy's parameters, and the results of its adapters, if any.
+    """The policy's parameters, and the results of its adapters, if any."""
 
-    trainable: in float32. frozen: 0 in full training; with adapters, only these are trained.
-    adapter_results: numbers per token that the products of one block's adapters give.
-    """
-
-    trainable: int
-    frozen: int
-    adapter_results: int
+    trainable: int  # in float32
+    frozen: int  # 0 in full training; with adapters, only these are trained
+    adapter_results: int  # numbers per token that the products of one block's adapters give
 
 
 def parameter_counts(shape: ModelShape, lora: LoraSettings | None) -> ParameterCounts:
@@ -85,47 +80,33 @@ def unit_sizes(shape: ModelShape) -> UnitSizes:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """All that the memory of one rank depends on.
-
-    shard: ranks that divide one copy of the parameters. counts: see ParameterCounts. compute_width:
-    bytes of the type of forward and backward, and of each frozen parameter. slots: length of the
-    longest row trained on, of which `scored` predict a response token; scoring_slots: of the
-    longest row without gradient (evaluation, reference). state_width: bytes of each of the
-    optimiser's numbers per parameter, see OPTIMIZER_STATES. reference_width: bytes per parameter of
-    a resident reference, 0 without one. kept_log_probs: float32 reference log-probs on the device.
-    compiled: blocks are; triton: the head runs its Triton kernels, not their plain definition;
-    on_cpu: attention takes the "dense" backend's [T, T] mask, and the head multiplies in float32.
-    """
+    """All that the memory of one rank depends on. Widths are bytes of one number."""
 
     shape: ModelShape
-    shard: int
+    shard: int  # ranks that divide one copy of the parameters
     counts: ParameterCounts
-    compute_width: int
-    slots: int
-    scored: int
-    scoring_slots: int
+    compute_width: int  # of forward and backward, and of each frozen parameter
+    slots: int  # of the longest row trained on
+    scored: int  # of these, those that predict a response token
+    scoring_slots: int  # of the longest row without gradient (evaluation, reference)
     optimizer: str
-    state_width: int
+    state_width: int  # of the optimiser's numbers per parameter, see OPTIMIZER_STATES
     activation_checkpointing: str
-    reference_width: int
-    kept_log_probs: int
+    reference_width: int  # of a resident reference's parameters, 0 without one
+    kept_log_probs: int  # float32 reference log-probs on the device
     cpu_offload: bool
     keep_gathered: bool
-    compiled: bool
-    triton: bool
-    on_cpu: bool
+    compiled: bool  # the blocks
+    triton: bool  # the head runs its Triton kernels, not their plain definition
+    on_cpu: bool  # attention has a dense [T, T] mask, and the head multiplies in float32
 
 
 class MemoryBudget(NamedTuple):
-    """The memory of one rank, as names and bytes.
+    """The memory of one rank, as names and bytes."""
 
-    resident: held all the time. phases: the moments that can be the fullest, and what is held then
-    in addition. host: what CPU offload moves to the memory of the machine, for this rank.
-    """
-
-    resident: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    host: int
+    resident: dict[str, int]  # held all the time
+    phases: dict[str, dict[str, int]]  # held in addition in the moments that can be the fullest
+    host: int  # what CPU offload moves to the memory of the machine, for this rank
 
     @property
     def fullest(self) -> str:
@@ -181,16 +162,6 @@ def _block_activations(settings: MemorySettings) -> tuple[int, int]:
     elif settings.on_cpu:
         at_work += width * slots
     return kept * slots, at_work * slots
-
-
-def _unit_parameters(settings: MemorySettings) -> tuple[UnitSizes, UnitSizes]:
-    """The parameters of each unit: all of them, which are gathered, and those with a gradient."""
-    units = unit_sizes(settings.shape)
-    if not settings.counts.frozen:
-        return units, units
-    # Adapters are in the blocks, and nothing else is trained.
-    adapters = settings.counts.trainable // settings.shape.num_hidden_layers
-    return units._replace(block=units.block + adapters), UnitSizes(adapters, 0, 0)
 
 
 def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int], ...]:
@@ -250,7 +221,7 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
     layers, hidden, inner = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
     trainable, frozen, _ = settings.counts
     states = settings.state_width * OPTIMIZER_STATES[settings.optimizer] * trainable // shard
-    sharded = {
+    resident = {
         "parameters": (4 * trainable + width * frozen) // shard,
         f"{settings.optimizer} state": states,
         "reference model": settings.reference_width * (frozen or trainable) // shard,
@@ -262,16 +233,17 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
     roots = states if at_once and not (settings.cpu_offload or settings.on_cpu) else 0
     host = 0
     if settings.cpu_offload:
-        host = sum(sharded.values()) + sum(gradients.values())
-        sharded, gradients = {}, {}
-    masked = slots if settings.on_cpu else 0
-    resident = sharded | {
-        "reference log-probs (float32)": 4 * settings.kept_log_probs,
-        # int64 tokens and rows, the layout, two float32 tables, and on the CPU the mask
-        "microbatch and rotary tables": slots * (32 + 8 * shape.head_dim + masked),
-    }
+        host = sum(resident.values()) + sum(gradients.values())
+        resident, gradients = {}, {}
+    resident["reference log-probs (float32)"] = 4 * settings.kept_log_probs
+    # int64 tokens and rows, the layout, two float32 tables, and on the CPU the mask
+    per_slot = 32 + 8 * shape.head_dim + (slots if settings.on_cpu else 0)
+    resident["microbatch and rotary tables"] = slots * per_slot
 
-    units, trained = _unit_parameters(settings)
+    units = trained = unit_sizes(shape)
+    if frozen:  # adapters are in the blocks, and nothing else is trained
+        trained = UnitSizes(trainable // layers, 0, 0)
+        units = units._replace(block=units.block + trained.block)
     at_block, at_head, at_reduction = _gathered(settings, units)
     kept, at_work = _block_activations(settings)
     trained_logits, scored_logits, head_gradient = _head(settings)
