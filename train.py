@@ -47,6 +47,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
     stopped = False
     if run.progress.step == 0:
         log.write(0, evaluate_held_out(run))
+        meter.restart_clock()
 
     for step in range(run.progress.step, plan.steps):
         chosen = plan.pairs_of(step)  # the step's pairs, the same on any number of ranks

@@ -12,6 +12,7 @@ import train
 from notus import build
 from notus.config import load_config
 from notus.data.packing import PADDING
+from notus.engine.metrics import Speed
 from notus.model import attention as attention_module
 from notus.model.attention import SegmentMask
 from notus.objective import logprobs
@@ -73,21 +74,16 @@ def test_a_cached_reference_is_not_run_again(demo, tmp_path, forwards):
 def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
     """Each time, the one before the first step too, the clock starts anew before the next step."""
     events, evaluate_held_out = [], train.evaluate_held_out
-
-    class Recorded(train.Speed):
-        def restart(self) -> None:
-            events.append("restart")
-            super().restart()
-
-        def count(self, *arguments) -> None:
-            events.append("step")
-            super().count(*arguments)
+    restart, count = Speed.restart, Speed.count
 
     def evaluated(*arguments) -> dict[str, float]:
         events.append("evaluation")
         return evaluate_held_out(*arguments)
 
-    monkeypatch.setattr(train, "Speed", Recorded)
+    monkeypatch.setattr(
+        Speed, "restart", lambda *given: (events.append("restart"), restart(*given))
+    )
+    monkeypatch.setattr(Speed, "count", lambda *given: (events.append("step"), count(*given)))
     monkeypatch.setattr(train, "evaluate_held_out", evaluated)
     config = base_config(demo) | {"evaluation": {"every": 1}, "log": {"every": 3}}
     config["data"] = config["data"] | {"eval": {"holdout": 8}}
@@ -103,13 +99,12 @@ def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_p
     """Work.scorings is the number of passes without gradient in a step of one row."""
     counted = []
 
-    class Recorded(train.Speed):
-        def count(self, *arguments) -> None:
-            counted.append((self.work.scorings, [gradient for gradient, *_ in forwards]))
-            forwards.clear()
+    def count(speed, *arguments) -> None:
+        counted.append((speed.work.scorings, [gradient for gradient, *_ in forwards]))
+        forwards.clear()
 
-    monkeypatch.setattr(train, "Speed", Recorded)
-    monkeypatch.setattr(Recorded, "report", lambda speed: {})
+    monkeypatch.setattr(Speed, "count", count)
+    monkeypatch.setattr(Speed, "report", lambda speed: {})
     config = base_config(demo) | {"loss": {"name": name}, "reference": {"log_probs": log_probs}}
     overrides = "train.max_steps=2", "data.tokens_per_microbatch=4096"
     train_here(config, tmp_path, *overrides)
