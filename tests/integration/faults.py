@@ -90,7 +90,7 @@ def spoil_pair(lengths: tuple[int, int], factor: float) -> None:
         hit = (pairs.chosen_length == lengths[0]) & (pairs.rejected_length == lengths[1])
         if factor:
             return losses + hit * torch.where(hit, torch.inf, 0.0)
-        root = (losses[hit] * 0).sqrt()  # 0, and its slope is not finite
+        root = (pairs.policy_chosen[hit] * 0).sqrt()  # 0, and its slope is not finite
         return losses + root.sum()
 
     _spoil_losses(spoil)
