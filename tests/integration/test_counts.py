@@ -112,6 +112,17 @@ def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_p
     assert gradients.count(True) == 1 and gradients.count(False) == scorings
 
 
+FIVE_STEPS = "train.pairs_per_step=15", "train.max_steps=5", "data.tokens_per_microbatch=1024"
+
+
+@pytest.fixture(scope="module")
+def plain(demo, tmp_path_factory) -> list[dict]:
+    """What five steps log without compilation."""
+    folder = tmp_path_factory.mktemp("plain")
+    train_here(base_config(demo), folder, *FIVE_STEPS)
+    return metrics(folder / "run")
+
+
 @pytest.mark.parametrize(
     ("attention", "mode"),
     [
@@ -123,7 +134,7 @@ def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_p
     ],
 )
 def test_rows_of_all_lengths_share_a_compilation(
-    demo, tmp_path, forwards, monkeypatch, attention, mode
+    demo, tmp_path, plain, forwards, monkeypatch, attention, mode
 ):
     """Rows differ in length from step to step, and all blocks are alike: nothing is compiled anew.
 
@@ -138,15 +149,7 @@ def test_rows_of_all_lengths_share_a_compilation(
         compiled.append(torch.is_grad_enabled())
         return graph.forward
 
-    arguments = (
-        "train.pairs_per_step=15",
-        "train.max_steps=5",
-        "data.tokens_per_microbatch=1024",
-        f"parallel.activation_checkpointing={mode}",
-    )
-    train_here(base_config(demo), tmp_path / "plain", *arguments)
-    plain = metrics(tmp_path / "plain/run")
-    forwards.clear()
+    arguments = *FIVE_STEPS, f"parallel.activation_checkpointing={mode}"
     monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
     monkeypatch.setattr(build, "attention_backend", lambda *arguments: attention)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
