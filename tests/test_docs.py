@@ -1,12 +1,12 @@
 """The documents say what the code says: diffs apply, commands run, messages exist."""
 
 import ast
-import importlib
 import importlib.util
 import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -218,7 +218,7 @@ def test_recipes_apply_and_do_what_they_say(small, tmp_path):
     for file in (ROOT / "train.py", ROOT / "tests/recipes_check.py"):
         shutil.copy(file, copy)
     diffs = re.findall(r"```diff\n(.+?)```", (ROOT / "docs/recipes.md").read_text(), re.S)
-    assert len(diffs) == 4
+    assert len(diffs) == 8
     for diff in diffs:
         # No repository around the copy: the diffs must fit the files, whatever is committed.
         done = subprocess.run(
@@ -355,7 +355,10 @@ def call(words: list[str]) -> int:
         options = get_args_parser().parse_args(arguments)  # exits for what torchrun does not know
         arguments = [options.training_script, *options.training_script_args]
     if arguments[0] == "-m":
-        return importlib.import_module(arguments[1]).main(arguments[2:])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", arguments[1:])
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return ended.value.code
     script, *arguments = arguments
     if script == "eval.py":
         if arguments[0] in ("generate", "samples"):
