@@ -164,9 +164,8 @@ def test_a_command_in_a_sentence_can_be_given(page, span):
     words = words_of(span)
     script = script_of(words)
     assert script is not None and script.is_file(), span
-    known = options_in(
-        script, *((ROOT / "notus").rglob("*.py") if script.name == "eval.py" else ())
-    )
+    package = {"eval.py": ROOT / "notus", "__init__.py": script.parent}.get(script.name)
+    known = options_in(script, *(package.rglob("*.py") if package else ()))
     known |= set(get_args_parser()._option_string_actions) if words[0] == "torchrun" else set()
     assert not {word for word in words if word.startswith("--")} - known - {"--help"}, span
 
