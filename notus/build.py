@@ -290,6 +290,7 @@ def build_references(
                 cache_identity(pairs, identity, model.shape, compute_dtype),
                 reference,
                 show=partial(progress, unit="reference: pair") if ranks.first else None,
+                say=ranks.say,
             )
             reference = CachedReference(flat, pairs)
         references.append(reference)

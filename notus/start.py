@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -128,7 +127,7 @@ def open_run(
     optimizer = build.build_optimizer(config, policy)
     progress = restore(begin, policy, optimizer, following, ranks)
     if begin == NEW and facts["reference"] and models.reference_is_policy:
-        check_first_batch(config, loss, plan, pairs, rows, policy, references[0])
+        check_first_batch(config, ranks, loss, plan, pairs, rows, policy, references[0])
     return Run(
         config=config,
         ranks=ranks,
@@ -331,6 +330,7 @@ def record_start(
 
 def check_first_batch(
     config: Config,
+    ranks: Ranks,
     loss: Loss,
     plan: Plan,
     pairs: TokenizedPairs,
@@ -340,12 +340,13 @@ def check_first_batch(
 ) -> None:
     """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
     division = plan.division(plan.pairs_of(0))
-    batch = next(pack_division(division, pairs, dist.get_rank(), rows))
+    batch = next(pack_division(division, pairs, ranks.rank, rows))
     with torch.no_grad():
         log_probs = token_log_probs(policy, batch, loss.uses_weights)
     scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
     with agreed():
-        check_start(loss, scored, getattr(torch, config.model.compute_dtype))
+        words = check_start(loss, scored, getattr(torch, config.model.compute_dtype))
+    ranks.say(f"policy and reference agree on the first pairs: {words}")
 
 
 def open_saver(run: Run) -> Saver:

@@ -86,7 +86,7 @@ def tiny_model(tiny_folder):
 def demo(tmp_path_factory):
     """A small demo folder: preferences, held-out pairs, prompts and an untrained policy."""
     folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder, rows=70, sft_passes=0, hidden_size=32, vocabulary=500)
+    write_demo(folder, rows=70, sft_passes=0, hidden_size=32, vocabulary=450)
     return folder
 
 

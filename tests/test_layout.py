@@ -20,7 +20,8 @@ ORDER = """
     data.planning data.packing data.dataset
     kernels
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
-    objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache
+    objective.losses objective.logprobs objective.loss objective.rounding
+    objective.reference objective.reference_cache
     engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
     engine.resume engine.history engine.profiling

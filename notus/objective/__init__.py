@@ -3,6 +3,7 @@
 losses           the pairwise losses, one function each; what a loss may read
 logprobs         log-probs of response tokens, summed per response
 loss             the configured loss: options, weighted sums, coupling over a step
+rounding         how far two honest computations of one log-prob may differ
 reference        the frozen model's log-probs: looked up, or computed in every step
 reference_cache  the reference's log-probs on disk: identity, interrupted passes, audit
 """

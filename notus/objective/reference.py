@@ -18,10 +18,7 @@ from notus.model.mistral import MistralForCausalLM
 from notus.objective.logprobs import flat_positions, gather_pairs, score, token_log_probs
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
-
-# Nats per token by which two computations of one log-prob may differ on average over a response:
-# rounding in other packings. A wrong template, model or cache differs by tenths.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+from notus.objective.rounding import compare
 
 
 class CachedReference:
@@ -79,24 +76,22 @@ def follow(reference: nn.Module, policy: nn.Module, share: float) -> None:
         own.lerp_(other, share)
 
 
-def check_start(loss: Loss, pairs: PairLogProbs, compute_dtype: torch.dtype) -> None:
+def check_start(loss: Loss, pairs: PairLogProbs, compute_dtype: torch.dtype) -> str:
     """Refuse to start if policy and reference, which have the same weights, disagree.
 
     Each response's log-ratio must be 0 up to rounding. The loss, a function of nothing else, then
-    has its known value (ln 2 for sigmoid), which must be finite. Raises UserError with the likely
-    cause.
+    has its known value (ln 2 for sigmoid), which must be finite. Returns the comparison in words.
+    Raises UserError with the likely cause.
     """
-    tolerance = TOLERANCE[compute_dtype]
-    chosen, rejected = log_ratios(pairs)
-    ratio = torch.stack((chosen / pairs.chosen_length, rejected / pairs.rejected_length))
-    worst = float(ratio.abs().max()) if ratio.numel() else 0.0
-    if not worst <= tolerance:
+    lengths = torch.cat((pairs.chosen_length, pairs.rejected_length))
+    found = compare(torch.cat(log_ratios(pairs)), lengths, compute_dtype)
+    if not found.within:
         raise UserError(
-            f"before the first step, a response's log-prob under the policy differs from the "
-            f"reference's by {worst:.3g} nats per token, expected at most {tolerance}: both are "
-            "the same weights. Likely causes: a cache made by other weights, weights changed on "
-            "disk since, or (if not a number) a checkpoint with non-finite values"
+            f"before the first step, policy and reference disagree, though both are the same "
+            f"weights: {found.words}. Likely causes: a cache made by other weights, weights "
+            "changed on disk since, or (if not a number) a checkpoint with non-finite values"
         )
     known = loss(pairs._replace(policy=pairs.reference))
     if not torch.isfinite(known).all():
         raise UserError(f"loss: {loss.name} is not finite where policy and reference agree")
+    return found.words

@@ -25,7 +25,8 @@ from notus.errors import UserError, agreed
 from notus.files import write_json, write_whole
 from notus.model.hf_config import ModelShape
 from notus.objective.logprobs import gather_pairs, response_sums
-from notus.objective.reference import TOLERANCE, OnlineReference
+from notus.objective.reference import OnlineReference
+from notus.objective.rounding import compare
 
 AUDITED_SHARE = 0.01
 PART = 4096  # pairs scored between two writes to disk: minutes of a 7B model on one GPU
@@ -59,15 +60,16 @@ def cached_log_probs(
     identity: Mapping[str, Any],
     online: OnlineReference,
     show: Callable[[int, int], Progress] | None = None,
+    say: Callable[[str], object] = print,
 ) -> Tensor:
     """The log-probs of all response tokens of `online.pairs`: float32, flat, on every rank.
 
     They are read from `folder` if it has a cache of this identity, and a sample is recomputed.
     Otherwise they are computed and written in parts; an interrupted pass repeats only its last
     part. Only rank 0 reads and writes files. show: makes the progress display of a long pass from
-    the number of pairs and of those already done. Collective.
+    the number of pairs and of those already done. say: prints the outcome of the audit. Collective.
 
-    Raises UserError, on all ranks, if the sample differs by more than TOLERANCE from the file, or
+    Raises UserError, on all ranks, if the sample differs from the file by more than rounding, or
     if the file system refuses to read or write.
     """
     path, cache = folder / f"{_key(identity)}.safetensors", None
@@ -87,7 +89,8 @@ def cached_log_probs(
         path, stored = cache
         flat.copy_(stored)
     dist.broadcast(flat, 0)
-    _audit(path, flat, len(online.pairs), identity, online)
+    words = _audit(path, flat, len(online.pairs), identity, online)
+    say(f"reference log-probs read from {path}: in a sample computed again, {words}")
     return flat
 
 
@@ -129,31 +132,26 @@ def _score_in_parts(
 
 def _audit(
     path: Path, flat: Tensor, known: int, identity: Mapping[str, Any], online: OnlineReference
-) -> None:
-    """Recompute a sample of the first `known` pairs, whose log-probs were read from `path`."""
+) -> str:
+    """Recompute a sample of the first `known` pairs, which were read from `path`; the outcome."""
     sample = audit_sample(known)
-    worst = worst_difference(
-        online.of_pairs(sample),
-        gather_pairs(flat, online.pairs, sample),
-        torch.from_numpy(online.pairs.lengths[sample, 1:]).to(flat.device),
-    )
-    if not worst <= TOLERANCE[getattr(torch, identity["compute_dtype"])]:
+    stored = gather_pairs(flat, online.pairs, sample)
+    lengths = torch.from_numpy(online.pairs.lengths[sample, 1:]).to(flat.device)
+    differences = response_sums(online.of_pairs(sample) - stored, lengths)
+    dtype = getattr(torch, identity["compute_dtype"])
+    found = compare(differences.flatten(), lengths.flatten(), dtype)
+    if not found.within:
         raise UserError(
-            f"{path}: the cached reference log-probs differ from freshly computed ones by up to "
-            f"{worst:.3g} nats per token, over a sample of {len(sample)} pairs; expected rounding "
-            "only. Remove the file to have them computed again"
+            f"{path}: the cached reference log-probs are not those of this reference, by a sample "
+            f"of {len(sample)} pairs: {found.words}. Remove the file to have them computed again"
         )
+    return found.words
 
 
 def audit_sample(pairs: int) -> np.ndarray:
     """Indices of the pairs recomputed when a cache is read: 1 %, at least one."""
     size = max(1, round(AUDITED_SHARE * pairs))
     return np.sort(np.random.default_rng(0).choice(pairs, size, replace=False))
-
-
-def worst_difference(one_S: Tensor, other_S: Tensor, lengths_B2: Tensor) -> float:
-    """The largest mean difference over a response's tokens, in nats per token; NaN if any is."""
-    return float((response_sums(one_S - other_S, lengths_B2) / lengths_B2).abs().max())
 
 
 # --- files, touched by rank 0 only ---

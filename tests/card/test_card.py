@@ -321,7 +321,7 @@ def test_curated_data_bring_their_manifest(run, tmp_path):
     assert rows["left out: prompts of"] == ["truthful_qa.jsonl"]
 
 
-def test_results_of_evaluators_stand_beside_the_published_ones(run, tmp_path):
+def test_results_of_evaluators_are_shown_with_the_published_ones(run, tmp_path):
     preferences = [2.0, 1.0, 2.0, 1.5]
     rows = [
         {

@@ -416,7 +416,7 @@ def yarn() -> None:
         (
             lambda: shrink_vocabulary("policy", 400),
             (
-                "policy: the tokenizer has 500 tokens",
+                "policy: the tokenizer has 450 tokens",
                 "vocab_size is 400; expected at least as many",
             ),
         ),
@@ -457,7 +457,7 @@ def test_a_reference_with_another_vocabulary(place, capfd):
     shutil.copytree("policy", "other")
     shrink_vocabulary("other", 400)
     message = refuse(capfd, "model.reference=other")
-    check(message, "model.reference: other", "400", "500")
+    check(message, "model.reference: other", "400", "450")
 
 
 # output_dir and checkpoints

@@ -19,7 +19,7 @@ pytestmark = [
 def wide_demo(tmp_path_factory):
     """A demo with heads of 16, the narrowest that FlexAttention's kernels hold."""
     folder = tmp_path_factory.mktemp("wide")
-    write_demo(folder, rows=70, sft_passes=0, hidden_size=64, vocabulary=500)
+    write_demo(folder, rows=70, sft_passes=0, hidden_size=64, vocabulary=450)
     return folder
 
 

@@ -44,7 +44,7 @@ def test_the_start_is_accepted_when_policy_and_reference_agree(tiny_model):
 
 @pytest.mark.parametrize("shift", [1e-3, -1e-3, float("nan")])
 def test_the_start_is_refused_when_they_do_not(shift, tiny_model):
-    with pytest.raises(UserError, match="before the first step.*nats per token"):
+    with pytest.raises(UserError, match="before the first step.*nats"):
         check_start(build_loss({"name": "sigmoid"}), start(tiny_model, shift), torch.float32)
 
 
