@@ -119,7 +119,7 @@ def configuration() -> str:
         head = "\n| key | default | expected | meaning |\n|---|---|---|---|\n"
         if table:
             parts.append(f"{title}\n{text}{head}" + "\n".join(table) + "\n")
-    parts.append("## Keys without effect\n\nGiving one of these is an error. The reasons, with example values:\n")
+    parts.append("## Keys without effect\n\nAn error each. The reasons, with example values:\n")
     parts += rules(INERT)
     parts.append("\n## Settings that contradict each other\n\nThe messages, with example values:\n")
     parts += rules(CONFLICTS)
