@@ -356,6 +356,7 @@ def call(words: list[str]) -> int:
     if arguments[0] == "-m":
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", arguments[1:])
+            patch.delitem(sys.modules, arguments[1], raising=False)  # imported by another test
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         return ended.value.code
     script, *arguments = arguments
