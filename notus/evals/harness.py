@@ -17,13 +17,13 @@ import torch
 
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
-from notus.evals.json_option import add_json_option, check_new
 from notus.evals.leaderboard import read_results, report_lm_eval
+from notus.evals.options import add_json_option, at_least
 from notus.evals.published import LEADERBOARD_TASKS
 from notus.files import write_whole
 from notus.model.weights import open_model
 
-FEW_SHOT = {task.name: task.few_shot for task in LEADERBOARD_TASKS}
+FEW_SHOT = {name: task.few_shot for name, task in LEADERBOARD_TASKS.items()}
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,12 +36,21 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--tasks", default="openllm", help="names with commas between (default: the table's seven)")
     add("--tasks-dir", type=Path, help="a folder of your own task files (YAML), for --tasks")
     add("--out", type=Path, default=Path(out), help=f"results go to OUT/MODEL (default: {out})")
-    add("--batch-size", default="8", help="sequences at a time, or auto (default: 8)")
+    add(
+        "--batch-size",
+        type=size_or_auto,
+        default=8,
+        help="sequences at a time, or auto (default: 8)",
+    )
     add("--dtype", default="bfloat16", choices=dtypes, help="of the weights (default: %(default)s)")
     add("--bos", action="store_true", help="start with the tokenizer's BOS; Notus had none")
-    add("--limit", type=int, help="use only so many examples of each task, for a trial")
+    add("--limit", type=at_least(1), help="use only so many examples of each task, for a trial")
     add_json_option(parser)
     parser.set_defaults(run=run_harness)
+
+
+def size_or_auto(text: str) -> int | str:
+    return text if text == "auto" else at_least(1)(text)
 
 
 def run_harness(options: argparse.Namespace) -> None:
@@ -49,12 +58,6 @@ def run_harness(options: argparse.Namespace) -> None:
 
     The prompts are plain text without the chat template, as the leaderboard's were.
     """
-    check_new(options.json)
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit: found {options.limit}, expected at least 1")
-    size = int(options.batch_size) if options.batch_size.isdigit() else options.batch_size
-    if size != "auto" and not (isinstance(size, int) and size):
-        raise UserError(f"--batch-size: found {options.batch_size}, expected 1 or more, or auto")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -81,7 +84,7 @@ def run_harness(options: argparse.Namespace) -> None:
 
     arguments = {"dtype": options.dtype, "add_bos_token": options.bos}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=str(folder), device=device, batch_size=size, **arguments)
+    model = HFLM(pretrained=str(folder), device=device, batch_size=options.batch_size, **arguments)
     files = []
     for name in names:
         results = lm_eval.simple_evaluate(
@@ -90,7 +93,7 @@ def run_harness(options: argparse.Namespace) -> None:
             tasks=[name],
             num_fewshot=FEW_SHOT.get(name),
             task_manager=manager,
-            batch_size=size,
+            batch_size=options.batch_size,
             limit=options.limit,
             log_samples=False,
         )

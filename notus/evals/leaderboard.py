@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from notus.errors import UserError
-from notus.evals.json_option import keep_json
-from notus.evals.published import LEADERBOARD, LEADERBOARD_TASKS, MMLU_SUBTASKS, LeaderboardRow
+from notus.evals.options import report
+from notus.evals.published import LEADERBOARD, LEADERBOARD_TASKS, MMLU_SUBTASKS, BoardRow
 from notus.files import read_object
 from notus.tables import text_table
-
-BOARD = {task.name: task for task in LEADERBOARD_TASKS}
 
 
 class Measured(NamedTuple):
@@ -39,31 +37,28 @@ def report_lm_eval(files: Sequence[Path], json_file: Path | None) -> None:
     """Print the results next to the leaderboard's rows, and keep them as JSON."""
     model, results = read_results(files)
     board = leaderboard_results(results)
-    others = [found for found in results if found.task not in BOARD and not found.is_part]
-    scores = (100 * board[name].value if name in board else None for name in BOARD)
-    measured = LeaderboardRow(model or "this model", "these results", tuple(scores))
+    others = [found for found in results if found.task not in board and not found.is_part]
+    scores = (100 * board[name].value if name in board else None for name in LEADERBOARD_TASKS)
+    measured = BoardRow(model or "this model", "these results", tuple(scores))
+    tables = []
     if board:
-        header = ("model", "measured by", *(task.title for task in LEADERBOARD_TASKS))
+        header = ("model", "measured by", *(task.title for task in LEADERBOARD_TASKS.values()))
         rows = [(*row[:2], *row.scores, *averages(row.scores)) for row in (measured, *LEADERBOARD)]
-        print(text_table((*header, "average", "without DROP"), rows))
+        tables.append(text_table((*header, "average", "without DROP"), rows))
     if others:
-        print("\n" if board else "", end="")
         header = ("task", "metric", "value", "± s.e.", "shots")
-        print(text_table(header, [found[:5] for found in others], digits=4))
-    notes = leaderboard_notes(board)
-    print("".join(f"\n{note}" for note in notes))
+        tables.append(text_table(header, [found[:5] for found in others], digits=4))
     content = {
         "evaluator": "lm_eval",
         "model": model,
         "measured": _plain(measured) | {"tasks": {name: m.plain() for name, m in board.items()}},
         "other_tasks": {
-            task: [found.plain() for found in others if found.task == task]
-            for task in dict.fromkeys(found.task for found in others)
+            found.task: [other.plain() for other in others if other.task == found.task]
+            for found in others
         },
         "published": [_plain(row) for row in LEADERBOARD],
-        "notes": notes,
     }
-    keep_json(json_file, content)
+    report("\n\n".join(tables), leaderboard_notes(board), json_file, content)
 
 
 def result_files(path: Path) -> list[Path]:
@@ -135,19 +130,20 @@ def _results_in(file: Path, content: Mapping[str, Any]) -> Iterator[Measured]:
 
 def _results_of_2023(file: Path, table: Mapping[str, Mapping[str, float]]) -> Iterator[Measured]:
     """The leaderboard's own "harness|arc:challenge|25" and so on, under today's names."""
-    for task in LEADERBOARD_TASKS:
+    for today, task in LEADERBOARD_TASKS.items():
         name, metric = task.in_2023
         found = [key for key in table if key.startswith(f"harness|{name}")]
         if not found:
             continue
-        if task.name == "mmlu" and len(found) != MMLU_SUBTASKS:
+        if today == "mmlu" and len(found) != MMLU_SUBTASKS:
             raise UserError(
                 f"{file}: found {len(found)} of MMLU's {MMLU_SUBTASKS} subtasks {name}*; expected "
                 "all of them"
             )
         # MMLU is the mean over its subtasks, whatever their sizes.
         value = statistics.fmean(table[key][metric] for key in found)
-        yield Measured(task.name, task.metric, value, None, int(found[0].split("|")[2]), None, file)
+        shots = int(found[0].split("|")[2])
+        yield Measured(today, task.metric, value, None, shots, None, file)
 
 
 def leaderboard_results(results: Sequence[Measured]) -> dict[str, Measured]:
@@ -158,59 +154,52 @@ def leaderboard_results(results: Sequence[Measured]) -> dict[str, Measured]:
     files = {found.task: found.file for found in results}
     by_metric = {(found.task, found.metric): found for found in results}
     board = {}
-    for name, task in BOARD.items():
+    for name, task in LEADERBOARD_TASKS.items():
         if name not in files:
             continue
-        found = by_metric.get((name, task.metric))
-        if found is None:
+        if (name, task.metric) not in by_metric:
             raise UserError(f"{files[name]}: {name} has no {task.metric}")
+        found = board[name] = by_metric[name, task.metric]
         if not 0 <= found.value <= 1:
             raise UserError(
                 f"{found.file}: {task.metric} of {name} is {found.value}; expected a share, 0 to 1"
             )
-        board[name] = found
     return board
 
 
-def averages(scores: Sequence[float | None]) -> tuple[float | None, float | None]:
+def averages(scores: Sequence[float | None]) -> list[float | None]:
     """The leaderboard's average of seven tasks, and of the six that it kept later, without DROP.
 
     None if a task is missing: an average over other tasks would not be comparable.
     """
-    six = [score for name, score in zip(BOARD, scores, strict=True) if name != "drop"]
-    return _average(scores), _average(six)
-
-
-def _average(scores: Sequence[float | None]) -> float | None:
-    return None if None in scores else statistics.fmean(scores)
+    six = [score for name, score in zip(LEADERBOARD_TASKS, scores, strict=True) if name != "drop"]
+    return [None if None in found else statistics.fmean(found) for found in (scores, six)]
 
 
 def leaderboard_notes(board: Mapping[str, Measured]) -> list[str]:
     """Reasons why the measured numbers are not comparable with the leaderboard's."""
     notes = []
-    for task in LEADERBOARD_TASKS if board else ():
-        found = board.get(task.name)
-        if found is None:
-            notes.append(f"{task.name} was not measured, so there is no average with it.")
+    for name, task in LEADERBOARD_TASKS.items() if board else ():
+        if name not in board:
+            notes.append(f"{name} was not measured, so there is no average with it.")
             continue
+        found = board[name]
         if found.few_shot not in (None, task.few_shot):
             notes.append(
-                f"{task.name} was measured with {found.few_shot} examples, the published with "
+                f"{name} was measured with {found.few_shot} examples, the published with "
                 f"{task.few_shot}: not comparable."
             )
         if found.limit is not None:
-            notes.append(
-                f"{task.name} was measured on a part (limit {found.limit:g}): not comparable."
-            )
+            notes.append(f"{name} was measured on a part (limit {found.limit:g}): not comparable.")
     return notes
 
 
-def _plain(row: LeaderboardRow) -> dict[str, Any]:
+def _plain(row: BoardRow) -> dict[str, Any]:
     average, without_drop = averages(row.scores)
     return {
         "model": row.model,
         "measured_by": row.measured_by,
-        "scores": dict(zip(BOARD, row.scores, strict=True)),
+        "scores": dict(zip(LEADERBOARD_TASKS, row.scores, strict=True)),
         "average": average,
         "average_without_drop": without_drop,
     }

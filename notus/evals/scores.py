@@ -11,19 +11,18 @@ import argparse
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from notus.curation.rows import read_rows
 from notus.errors import UserError
-from notus.evals.json_option import add_json_option, check_new, keep_json
 from notus.evals.leaderboard import report_lm_eval, result_files
+from notus.evals.options import add_json_option, report
 from notus.evals.published import (
     ALPACA_EVAL,
     ALPACA_EVAL_PROMPTS,
-    BASELINES,
     MT_BENCH,
     MT_BENCH_CATEGORIES,
     WinRate,
@@ -39,26 +38,24 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     score = commands.add_parser("score", help=about, description=about)
     evaluators = score.add_subparsers(metavar="EVALUATOR", required=True)
 
-    about = "win rate, standard error and length from AlpacaEval's annotations"
-    alpaca_eval = evaluators.add_parser("alpaca_eval", help=about, description=about)
-    alpaca_eval.add_argument("annotations", type=Path, help="its annotations.json")
-    alpaca_eval.set_defaults(run=score_alpaca_eval)
-
-    about = "mean score over both turns, and per category, from FastChat's judgments"
-    mt_bench = evaluators.add_parser("mt_bench", help=about, description=about)
-    mt_bench.add_argument("judgments", type=Path, help="its model_judgment/gpt-4_single.jsonl")
-    mt_bench.add_argument(
-        "--questions", type=Path, help="question.jsonl, if the questions are not MT-Bench's own 80"
-    )
-    mt_bench.set_defaults(run=score_mt_bench)
-
-    about = "the Open LLM Leaderboard's tasks and average from lm-evaluation-harness's results"
-    lm_eval = evaluators.add_parser("lm_eval", help=about, description=about)
-    lm_eval.add_argument("results", type=Path, help="its results file, or a folder of these")
-    lm_eval.set_defaults(run=score_lm_eval)
-
-    for parser in (alpaca_eval, mt_bench, lm_eval):
+    def evaluator(name: str, run: Callable, about: str, **file: str) -> argparse.ArgumentParser:
+        parser = evaluators.add_parser(name, help=about, description=about)
+        for argument, what in file.items():
+            parser.add_argument(argument, type=Path, help=what)
         add_json_option(parser)
+        parser.set_defaults(run=run)
+        return parser
+
+    about = "win rate, standard error and length from AlpacaEval's annotations"
+    evaluator("alpaca_eval", score_alpaca_eval, about, annotations="its annotations.json")
+    about = "mean score over both turns, and per category, from FastChat's judgments"
+    file = "its model_judgment/gpt-4_single.jsonl"
+    mt_bench = evaluator("mt_bench", score_mt_bench, about, judgments=file)
+    about = "question.jsonl, if the questions are not MT-Bench's own 80"
+    mt_bench.add_argument("--questions", type=Path, help=about)
+    about = "the Open LLM Leaderboard's tasks and average from lm-evaluation-harness's results"
+    file = "its results file, or a folder of these"
+    evaluator("lm_eval", score_lm_eval, about, results=file)
 
 
 # ------------------------------------------------------------------------------------ AlpacaEval
@@ -82,16 +79,13 @@ class Annotation:
 
 def score_alpaca_eval(options: argparse.Namespace) -> None:
     """The command `score alpaca_eval`."""
-    check_new(options.json)
     baseline, row, annotations = read_annotations(options.annotations)
-    version = BASELINES.get(baseline)
-    published = ALPACA_EVAL.get(version, ())
+    published = ALPACA_EVAL.get(baseline, ())
     header = ("model", "win rate %", "± s.e.", "wins", "losses", "draws", "annotated")
     header += ("mean length", "length-controlled %")
     others = [(f"{other.model} (published)", *other[1:]) for other in published]
-    print(text_table(header, [row, *others]))
     notes = []
-    if version is None:
+    if not published:
         notes.append(f"No published row was compared with {baseline}.")
     if annotations != row.total:
         notes.append(f"{row.model}: {row.total} of {annotations} rows hold a preference.")
@@ -100,15 +94,13 @@ def score_alpaca_eval(options: argparse.Namespace) -> None:
             f"{row.model}: {annotations} rows, AlpacaEval has {ALPACA_EVAL_PROMPTS} prompts: "
             "not comparable with the published rows."
         )
-    print("".join(f"\n{note}" for note in notes))
     content = {
         "evaluator": "alpaca_eval",
         "baseline": baseline,
         "measured": [row._asdict() | {"rows": annotations}],
         "published": [other._asdict() for other in published],
-        "notes": notes,
     }
-    keep_json(options.json, content)
+    report(text_table(header, [row, *others]), notes, options.json, content)
 
 
 def read_annotations(file: Path) -> tuple[str, WinRate, int]:
@@ -198,14 +190,11 @@ class BenchScore(NamedTuple):
     unparsable: int
 
 
-MT_BENCH_QUESTIONS = {
-    number: Question(category, 2) for number, category in MT_BENCH_CATEGORIES.items()
-}
+MT_BENCH_QUESTIONS = {i: Question(category, 2) for i, category in MT_BENCH_CATEGORIES.items()}
 
 
 def score_mt_bench(options: argparse.Namespace) -> None:
     """The command `score mt_bench`."""
-    check_new(options.json)
     own = options.questions is not None
     questions = read_questions(options.questions) if own else MT_BENCH_QUESTIONS
     published = {} if own else MT_BENCH
@@ -216,7 +205,6 @@ def score_mt_bench(options: argparse.Namespace) -> None:
     rows = [(f.model, f.score, f.standard_error, *f.turns, *f.categories.values()) for f in found]
     unknown = [None] * (len(header) - 2)
     rows += [(f"{model} (published)", score, *unknown) for model, score in published.items()]
-    print(text_table(header, rows))
     notes = [
         f"{f.model}: {f.unparsable} of {f.judged + f.unparsable} judgments hold no score (-1) "
         "and are left out."
@@ -228,14 +216,12 @@ def score_mt_bench(options: argparse.Namespace) -> None:
         for f in found
         if published and f.judge != "gpt-4"
     ]
-    print("".join(f"\n{note}" for note in notes))
     content = {
         "evaluator": "mt_bench",
         "measured": [f._asdict() for f in found],
         "published": [{"model": model, "score": score} for model, score in published.items()],
-        "notes": notes,
     }
-    keep_json(options.json, content)
+    report(text_table(header, rows), notes, options.json, content)
 
 
 def read_questions(file: Path) -> dict[int, Question]:
@@ -273,11 +259,9 @@ def mt_bench_scores(file: Path, questions: Mapping[int, Question]) -> list[Bench
     found = []
     for model, judgments in models.items():
         if missing := sorted(expected - judgments.keys()):
-            listed = ", ".join(f"{number} (turn {turn})" for number, turn in missing[:6])
-            more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
             raise UserError(
-                f"{file}: no judgment of {model} for question_id {listed}{more}; expected "
-                f"{len(expected)} judgments, found {len(judgments)}"
+                f"{file}: {len(missing)} of {len(expected)} judgments of {model} are missing, the "
+                f"first of question_id {missing[0][0]}, turn {missing[0][1]}"
             )
         scores = {key: judgment.score for key, (_, judgment) in judgments.items()}
         if all(score == -1 for score in scores.values()):
@@ -310,6 +294,10 @@ def bench_score(
     q = len(deviations)
     squares = sum(deviation**2 for deviation in deviations.values())
     error = math.sqrt(q / (q - 1) * squares) / len(kept) if q > 1 else None
+
+    def mean_or_none(values: Sequence[float]) -> float | None:
+        return statistics.fmean(values) if values else None
+
     last = max(question.turns for question in questions.values())
     names = dict.fromkeys(question.category for question in questions.values())
     return BenchScore(
@@ -317,15 +305,11 @@ def bench_score(
         judge,
         mean,
         error,
-        tuple(_mean(turns[turn]) for turn in range(1, last + 1)),
-        {name: _mean(categories[name]) for name in names},
+        tuple(mean_or_none(turns[turn]) for turn in range(1, last + 1)),
+        {name: mean_or_none(categories[name]) for name in names},
         judged=len(kept),
         unparsable=len(scores) - len(kept),
     )
-
-
-def _mean(scores: Sequence[float]) -> float | None:
-    return statistics.fmean(scores) if scores else None
 
 
 # -------------------------------------------------------------------------- Open LLM Leaderboard
@@ -333,5 +317,4 @@ def _mean(scores: Sequence[float]) -> float | None:
 
 def score_lm_eval(options: argparse.Namespace) -> None:
     """The command `score lm_eval`."""
-    check_new(options.json)
     report_lm_eval(result_files(options.results), options.json)

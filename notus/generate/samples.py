@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
@@ -129,16 +128,11 @@ def _answer_row(
             live[i] &= token != stop
             if live[i]:
                 answers[i].append(token)
-        if not _anywhere(any(live), device):
+        going = torch.tensor(any(live), dtype=torch.float32, device=device)
+        dist.all_reduce(going, dist.ReduceOp.MAX)
+        if not going:  # on any rank
             break
     return answers
-
-
-def _anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is true on any rank. Collective."""
-    found: Tensor = torch.tensor(float(flag), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
 
 
 def record_samples(
