@@ -29,22 +29,16 @@ from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.engine.log import progress
 from notus.errors import UserError, agreed
-from notus.evals.benchmarks import (
-    MAX_NEW_TOKENS,
-    SUFFIXES,
-    Answered,
-    answers_text,
-    seed_of,
-    temperature_of,
-)
+from notus.evals import benchmarks
+from notus.evals.benchmarks import Answered
 from notus.evals.options import BATCH_SIZES, NewPath, add_decoding_options, at_least
 from notus.files import new_folder, read_object, write_json, write_whole
-from notus.generate.answering import Decode, Encode, answer, decoder, open_answerer
+from notus.generate.answering import answer, decoder, open_answerer
 from notus.generate.decoding import import_vllm, transformers_backend, vllm_backend
 from notus.generate.prompts import (
     HUB_FILES,
     PROMPT_ROWS,
-    PromptSet,
+    Prompt,
     check_template,
     encode_prompt,
     encode_published,
@@ -60,7 +54,6 @@ PROMPT_FORMATS_HELP = (
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add `generate` to the command line."""
     parser = commands.add_parser(
         "generate",
         help="answer a benchmark's prompts in the file that the benchmark reads",
@@ -88,11 +81,17 @@ def generate(options: argparse.Namespace) -> None:
     """Answer this rank's share of the prompts, and write the file. Collective."""
     ranks = start(options)
     with agreed():
-        folder, tokenizer, prompt_set, name = check_options(options)
-        prompts, kind = prompt_set
-        encode, decode = prompt_format(options, tokenizer, kind)
+        folder, tokenizer, prompts, kind = check_options(options)
+        published = options.prompt_format == "published"
+        bare = published and kind == "alpaca_eval"
+        decode = decoder(tokenizer, strip=not bare)
+        encode = partial(encode_prompt, tokenizer=tokenizer, system_prompt=options.system_prompt)
+        if published:
+            encode = partial(encode_published, tokenizer=tokenizer, final_newline=not bare)
         encoded = [encode(prompt.prompt) for prompt in prompts]
-    options.name, options.max_new_tokens = name, options.max_new_tokens or MAX_NEW_TOKENS[kind]
+    options.max_new_tokens = options.max_new_tokens or benchmarks.MAX_NEW_TOKENS[kind]
+    if options.name is None:
+        options.name = options.out.stem if kind == "mt_bench" else default_name(options.model)
     keys = ("name", "prompts", "prompt_format", "system_prompt", "backend", "dtype")
     keys += ("max_new_tokens", "temperature", "top_k", "seed")
     settings = {
@@ -114,16 +113,15 @@ def generate(options: argparse.Namespace) -> None:
             with new_folder(partial_folder) as new:
                 write_json(new / "settings.json", settings)
     size = options.batch_size or BATCH_SIZES[options.backend]
-    own = batches([len(ids) for ids in encoded], size)[ranks.rank :: ranks.count]
-    left = [[index for index in batch if index not in done] for batch in own]
-    seeds = [seed_of(index, kind, options.seed) for index in range(len(prompts))]
+    share = batches([len(ids) for ids in encoded], size)[ranks.rank :: ranks.count]
+    left = [[index for index in batch if index not in done] for batch in share]
+    temperatures = [benchmarks.temperature_of(p, kind, options.temperature) for p in prompts]
+    seeds = [benchmarks.seed_of(index, kind, options.seed) for index in range(len(prompts))]
     show = progress(sum(map(len, left)), 0, "prompt") if ranks.first else nullcontext()
     with agreed(), show as bar:
         for indices in filter(None, left):
-            asked = [prompts[i] for i in indices]
-            temperatures = [temperature_of(prompt, kind, options.temperature) for prompt in asked]
-            streams = [seeds[i] for i in indices]
-            responses = answer(asked, temperatures, streams, write, encode, decode, ranks.device)
+            own = ([column[i] for i in indices] for column in (prompts, temperatures, seeds))
+            responses = answer(*own, write, encode, decode, ranks.device)
             found = {i: Answered(r, time.time()) for i, r in zip(indices, responses, strict=True)}
             write_json(partial_folder / f"batch-{indices[0]}.json", found, durable=True)
             if bar:
@@ -136,9 +134,10 @@ def generate(options: argparse.Namespace) -> None:
     record = {"model": options.model} | settings | {"seeds": seeds, "versions": versions}
     settings_file = options.out.with_name(f"{options.out.name}.settings.json")
     write_whole(settings_file, json.dumps(record) + "\n", durable=True)
-    write_whole(options.out, answers_text(kind, prompts, answers, name), durable=True)
+    text = benchmarks.answers_text(kind, prompts, answers, options.name)
+    write_whole(options.out, text, durable=True)
     shutil.rmtree(partial_folder)
-    print(f"wrote {len(prompts)} answers of {name} to {options.out}")
+    print(f"wrote {len(prompts)} answers of {options.name} to {options.out}")
 
 
 def start(options: argparse.Namespace) -> Ranks:
@@ -164,18 +163,15 @@ def start(options: argparse.Namespace) -> Ranks:
 
 def check_options(
     options: argparse.Namespace,
-) -> tuple[Path, PreTrainedTokenizerFast, PromptSet, str]:
-    """The model's folder, its tokenizer, the prompts, and the model's name in the file.
+) -> tuple[Path, PreTrainedTokenizerFast, list[Prompt], str]:
+    """The model's folder, its tokenizer, the prompts and their kind.
 
     Raises UserError for everything that can be wrong before a model is loaded.
     """
-    prompt_set = read_prompt_set(options.prompts)
-    prompts, kind = prompt_set
-    out, name = options.out, options.name
-    if out.suffix != SUFFIXES[kind]:
-        raise UserError(
-            f"--out {out}: for prompts of the kind {kind}, expected a {SUFFIXES[kind]} file"
-        )
+    prompts, kind = read_prompt_set(options.prompts)
+    out, name, suffix = options.out, options.name, benchmarks.SUFFIXES[kind]
+    if out.suffix != suffix:
+        raise UserError(f"--out {out}: for the kind {kind}, expected a {suffix} file")
     if kind == "mt_bench" and name not in (None, out.stem):
         raise UserError(
             f"--name {name}: FastChat takes the model's name from the file's, {out.stem}; "
@@ -186,34 +182,19 @@ def check_options(
         check_template(prompts, options.prompts, tokenizer)
     elif options.system_prompt is not None:
         raise UserError(
-            "--system-prompt: the published format has an empty system turn; leave it out, or "
-            "give --prompt-format template"
+            "--system-prompt: the published format has an empty system turn; leave it out"
         )
     elif any(isinstance(prompt.prompt, str) for prompt in prompts):
         raise UserError(
-            f"{options.prompts}: found plain text, expected conversations for "
-            "--prompt-format published"
+            f"{options.prompts}: found text, expected conversations for the published format"
         )
-    own_name = out.stem if kind == "mt_bench" else default_name(options.model)
-    return folder, tokenizer, prompt_set, name or own_name
+    return folder, tokenizer, prompts, kind
 
 
 def default_name(model: str) -> str:
     """The model folder's name, or that of the run for a run's `final`."""
     path = Path(model).resolve() if Path(model).is_dir() else Path(model)
     return path.parent.name if path.name == "final" else path.name
-
-
-def prompt_format(
-    options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, kind: str
-) -> tuple[Encode, Decode]:
-    """The functions from a prompt to token ids, and from an answer's token ids to text."""
-    if options.prompt_format == "published":
-        whole = kind != "alpaca_eval"
-        encode = partial(encode_published, tokenizer=tokenizer, final_newline=whole)
-        return encode, decoder(tokenizer, strip=whole)
-    encode = partial(encode_prompt, tokenizer=tokenizer, system_prompt=options.system_prompt)
-    return encode, decoder(tokenizer, strip=True)
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -237,8 +218,7 @@ def answered_so_far(folder: Path, settings: dict[str, Any]) -> dict[int, Answere
         if found.get(key) != value:
             raise UserError(
                 f"{folder}: was started with {key} {json.dumps(found.get(key))}, now it is "
-                f"{json.dumps(value)}; give the same to resume, another --out, or remove the "
-                "folder to start over"
+                f"{json.dumps(value)}; give the same or another --out, or remove the folder"
             )
     return {
         int(index): Answered(*row)

@@ -37,7 +37,6 @@ from notus.tables import markdown_table
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add `preferences` to the command line."""
     parser = commands.add_parser(
         "preferences",
         help="how often a model prefers the chosen response",
@@ -71,12 +70,11 @@ def configuration(options: argparse.Namespace) -> Config:
         return {key: value for key, value in vars(options).items() if key in keys}
 
     source = given("split", "format") | {"curation": options.rule and {"rule": options.rule}}
-    lengths = given("max_length", "max_prompt_length", "tokens_per_microbatch")
+    data = given("max_length", "max_prompt_length", "tokens_per_microbatch")
+    data |= given("tokenization", "system_prompt")
     sections = {
         "model": {"policy": options.model} | given("reference", "compute_dtype"),
-        "data": {"train": [source | {"path": path} for path in options.data]}
-        | given("tokenization", "system_prompt")
-        | lengths,
+        "data": data | {"train": [source | {"path": path} for path in options.data]},
         "loss": {"name": options.loss} | ({} if options.beta is None else given("beta")),
         "train": {"seed": 0},
         "parallel": given("device"),
@@ -193,13 +191,11 @@ def figures(
     chosen, rejected: float64 [pairs], the responses' scores. Without matplotlib nothing is drawn.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    plot, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    plot = Figure(figsize=(7, 4), layout="constrained")
+    axes = plot.subplots()
     shown = [row for row in rows if row.kind == "chosen longer by (tokens)"]
     middles = np.arange(len(shown))
     spans = np.array([[row.accuracy - row.low, row.high - row.accuracy] for row in shown]).T
@@ -208,9 +204,9 @@ def figures(
     axes.set_xticks(middles, [f"{row.name}\nn = {row.n:,}" for row in shown], fontsize=8)
     axes.set(xlabel="tokens by which the chosen response is longer", ylabel="accuracy", ylim=(0, 1))
     plot.savefig(folder / "accuracy_by_length.png", dpi=120)
-    pyplot.close(plot)
 
-    plot, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    plot = Figure(figsize=(10, 4), layout="constrained")
+    left, right = plot.subplots(1, 2)
     bins = np.histogram_bin_edges(np.concatenate((chosen, rejected)), bins=40)
     left.hist(chosen, bins, alpha=0.6, label="chosen")
     left.hist(rejected, bins, alpha=0.6, label="rejected")
@@ -220,5 +216,4 @@ def figures(
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="margin, chosen - rejected", ylabel="pairs")
     plot.savefig(folder / "scores.png", dpi=120)
-    pyplot.close(plot)
     return ["accuracy_by_length.png", "scores.png"]

@@ -6,8 +6,6 @@ Numbers are as printed by their source; a None was not published.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# ------------------------------------------------------------------------------------ AlpacaEval
-
 ALPACA_EVAL_PROMPTS = 805
 
 
@@ -39,17 +37,13 @@ ALPACA_EVAL: dict[str, tuple[WinRate, ...]] = {
 }
 ALPACA_EVAL["gpt4_1106_preview"] = ALPACA_EVAL["gpt4_turbo"]
 
-# -------------------------------------------------------------------------------------- MT-Bench
-
-# FastChat's 80 questions have the ids 81 to 160, ten of each category in this order.
+# (question id, turn) -> category of FastChat's 80 questions, ten of each category in this order.
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
-MT_BENCH_CATEGORIES = {81 + i: CATEGORIES[i // 10] for i in range(80)}
+MT_BENCH_TURNS = {(81 + i, turn): CATEGORIES[i // 10] for i in range(80) for turn in (1, 2)}
 
 # Mean over both turns, judged by GPT-4: the model cards of argilla/notus-7b-v1 and
 # HuggingFaceH4/zephyr-7b-beta.
 MT_BENCH = {"notus-7b-v1": 7.30, "zephyr-7b-beta": 7.34}
-
-# -------------------------------------------------------------------------- Open LLM Leaderboard
 
 
 class LeaderboardTask(NamedTuple):
@@ -70,7 +64,6 @@ LEADERBOARD_TASKS = {  # by their names in lm-evaluation-harness today
     "gsm8k": LeaderboardTask("GSM8K", 5, "exact_match,strict-match", ("gsm8k", "acc")),
     "drop": LeaderboardTask("DROP", 3, "f1,none", ("drop", "f1")),
 }
-MMLU_SUBTASKS = 57  # each with results of its own in 2023
 
 
 class BoardRow(NamedTuple):
@@ -90,9 +83,6 @@ LEADERBOARD = (
     BoardRow("notus-7b-v1", "harness 0.4.0", (64.25, 84.90, 61.69, 52.77, 74.51, 39.50, 0.98)),
     BoardRow("zephyr-7b-beta", "leaderboard", (62.03, 84.36, 61.07, 57.45, 77.74, 12.74, 9.66)),
 )
-
-# ----------------------------------------------------------------------------------- DPO metrics
-
 
 # The metrics of an evaluation on held-out pairs, and their names in a run's metrics.jsonl.
 METRICS = {

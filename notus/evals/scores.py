@@ -24,7 +24,7 @@ from notus.evals.published import (
     ALPACA_EVAL,
     ALPACA_EVAL_PROMPTS,
     MT_BENCH,
-    MT_BENCH_CATEGORIES,
+    MT_BENCH_TURNS,
     WinRate,
 )
 from notus.generate.prompts import read_columns, read_prompt_set
@@ -33,37 +33,33 @@ from notus.tables import text_table
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `score` to the command line."""
     about = "read an evaluator's output files, print the row of the table"
     score = commands.add_parser("score", help=about, description=about)
     evaluators = score.add_subparsers(metavar="EVALUATOR", required=True)
 
-    def evaluator(name: str, run: Callable, about: str, **file: str) -> argparse.ArgumentParser:
+    def evaluator(name: str, run: Callable, file: str, about: str) -> argparse.ArgumentParser:
         parser = evaluators.add_parser(name, help=about, description=about)
-        for argument, what in file.items():
-            parser.add_argument(argument, type=Path, help=what)
+        parser.add_argument("file", type=Path, help=file)
         add_json_option(parser)
         parser.set_defaults(run=run)
         return parser
 
     about = "win rate, standard error and length from AlpacaEval's annotations"
-    evaluator("alpaca_eval", score_alpaca_eval, about, annotations="its annotations.json")
-    about = "mean score over both turns, and per category, from FastChat's judgments"
+    evaluator("alpaca_eval", score_alpaca_eval, "its annotations.json", about)
     file = "its model_judgment/gpt-4_single.jsonl"
-    mt_bench = evaluator("mt_bench", score_mt_bench, about, judgments=file)
+    about = "mean score over both turns, and per category, from FastChat's judgments"
+    mt_bench = evaluator("mt_bench", score_mt_bench, file, about)
     about = "question.jsonl, if the questions are not MT-Bench's own 80"
     mt_bench.add_argument("--questions", type=Path, help=about)
-    about = "the Open LLM Leaderboard's tasks and average from lm-evaluation-harness's results"
     file = "its results file, or a folder of these"
-    evaluator("lm_eval", score_lm_eval, about, results=file)
+    about = "the Open LLM Leaderboard's tasks and average from lm-evaluation-harness's results"
+    evaluator("lm_eval", score_lm_eval, file, about)
 
 
 # ------------------------------------------------------------------------------------ AlpacaEval
 
-Preference = Annotated[
-    float,
-    Bound("0 or a number from 1 (the baseline is better) to 2", lambda x: x == 0 or 1 <= x <= 2),
-]
+# 1: the baseline's answer is better, 2: the model's; 0 is an old 1.5.
+Preference = Annotated[float, Bound("0 or a number from 1 to 2", lambda x: x == 0 or 1 <= x <= 2)]
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,7 @@ class Annotation:
 
 
 def score_alpaca_eval(options: argparse.Namespace) -> None:
-    """The command `score alpaca_eval`."""
-    baseline, row, annotations = read_annotations(options.annotations)
+    baseline, row, annotations = read_annotations(options.file)
     published = ALPACA_EVAL.get(baseline, ())
     header = ("model", "win rate %", "± s.e.", "wins", "losses", "draws", "annotated")
     header += ("mean length", "length-controlled %")
@@ -110,29 +105,25 @@ def read_annotations(file: Path) -> tuple[str, WinRate, int]:
     baseline, an instruction that is annotated twice with the same answer.
     """
     places: dict[tuple[str, str], str] = {}
-    names: dict[tuple[str, str], str] = {}
     annotations = []
     for where, row in read_rows(str(file)):
         found = read_columns(row, Annotation, where)
         first = places.setdefault((found.instruction, found.output_2), where)
         if first != where:
-            raise UserError(
-                f"{where}: the same instruction and answer as {first}; expected each comparison "
-                "once"
-            )
-        names.setdefault((found.generator_1, found.generator_2), where)
+            raise UserError(f"{where}: the same instruction and answer as {first}")
         annotations.append(found)
-    if len(names) > 1:
-        listed = ", ".join(f"{b} and {a} ({where})" for (a, b), where in names.items())
-        raise UserError(f"{file}: several comparisons: {listed}; expected one model and baseline")
-    ((baseline, model),) = names
+        baseline, model = annotations[0].generator_1, annotations[0].generator_2
+        if (found.generator_1, found.generator_2) != (baseline, model):
+            raise UserError(
+                f"{where}: compares {found.generator_2} with {found.generator_1}, the first row "
+                f"{model} with {baseline}; expected one model and baseline"
+            )
     preferences = [found.preference for found in annotations]
     if not any(value is not None for value in preferences):
         raise UserError(f"{file}: not one row of {model} holds a preference")
     # AlpacaEval rounds the mean length down to a whole number of characters.
     length = int(statistics.fmean(len(found.output_2) for found in annotations))
-    row = win_rate(model, preferences)._replace(average_length=length)
-    return baseline, row, len(annotations)
+    return baseline, win_rate(model, preferences)._replace(average_length=length), len(annotations)
 
 
 def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
@@ -158,6 +149,7 @@ def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
 
 # -------------------------------------------------------------------------------------- MT-Bench
 
+Turns = Mapping[tuple[int, int], str]  # (question id, turn) -> category
 Score = Annotated[float, Bound("1 to 10, or -1", lambda x: x == -1 or 0 <= x <= 10)]
 
 
@@ -170,11 +162,6 @@ class Judgment:
     turn: int
     score: Score
     judge: tuple[str, ...]
-
-
-class Question(NamedTuple):
-    category: str
-    turns: int
 
 
 class BenchScore(NamedTuple):
@@ -190,15 +177,11 @@ class BenchScore(NamedTuple):
     unparsable: int
 
 
-MT_BENCH_QUESTIONS = {i: Question(category, 2) for i, category in MT_BENCH_CATEGORIES.items()}
-
-
 def score_mt_bench(options: argparse.Namespace) -> None:
-    """The command `score mt_bench`."""
     own = options.questions is not None
-    questions = read_questions(options.questions) if own else MT_BENCH_QUESTIONS
+    questions = read_questions(options.questions) if own else MT_BENCH_TURNS
     published = {} if own else MT_BENCH
-    found = mt_bench_scores(options.judgments, questions)
+    found = mt_bench_scores(options.file, questions)
     header = ["model", "MT-Bench", "± s.e."]
     header += [f"turn {turn + 1}" for turn in range(len(found[0].turns))]
     header += found[0].categories
@@ -224,58 +207,50 @@ def score_mt_bench(options: argparse.Namespace) -> None:
     report(text_table(header, rows), notes, options.json, content)
 
 
-def read_questions(file: Path) -> dict[int, Question]:
-    """The questions of FastChat's question.jsonl, by id. Raises UserError for another file."""
-    found = read_prompt_set(str(file))
-    if found.kind != "mt_bench":
-        raise UserError(f"{file}: found the kind {found.kind}, expected FastChat's questions")
+def read_questions(file: Path) -> Turns:
+    """The turns of FastChat's question.jsonl. Raises UserError for another file."""
+    prompts, kind = read_prompt_set(str(file))
+    if kind != "mt_bench":
+        raise UserError(f"{file}: found the kind {kind}, expected FastChat's questions")
     return {
-        prompt.row["question_id"]: Question(prompt.row["category"], 1 + len(prompt.follow_ups))
-        for prompt in found.prompts
+        (prompt.row["question_id"], turn + 1): prompt.row["category"]
+        for prompt in prompts
+        for turn in range(1 + len(prompt.follow_ups))
     }
 
 
-def mt_bench_scores(file: Path, questions: Mapping[int, Question]) -> list[BenchScore]:
+def mt_bench_scores(file: Path, questions: Turns) -> list[BenchScore]:
     """Each model's scores from FastChat's judgments of single answers.
 
     Raises UserError unless every turn of every question is judged exactly once for each model.
     """
-    expected = {(number, t + 1) for number, q in questions.items() for t in range(q.turns)}
-    models: dict[str, dict[tuple[int, int], tuple[str, Judgment]]] = defaultdict(dict)
+    models: dict[str, dict[tuple[int, int], Judgment]] = defaultdict(dict)
     for where, row in read_rows(str(file)):
         judgment = read_columns(row, Judgment, where)
-        model, key = judgment.model, (judgment.question_id, judgment.turn)
-        if key not in expected:
+        judged, key = models[judgment.model], (judgment.question_id, judgment.turn)
+        if key not in questions or key in judged:
+            problem = "is judged twice" if key in judged else "is not a turn of the questions"
             raise UserError(
-                f"{where}: question_id {key[0]}, turn {key[1]} is not a turn of the "
-                f"{len(questions)} questions, {min(questions)} to {max(questions)}"
+                f"{where}: question_id {key[0]}, turn {key[1]} of {judgment.model} {problem}"
             )
-        if key in models[model]:
-            raise UserError(
-                f"{where}: question_id {key[0]}, turn {key[1]} of {model} is judged here and in "
-                f"{models[model][key][0]}; expected it once"
-            )
-        models[model][key] = where, judgment
+        judged[key] = judgment
     found = []
-    for model, judgments in models.items():
-        if missing := sorted(expected - judgments.keys()):
+    for model, judged in models.items():
+        if missing := sorted(questions.keys() - judged.keys()):
             raise UserError(
-                f"{file}: {len(missing)} of {len(expected)} judgments of {model} are missing, the "
+                f"{file}: {len(missing)} of {len(questions)} judgments of {model} are missing, the "
                 f"first of question_id {missing[0][0]}, turn {missing[0][1]}"
             )
-        scores = {key: judgment.score for key, (_, judgment) in judgments.items()}
+        scores = {key: judgment.score for key, judgment in judged.items()}
         if all(score == -1 for score in scores.values()):
             raise UserError(f"{file}: not one judgment of {model} holds a score: all are -1")
-        judge = next(iter(judgments.values()))[1].judge[0]
+        judge = next(iter(judged.values())).judge[0]
         found.append(bench_score(model, judge, scores, questions))
     return found
 
 
 def bench_score(
-    model: str,
-    judge: str,
-    scores: Mapping[tuple[int, int], float],
-    questions: Mapping[int, Question],
+    model: str, judge: str, scores: Mapping[tuple[int, int], float], questions: Turns
 ) -> BenchScore:
     """One model's means, from the score of each (question id, turn); -1, unparsable, is left out.
 
@@ -287,10 +262,10 @@ def bench_score(
     mean = statistics.fmean(kept.values())
     deviations: Counter[int] = Counter()
     turns, categories = defaultdict(list), defaultdict(list)
-    for (number, turn), score in kept.items():
-        deviations[number] += score - mean
-        turns[turn].append(score)
-        categories[questions[number].category].append(score)
+    for key, score in kept.items():
+        deviations[key[0]] += score - mean
+        turns[key[1]].append(score)
+        categories[questions[key]].append(score)
     q = len(deviations)
     squares = sum(deviation**2 for deviation in deviations.values())
     error = math.sqrt(q / (q - 1) * squares) / len(kept) if q > 1 else None
@@ -298,15 +273,13 @@ def bench_score(
     def mean_or_none(values: Sequence[float]) -> float | None:
         return statistics.fmean(values) if values else None
 
-    last = max(question.turns for question in questions.values())
-    names = dict.fromkeys(question.category for question in questions.values())
     return BenchScore(
         model,
         judge,
         mean,
         error,
-        tuple(mean_or_none(turns[turn]) for turn in range(1, last + 1)),
-        {name: mean_or_none(categories[name]) for name in names},
+        tuple(mean_or_none(turns[turn]) for turn in sorted({turn for _, turn in questions})),
+        {name: mean_or_none(categories[name]) for name in dict.fromkeys(questions.values())},
         judged=len(kept),
         unparsable=len(scores) - len(kept),
     )
@@ -316,5 +289,4 @@ def bench_score(
 
 
 def score_lm_eval(options: argparse.Namespace) -> None:
-    """The command `score lm_eval`."""
-    report_lm_eval(result_files(options.results), options.json)
+    report_lm_eval(result_files(options.file), options.json)

@@ -19,7 +19,6 @@ from notus.generate.samples import samples_markdown
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add `samples` to the command line."""
     parser = commands.add_parser(
         "samples",
         help="answers of a model and its reference to the same prompts, side by side",
@@ -46,20 +45,12 @@ def answer_both(options: argparse.Namespace) -> None:
             folder, tokenizer = open_answerer(model)
             check_template(prompts, options.prompts, tokenizer)
             folders[f"{role}: {default_name(model)}"] = folder
+    keys = ("max_new_tokens", "temperature", "top_k", "seed", "system_prompt", "dtype")
+    settings = {key: getattr(options, key) for key in keys}
+    settings["batch_size"] = options.batch_size or BATCH_SIZES["transformers"]
     columns = {}
     for name, folder in folders.items():
-        columns[name] = respond_all(
-            folder,
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            system_prompt=options.system_prompt,
-            batch_size=options.batch_size or BATCH_SIZES["transformers"],
-            dtype=options.dtype,
-            device=ranks.device,
-        )
+        columns[name] = respond_all(folder, prompts, device=ranks.device, **settings)
         gc.collect()  # the next model needs the memory
     text = samples_markdown(prompts, columns)
     if options.out is None:

@@ -60,11 +60,8 @@ def answer(
 def decoder(tokenizer: PreTrainedTokenizerFast, strip: bool) -> Decode:
     """From token ids to text without special tokens, and without surrounding space if `strip`."""
 
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip() if strip else text
-
-    return decode
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return (lambda ids: decode(ids).strip()) if strip else decode
 
 
 def respond_all(

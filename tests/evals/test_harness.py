@@ -95,7 +95,7 @@ def test_a_local_task_from_model_to_score(demo, tasks_dir, tmp_path, capsys):
 def test_a_task_without_its_data_is_named_before_any_is_run(demo, tasks_dir, tmp_path, capsys):
     given = ["harness", str(demo / "sft"), "--tasks-dir", str(tasks_dir), "--out", str(tmp_path)]
     assert command_line.main([*given, "--tasks", "sums,absent"]) == 2
-    assert "absent: its data set is not in the local cache" in capsys.readouterr().err
+    assert "absent: its data set cannot be loaded" in capsys.readouterr().err
     assert not list(tmp_path.rglob("results*"))
 
 
@@ -103,20 +103,18 @@ def test_task_names():
     openllm = "arc_challenge hellaswag mmlu truthfulqa_mc2 winogrande gsm8k drop"
     assert task_names("openllm", []) == openllm.split()
     assert task_names("a, b", ["a", "b"]) == ["a", "b"]
-    with pytest.raises(UserError, match='no task "hellasweg"; the nearest is hellaswag'):
+    with pytest.raises(UserError, match="no task 'hellasweg' .did you mean 'hellaswag'"):
         task_names("hellasweg", ["hellaswag", "drop"])
 
 
 def test_measured_tasks_are_not_measured_over(tmp_path):
     output = tmp_path / "runs__a__final"
     check_not_measured(output, ["drop"])
+    output.mkdir()
     (output / "results_1.json").write_text('{"results": {"drop": {"f1,none": 0.1}}}')
     check_not_measured(output, ["gsm8k"])
     with pytest.raises(UserError, match="drop: .*results_1.json holds its results"):
         check_not_measured(output, ["gsm8k", "drop"])
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out: .* cannot be made"):
-        check_not_measured(tmp_path / "file" / "a", ["drop"])
 
 
 @pytest.mark.parametrize(
