@@ -315,7 +315,7 @@ def test_chat_template(place, capfd, template, words):
     [
         ({"text": "a"}, ("prompts.jsonl:1: the columns are text; expected prompt, or ",)),
         ({"prompt": [1]}, ("prompts.jsonl:1", "prompt", "expected")),
-        ({"prompt": "a", "answer": 4}, ("prompts.jsonl:1: answer: found 4, expected",)),
+        ({"prompt": "a", "answer": 4}, ("prompts.jsonl:1: answer: found 4, expected a string",)),
     ],
 )
 def test_sample_prompts_are_checked_before_training(place, capfd, row, words):
