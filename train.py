@@ -43,10 +43,11 @@ from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[], None]) -> bool:
     """The loop: from a step's pairs to the weight update. False if a signal ended it early."""
     config, ranks, policy, reference = run.config, run.ranks, run.policy, run.reference
-    loss, plan, log, stopped = run.loss, run.plan, open_log(run), False
+    loss, plan, meter, log = run.loss, run.plan, open_meter(run), open_log(run)
+    stopped = False
     if run.progress.step == 0:
         log.write(0, evaluate_held_out(run))
-    meter = open_meter(run)
+        meter.restart_clock()
 
     for step in range(run.progress.step, plan.steps):
         chosen = plan.pairs_of(step)  # the step's pairs, the same on any number of ranks

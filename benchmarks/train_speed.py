@@ -48,6 +48,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -294,27 +295,26 @@ def notus_overrides(case: Case, settings: Settings, work: Path) -> list[str]:
 def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
     """Train with train.py's own `main`; what it took, and what it logged."""
     import train
-    from notus import opening
+    from notus import build, start
+    from notus.engine.log import MetricsLog
 
     pairs = read_pairs(work / "pairs.safetensors")
     clock, found = Clock(), {}
-    loop, reference = train.train, opening.open_reference
+    loop, reference, write = train.train, build.build_references, MetricsLog.write
 
-    class TimedLog(train.MetricsLog):
-        def write(self, step: int, metrics: Mapping[str, float]) -> None:
-            super().write(step, metrics)
-            clock.mark()  # step 0 too, before the first one begins
+    def timed_write(log: MetricsLog, step: int, metrics: Mapping[str, float]) -> None:
+        write(log, step, metrics)
+        clock.mark()  # step 0 too, before the first one begins
 
-    def train_and_stop(config: Any, ranks: Any, run: Any, *others: Any) -> bool:
+    def train_and_stop(run: Any, *others: Any) -> bool:
         if case.steps == PARITY_STEPS:
-            rows = opening.rows_of(config, ranks)
-            scored = train.score(run.policy, run.pairs, range(case.pairs_per_step), rows)
+            scored = train.score(run.policy, run.pairs, range(case.pairs_per_step), run.rows)
             flat = scored.double().cpu()
             counts = torch.from_numpy(pairs.lengths[: case.pairs_per_step, 1:].reshape(-1))
             found["log_probs"] = torch.segment_reduce(flat, "sum", lengths=counts).tolist()
         divisions = [run.plan.division(run.plan.pairs_of(step)) for step in range(case.steps)]
         found["rows"] = [[len(d.bins), d.slots] for d in divisions]
-        loop(config, ranks, run, *others)
+        loop(run, *others)
         return False  # as a signal would end it: nothing is exported
 
     def timed_reference(*arguments: Any) -> Any:
@@ -329,12 +329,13 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
         {"prompt": f"{i} ?", "chosen": f"{i} !", "rejected": f"{i} ."} for i in range(len(pairs))
     ]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = SimpleNamespace(pairs=pairs, origins=[""] * len(pairs), counts={})
     replaced = (
-        (opening, "read_data", lambda *arguments: (pairs, [""] * len(pairs), None, {})),
-        (opening, "open_reference", timed_reference),
+        (build, "load_data", lambda *arguments: {"train": data}),
+        (build, "build_references", timed_reference),
         (train, "train", train_and_stop),
-        (train, "MetricsLog", TimedLog),
-        (train, "Saver", NotSaved),
+        (MetricsLog, "write", timed_write),
+        (start, "Saver", NotSaved),
     )
     with ExitStack() as stack:
         for module, name, value in replaced:

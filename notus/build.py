@@ -26,8 +26,9 @@ from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.errors import UserError, agreed
-from notus.generate.prompts import Prompt, check_prompts, read_prompt_set
+from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
+from notus.kernels.dispatch import check_backend
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
 from notus.model.lora import add_adapters
@@ -161,7 +162,8 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
         if evaluation.samples is not None:
-            check_prompts(evaluation.samples.prompts, models.tokenizer)
+            path = evaluation.samples.prompts
+            check_template(read_prompt_set(path).prompts, path, tokenizer)
     holdout = data.eval if isinstance(data.eval, Holdout) else None
     datasets = load_datasets(
         data.train,
@@ -214,15 +216,39 @@ class Setup:
     plan: Plan
     rows: Rows
     pairs: TokenizedPairs
-    origins: list[str]  # where each of the pairs comes from, for messages
     held_out: TokenizedPairs | None
-    counts: dict[str, Any]  # of each data set, for the run's history
     checkpoint: Path | None = None  # the one to resume from
     start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
 
     @property
     def output(self) -> Path:
         return Path(self.config.output_dir)
+
+
+def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
+    """Find and check what the configuration names; its data sets too, with their text. Collective.
+
+    Raises UserError, on every rank.
+    """
+    with agreed():
+        check_backend(config.parallel.kernels, ranks.device)
+        models = find_models(config, weights=True)
+        attention_backend(config, models.shape, ranks.device)
+    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
+    data = load_data(config, models, ranks)
+    pairs = data["train"].pairs
+    setup = Setup(
+        config=config,
+        ranks=ranks,
+        mesh=mesh,
+        models=models,
+        loss=make_loss(config),
+        plan=build_plan(config, pairs, ranks.count),
+        rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
+        pairs=pairs,
+        held_out=data["eval"].pairs if "eval" in data else None,
+    )
+    return setup, data
 
 
 def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForCausalLM:

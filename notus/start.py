@@ -5,6 +5,7 @@ output_dir have been found usable. `finish` exports the model and closes the run
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch.optim import Optimizer
 from notus import build
 from notus.build import Setup
 from notus.config import Config
-from notus.data.packing import Rows, pack_division
+from notus.data.dataset import Dataset
+from notus.data.packing import pack_division
 from notus.data.planning import idle_text
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
@@ -25,7 +27,6 @@ from notus.engine.log import MetricsLog
 from notus.engine.metrics import Meter, Progress, Speed
 from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
-from notus.kernels.dispatch import check_backend
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
@@ -41,6 +42,7 @@ Plain = dict[str, Any]
 class Run(Setup):
     """Everything that a run consists of, ready to start or resume from `progress`."""
 
+    origins: list[str]  # where each of the pairs comes from, for messages
     policy: MistralForCausalLM
     reference: Reference
     held_out_reference: Reference  # unused without held-out pairs
@@ -60,7 +62,7 @@ def open_run(
     Collective. Raises UserError, on every rank, for what a user can get wrong; nothing but caches
     is written before data, models and output_dir have been found usable.
     """
-    setup = set_up(config, ranks)
+    setup, data = build.set_up(config, ranks)
     check_predicate(setup)
     setup = find_beginning(setup, lock, resume, model_only)
     announce(setup)
@@ -76,7 +78,7 @@ def open_run(
         with agreed():
             resuming.check_checkpoint(setup.checkpoint, common, settings, build.settings_now)
     policy = load_policy(setup)
-    claim_output_dir(setup, facts["settings"], lock)
+    claim_output_dir(setup, facts["settings"], lock, data)
 
     references, model = build.build_references(setup, policy, facts["reference"])
     answers = []
@@ -85,6 +87,7 @@ def open_run(
             answers = build.answer_samples(setup, model)
     run = Run(
         **vars(setup),
+        origins=data["train"].origins,
         policy=policy,
         reference=references[0],
         held_out_reference=references[-1],
@@ -98,31 +101,6 @@ def open_run(
     if facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
     return run
-
-
-def set_up(config: Config, ranks: Ranks) -> Setup:
-    """What the configuration names, found and checked. Collective."""
-    with agreed():
-        check_backend(config.parallel.kernels, ranks.device)
-        models = build.find_models(config, weights=True)
-        build.attention_backend(config, models.shape, ranks.device)
-    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
-    loss = build.make_loss(config)
-    data = build.load_data(config, models, ranks)
-    train = data["train"]
-    return Setup(
-        config=config,
-        ranks=ranks,
-        mesh=mesh,
-        models=models,
-        loss=loss,
-        plan=build.build_plan(config, train.pairs, ranks.count),
-        rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
-        pairs=train.pairs,
-        origins=train.origins,
-        held_out=data["eval"].pairs if "eval" in data else None,
-        counts={name: {"pairs": len(d.pairs), "counts": d.counts} for name, d in data.items()},
-    )
 
 
 def check_predicate(setup: Setup) -> None:
@@ -240,26 +218,30 @@ def load_policy(setup: Setup) -> MistralForCausalLM:
     return policy
 
 
-def claim_output_dir(setup: Setup, settings: Plain, lock: OutputLock) -> None:
+def claim_output_dir(
+    setup: Setup, settings: Plain, lock: OutputLock, data: Mapping[str, Dataset]
+) -> None:
     """Make output_dir, lock it, and record the run and this start in it.
 
     Collective. Raises UserError, on every rank, for a folder that cannot be made, that another run
     has taken, or that not all machines see.
     """
-    model, data = setup.config.model, setup.config.data
+    model, held_out = setup.config.model, setup.config.data.eval
     with agreed():
         resuming.make_output_dir(setup.output)
         lock.take()
         resuming.write_settings(setup.output, settings, setup.start)
     with agreed():
         resuming.check_shared(setup.output)
-    sources = [*data.train, *(data.eval if isinstance(data.eval, tuple) else ())]
+    sources = [*setup.config.data.train, *(held_out if isinstance(held_out, tuple) else ())]
     with agreed():
         history.record_start(
             setup.output,
             continues=setup.checkpoint.name if setup.checkpoint else None,
             device=setup.ranks.device,
-            data=setup.counts,
+            data={
+                n: {"pairs": len(found.pairs), "counts": found.counts} for n, found in data.items()
+            },
             paths=[model.policy, model.reference or model.policy, *(s.path for s in sources)],
         )
 

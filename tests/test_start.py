@@ -34,9 +34,7 @@ def setup(tiny_folder, tmp_path):
         plan=build_plan(config, pairs, 1),
         rows=Rows(128, prefix_sharing=True, device=device),
         pairs=pairs,
-        origins=[],
         held_out=None,
-        counts={},
     )
 
 

@@ -174,7 +174,7 @@ def test_unknown_section(place, capfd):
             "reference.log_probs=none",
             ('reference.log_probs: found "none"', "loss sigmoid", 'expected "cached" or "online"'),
         ),
-        ("loss.name=simpo model.reference=policy", ("model.reference: does nothing", "simpo")),
+        ("loss.name=simpo model.reference=policy", ("model.reference: has no effect", "simpo")),
         (
             "loss.name=simpo reference.log_probs=online",
             ("reference.log_probs:", '"online"', "simpo uses no reference"),
@@ -315,7 +315,7 @@ def test_chat_template(place, capfd, template, words):
     [
         ({"text": "a"}, ("prompts.jsonl:1: the columns are text; expected prompt, or ",)),
         ({"prompt": [1]}, ("prompts.jsonl:1", "prompt", "expected")),
-        ({"prompt": "a", "answer": 4}, ("prompts.jsonl:1: answer is 4, expected text",)),
+        ({"prompt": "a", "answer": 4}, ("prompts.jsonl:1: answer: found 4, expected a string",)),
     ],
 )
 def test_sample_prompts_are_checked_before_training(place, capfd, row, words):

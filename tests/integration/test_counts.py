@@ -9,9 +9,10 @@ import torch
 from torch.nn.attention import flex_attention
 
 import train
-from notus import build, start
+from notus import build
 from notus.config import load_config
 from notus.data.packing import PADDING
+from notus.engine.metrics import Speed
 from notus.model import attention as attention_module
 from notus.model.attention import SegmentMask
 from notus.objective import logprobs
@@ -73,21 +74,16 @@ def test_a_cached_reference_is_not_run_again(demo, tmp_path, forwards):
 def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
     """Each time, the one before the first step too, the clock starts anew before the next step."""
     events, evaluate_held_out = [], train.evaluate_held_out
-
-    class Recorded(start.Speed):
-        def restart(self) -> None:
-            events.append("restart")
-            super().restart()
-
-        def count(self, *arguments) -> None:
-            events.append("step")
-            super().count(*arguments)
+    restart, count = Speed.restart, Speed.count
 
     def evaluated(*arguments) -> dict[str, float]:
         events.append("evaluation")
         return evaluate_held_out(*arguments)
 
-    monkeypatch.setattr(start, "Speed", Recorded)
+    monkeypatch.setattr(
+        Speed, "restart", lambda *given: (events.append("restart"), restart(*given))
+    )
+    monkeypatch.setattr(Speed, "count", lambda *given: (events.append("step"), count(*given)))
     monkeypatch.setattr(train, "evaluate_held_out", evaluated)
     config = base_config(demo) | {"evaluation": {"every": 1}, "log": {"every": 3}}
     config["data"] = config["data"] | {"eval": {"holdout": 8}}
@@ -103,18 +99,28 @@ def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_p
     """Work.scorings is the number of passes without gradient in a step of one row."""
     counted = []
 
-    class Recorded(start.Speed):
-        def count(self, *arguments) -> None:
-            counted.append((self.work.scorings, [gradient for gradient, *_ in forwards]))
-            forwards.clear()
+    def count(speed, *arguments) -> None:
+        counted.append((speed.work.scorings, [gradient for gradient, *_ in forwards]))
+        forwards.clear()
 
-    monkeypatch.setattr(start, "Speed", Recorded)
-    monkeypatch.setattr(Recorded, "report", lambda speed: {})
+    monkeypatch.setattr(Speed, "count", count)
+    monkeypatch.setattr(Speed, "report", lambda speed: {})
     config = base_config(demo) | {"loss": {"name": name}, "reference": {"log_probs": log_probs}}
     overrides = "train.max_steps=2", "data.tokens_per_microbatch=4096"
     train_here(config, tmp_path, *overrides)
     scorings, gradients = counted[1]
     assert gradients.count(True) == 1 and gradients.count(False) == scorings
+
+
+FIVE_STEPS = "train.pairs_per_step=15", "train.max_steps=5", "data.tokens_per_microbatch=1024"
+
+
+@pytest.fixture(scope="module")
+def plain(demo, tmp_path_factory) -> list[dict]:
+    """What five steps log without compilation."""
+    folder = tmp_path_factory.mktemp("plain")
+    train_here(base_config(demo), folder, *FIVE_STEPS)
+    return metrics(folder / "run")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_scorings_are_counted(demo, tmp_path, forwards, monkeypatch, name, log_p
     ],
 )
 def test_rows_of_all_lengths_share_a_compilation(
-    demo, tmp_path, forwards, monkeypatch, attention, mode
+    demo, tmp_path, plain, forwards, monkeypatch, attention, mode
 ):
     """Rows differ in length from step to step, and all blocks are alike: nothing is compiled anew.
 
@@ -143,15 +149,7 @@ def test_rows_of_all_lengths_share_a_compilation(
         compiled.append(torch.is_grad_enabled())
         return graph.forward
 
-    arguments = (
-        "train.pairs_per_step=15",
-        "train.max_steps=5",
-        "data.tokens_per_microbatch=1024",
-        f"parallel.activation_checkpointing={mode}",
-    )
-    train_here(base_config(demo), tmp_path / "plain", *arguments)
-    plain = metrics(tmp_path / "plain/run")
-    forwards.clear()
+    arguments = *FIVE_STEPS, f"parallel.activation_checkpointing={mode}"
     monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
     monkeypatch.setattr(build, "attention_backend", lambda *arguments: attention)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
