@@ -66,6 +66,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def writing(what: Path | str) -> Iterator[None]:
+    """Raise UserError for what the file system refuses in the block; it names `what` and why."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename2 or error.filename  # of a copy, where it goes
+        reason = f"{place}: {error.strerror}" if place else error.strerror
+        raise UserError(f"{what}: cannot be written ({reason})") from None
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder."""
     handle = os.open(path, os.O_RDONLY)

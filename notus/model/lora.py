@@ -91,8 +91,8 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
 
     The model may be on any device and must not be sharded yet. The base keeps its dtype (call
     `model.to(torch.bfloat16)` first to hold it in 2 bytes); adapters are float32, zero until
-    `initialize_adapters` or `peft.load_adapter`. Raises UserError for a target that names no linear
-    layer, with the names that exist.
+    `initialize_adapters`. Raises UserError for a target that names no linear layer, with the names
+    that exist.
     """
     linears = {n: module for n, module in model.named_modules() if type(module) is nn.Linear}
     chosen = _chosen(linears, settings.target_modules)

@@ -243,17 +243,12 @@ def hash_weights(path: str, folder: Path) -> dict[str, str]:
     return {"path": path, "sha256": combined}
 
 
-def save_sharded(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, prefix: str
-) -> dict[str, Any]:
-    """Write tensors as `<prefix>-0000r-of-0000W.safetensors`, every rank its own full tensors.
-
-    Collective. Returns the Hugging Face index, equal on all ranks, for the caller to write.
-    """
-    index, file, own = gather_own(tensors, prefix)
-    if own:
-        save_file(own, folder / file, metadata={"format": "pt"})
-    return index
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError, which names it, when the file system refuses."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of an OSError, without the path
+        raise OSError(0, str(error), str(path)) from None
 
 
 def gather_own(

@@ -14,10 +14,11 @@ from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_weights,
     copy_tokenizer,
+    gather_own,
     hash_weights,
     load_weights,
     model_folder,
-    save_sharded,
+    save_tensors,
     stored_tensors,
 )
 
@@ -123,9 +124,10 @@ def test_identity_follows_the_contents_and_not_the_name(tmp_path):
     assert one == hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def test_save_sharded_writes_every_tensor_and_its_index(tmp_path):
+def test_what_is_gathered_and_written_is_every_tensor(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.randn(5), "c": torch.tensor(2.0)}
-    index = save_sharded(tensors.items(), tmp_path, "model")
+    index, file, own = gather_own(tensors.items(), "model")
+    save_tensors(tmp_path / file, own)
     assert index == {
         "metadata": {"total_size": 4 * (6 + 5 + 1)},
         "weight_map": dict.fromkeys("abc", "model-00001-of-00001.safetensors"),
