@@ -67,14 +67,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(what: Path | str) -> Iterator[None]:
-    """Raise UserError for what the file system refuses in the block; it names `what` and why."""
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError, which names `path` and the file in it, when the file system refuses."""
     try:
         yield
     except OSError as error:
         place = error.filename2 or error.filename  # of a copy, where it goes
-        reason = f"{place}: {error.strerror}" if place else error.strerror
-        raise UserError(f"{what}: cannot be written ({reason})") from None
+        inside = place and Path(place).parent != path.parent
+        reason = f"{place}: {error.strerror}" if inside else error.strerror
+        raise UserError(f"{path}: cannot be written ({reason})") from None
 
 
 def sync(path: Path) -> None:

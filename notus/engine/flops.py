@@ -23,9 +23,6 @@ class Work(NamedTuple):
     scorings: int = 0
 
 
-FULL_TRAINING = Work()
-
-
 def forward_flops(shape: ModelShape, lengths: np.ndarray) -> tuple[float, float, float]:
     """FLOPs of one forward pass over these pairs: the blocks' products, attention, the head.
 
@@ -37,9 +34,9 @@ def forward_flops(shape: ModelShape, lengths: np.ndarray) -> tuple[float, float,
     keys = shape.num_key_value_heads * shape.head_dim
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     block = hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.intermediate_size
-    attended = (
-        _triangle(prompt) + prompt * (chosen + rejected) + _triangle(chosen) + _triangle(rejected)
-    )
+    attended = prompt * (chosen + rejected)
+    for length in (prompt, chosen, rejected):
+        attended += length * (length + 1) / 2
     return (
         float(2 * layers * block * (prompt + chosen + rejected).sum()),
         float(4 * layers * queries * attended.sum()),
@@ -72,10 +69,6 @@ def hardware_flops(shape: ModelShape, lengths: np.ndarray, slots: int, work: Wor
     return (
         (passes + more) * products + (3.5 + more) * attention + (passes + 1 + work.scorings) * head
     )
-
-
-def _triangle(length: np.ndarray) -> np.ndarray:
-    return length * (length + 1) / 2
 
 
 class GPU(NamedTuple):
@@ -114,21 +107,18 @@ GPUS = (
 
 def gpu_named(name: str) -> GPU:
     """The GPU with this name, in any case. Raises UserError that lists the known ones."""
-    for gpu in GPUS:
-        if gpu.name == name.lower():
-            return gpu
-    known = ", ".join(gpu.name for gpu in GPUS)
-    raise UserError(f"--gpu {name}: no such GPU is known; expected one of {known}")
+    known = {gpu.name: gpu for gpu in GPUS}
+    if name.lower() not in known:
+        raise UserError(f"--gpu {name}: no such GPU is known; expected one of {', '.join(known)}")
+    return known[name.lower()]
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
     """The GPU whose PyTorch device name this is, or None if it is not in GPUS."""
-    fitting = (
-        gpu
-        for gpu in GPUS
-        if all(re.search(rf"\b{re.escape(part)}\b", device_name) for part in gpu.parts)
-    )
-    return next(fitting, None)
+    for gpu in GPUS:
+        if all(re.search(rf"\b{re.escape(part)}\b", device_name) for part in gpu.parts):
+            return gpu
+    return None
 
 
 def peak_flops(device: torch.device) -> float | None:

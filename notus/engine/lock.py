@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from notus.engine.log import warn
 from notus.errors import UserError
+from notus.files import writing
 
 NAME = "lock"
 
@@ -45,7 +46,7 @@ class OutputLock(AbstractContextManager):
         path = self.folder / NAME
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
-        try:
+        with writing(path):
             file = path.open("a+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,8 +59,6 @@ class OutputLock(AbstractContextManager):
                 warn(f"{path}: no lock ({error.strerror}); start no second run in {self.folder}")
             file.truncate(0)
             os.write(file.fileno(), json.dumps(about).encode())
-        except OSError as error:  # no permission, no space
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         self._file = file
 
 

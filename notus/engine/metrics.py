@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from notus.data.packing import Microbatch, slots_of
 from notus.data.planning import Division, Plan
-from notus.engine.flops import FULL_TRAINING, Work, hardware_flops, model_flops, peak_flops
+from notus.engine.flops import Work, hardware_flops, model_flops, peak_flops
 from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
@@ -38,9 +39,14 @@ def pair_metrics(
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
         return values.double().sum(), count
 
+    def per_token(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return values.double().sum(), lengths.double().sum()
+
     if not loss.uses_rejected:
-        per_token = (-pairs.policy.chosen.double().sum(), pairs.chosen_length.double().sum())
-        return {"loss": per_token, "logps/chosen": mean(pairs.policy.chosen)}
+        return {
+            "loss": per_token(-pairs.policy.chosen, pairs.chosen_length),
+            "logps/chosen": mean(pairs.policy.chosen),
+        }
     chosen_ratio, rejected_ratio = log_ratios(pairs)
     beta = loss.beta
     metrics = {
@@ -52,17 +58,13 @@ def pair_metrics(
         "logps/chosen": mean(pairs.policy.chosen),
         "logps/rejected": mean(pairs.policy.rejected),
     }
-    if not loss.uses_reference:
-        return metrics
-    chosen_tokens, rejected_tokens = pairs.chosen_length.sum(), pairs.rejected_length.sum()
-    return metrics | {
-        "displacement/chosen_falling": mean(chosen_ratio < 0),
-        "displacement/chosen_per_token": (chosen_ratio.double().sum(), chosen_tokens.double()),
-        "displacement/rejected_per_token": (
-            rejected_ratio.double().sum(),
-            rejected_tokens.double(),
-        ),
-    }
+    if loss.uses_reference:
+        metrics |= {
+            "displacement/chosen_falling": mean(chosen_ratio < 0),
+            "displacement/chosen_per_token": per_token(chosen_ratio, pairs.chosen_length),
+            "displacement/rejected_per_token": per_token(rejected_ratio, pairs.rejected_length),
+        }
+    return metrics
 
 
 class Totals:
@@ -74,22 +76,21 @@ class Totals:
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._sums: Tensor | None = None
+        self._sums: Tensor | None = None  # float64 [names, 2]
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add numerators and denominators; every call must have the same names."""
-        values = torch.stack([torch.stack(pair) for pair in metrics.values()])
-        self._names = list(metrics)
-        self._sums = values if self._sums is None else self._sums + values
+        self._add(list(metrics), torch.stack([torch.stack(pair) for pair in metrics.values()]))
 
     def add_step(self, step: "Totals", finite: bool) -> None:
         """Add a step's sums; a step that is not finite only counts as `nonfinite`."""
         sums = step._sums if finite else torch.zeros_like(step._sums)
         counted = torch.ones_like(sums[:1])
         counted[0, 0] = float(not finite)
-        sums = torch.cat((sums, counted))
-        self._names = [*step._names, "nonfinite"]
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._add([*step._names, "nonfinite"], torch.cat((sums, counted)))
+
+    def _add(self, names: list[str], sums: Tensor) -> None:
+        self._names, self._sums = names, sums if self._sums is None else self._sums + sums
 
     def snapshot(self) -> dict[str, list[list[float]]]:
         """The sums of each rank by name, for a checkpoint between two reports. Collective."""
@@ -133,10 +134,11 @@ class Verdict(NamedTuple):
 
 
 def judge_step(step_loss: Tensor, grad_norm: Tensor, pairs: int, stop: bool, save: bool) -> Verdict:
-    """Agree on a step over all ranks: one reduction, and the step's only wait for the device.
+    """The verdict of all ranks on a step: one reduction, and the step's only wait for the device.
 
     step_loss: 0-d float64, the sum over this rank's pairs. grad_norm: 0-d, of the complete
-    gradient. pairs: their number in the step, over all ranks.
+    gradient. pairs: their number in the step, over all ranks. stop, save: whether a signal has
+    asked this rank for it.
     """
     grad_norm = grad_norm.to(step_loss)
     # torch.tensor(flag) would copy from the host, a wait of its own.
@@ -162,41 +164,40 @@ def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 class Speed:
     """Throughput since the last report, from the plan's counts and the clock."""
 
-    def __init__(
-        self, shape: ModelShape, ranks: int, device: torch.device, work: Work = FULL_TRAINING
-    ) -> None:
+    def __init__(self, shape: ModelShape, ranks: int, device: torch.device, work: Work) -> None:
         self.shape, self.ranks, self.device, self.work = shape, ranks, device, work
         self.restart()
 
     def restart(self) -> None:
         """Leave out the time since the last report (an evaluation, a checkpoint)."""
         self._began = time.perf_counter()
-        self._pairs = self._tokens = self._slots = self._filled = 0.0
-        self._needed = self._executed = 0.0  # FLOPs
+        self._counts: Counter[str] = Counter()
 
     def count(self, lengths: np.ndarray, filled: int, division: Division) -> None:
         """One step: its pairs' lengths [pairs, 3], the slots they fill, and their division."""
-        self._pairs += len(lengths)
-        self._tokens += int(slots_of(lengths, prefix_sharing=False).sum())
         slots = division.slots * len(division.bins) * self.ranks
-        self._needed += model_flops(self.shape, lengths, self.work.frozen)
-        self._executed += hardware_flops(self.shape, lengths, slots, self.work)
-        self._filled += filled
-        self._slots += slots
+        self._counts.update(
+            pairs=len(lengths),
+            tokens=int(slots_of(lengths, prefix_sharing=False).sum()),
+            filled=filled,
+            slots=slots,
+            needed=model_flops(self.shape, lengths, self.work.frozen),
+            executed=hardware_flops(self.shape, lengths, slots, self.work),
+        )
 
     def report(self) -> dict[str, float]:
         """The perf/ metrics since the last call; utilisation if the GPU's peak is known."""
-        seconds = time.perf_counter() - self._began
+        seconds, counts = time.perf_counter() - self._began, self._counts
         report = {
-            "perf/tokens_per_second": self._tokens / seconds,
-            "perf/pairs_per_second": self._pairs / seconds,
-            "perf/packing": self._filled / self._slots,
+            "perf/tokens_per_second": counts["tokens"] / seconds,
+            "perf/pairs_per_second": counts["pairs"] / seconds,
+            "perf/packing": counts["filled"] / counts["slots"],
             "perf/peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
         peak = peak_flops(self.device)
         if peak is not None:
-            report["perf/mfu"] = self._needed / seconds / (peak * self.ranks)
-            report["perf/hfu"] = self._executed / seconds / (peak * self.ranks)
+            report["perf/mfu"] = counts["needed"] / seconds / (peak * self.ranks)
+            report["perf/hfu"] = counts["executed"] / seconds / (peak * self.ranks)
         self.restart()
         return report
 
@@ -224,6 +225,7 @@ class Meter:
         self, loss: Loss, plan: Plan, lengths: np.ndarray, speed: Speed, progress: Progress
     ) -> None:
         self._loss, self._plan, self._lengths, self._speed = loss, plan, lengths, speed
+        self.restart_clock = speed.restart
         self._tokens = slots_of(lengths, prefix_sharing=False)  # as two sequences: 2P + C + R
         done = range(progress.step)
         self._tokens_seen = sum(int(self._tokens[plan.pairs_of(step)].sum()) for step in done)
@@ -247,11 +249,7 @@ class Meter:
     def end_step(
         self, grad_norm: Tensor, chosen: np.ndarray, division: Division, stop: bool, save: bool
     ) -> Verdict:
-        """The verdict of all ranks on the step: one reduction, the step's only wait for the device.
-
-        grad_norm: 0-d, of the whole gradient. chosen: the step's pairs. stop, save: whether a
-        signal has asked this rank for it. Collective.
-        """
+        """`judge_step` of the step with the pairs `chosen`, which is then counted. Collective."""
         verdict = judge_step(self._step_loss, grad_norm, len(chosen), stop, save)
         self._totals.add_step(self._step_totals, verdict.finite)
         self.skipped = 0 if verdict.finite else self.skipped + 1
@@ -269,10 +267,6 @@ class Meter:
     def report(self) -> dict[str, float]:
         """Means and speed since the last report, and all tokens so far. Collective."""
         return self._totals.means() | self._speed.report() | {"num_tokens": self._tokens_seen}
-
-    def restart_clock(self) -> None:
-        """Leave the time since the last report (an evaluation, a save) out of the speed."""
-        self._speed.restart()
 
     def progress(self, done: int) -> Progress:
         """The place of the run after `done` steps, for a checkpoint. Collective."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import checkpoint, lock
 from notus.errors import UserError
-from notus.files import partial_path, read_object, write_json
+from notus.files import partial_path, read_object, write_json, writing
 from notus.model.hf_config import ModelShape
 
 Plain = dict[str, Any]
@@ -45,19 +45,13 @@ PATHS = ("model.policy", "model.reference", "data.train")
 
 def settings_that_matter(settings: Plain, ignored: tuple[str, ...] = MAY_CHANGE) -> Plain:
     """The resolved settings by dotted key, without the `ignored` sections and keys."""
-    return {key: value for key, value in _flat(settings).items() if not _is_in(key, ignored)}
-
-
-def _flat(settings: Plain) -> Plain:
-    return {
-        f"{section}.{key}" if isinstance(values, dict) else section: value
-        for section, values in settings.items()
-        for key, value in (values if isinstance(values, dict) else {section: values}).items()
-    }
-
-
-def _is_in(key: str, places: tuple[str, ...]) -> bool:
-    return key in places or key.split(".")[0] in places
+    flat = {}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return {key: v for key, v in flat.items() if not {key, key.split(".")[0]} & set(ignored)}
 
 
 def holds_run(folder: Path) -> bool:
@@ -109,7 +103,8 @@ def check_checkpoint(folder: Path, common: Plain, settings: Plain, resolve: Reso
     earlier = state["common"]
     try:
         earlier |= _resolved(state["settings"], settings, MAY_CHANGE + PATHS, resolve)
-        earlier["model_shape"] = _shape_defaults() | earlier["model_shape"]
+        defaults = {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
+        earlier["model_shape"] = defaults | earlier["model_shape"]
         different = differences(earlier, common)
     except UserError as error:
         different = str(error)
@@ -125,20 +120,16 @@ def _resolved(earlier: Plain, settings: Plain, ignored: tuple[str, ...], resolve
 
     Those that are `ignored` do not have to be readable: today's take their place.
     """
-    matter = settings_that_matter(earlier, ignored)
-    flat = matter | {key: v for key, v in _flat(settings).items() if _is_in(key, ignored)}
+    kept = settings_that_matter(earlier, ignored)
+    today = settings_that_matter(settings, ())
+    today = {
+        key: today[key] for key in today.keys() - settings_that_matter(settings, ignored).keys()
+    }
     nested: Plain = {}
-    for key, value in flat.items():
+    for key, value in (kept | today).items():
         section, _, name = key.partition(".")
-        if name:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[section] = value
+        nested[section] = nested.get(section, {}) | {name: value} if name else value
     return settings_that_matter(resolve(nested), ignored)
-
-
-def _shape_defaults() -> Plain:
-    return {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
 
 
 def what_must_match(
@@ -217,10 +208,8 @@ def recorded_start(folder: Path, given: Path | None) -> Plain | None:
 def make_output_dir(folder: Path) -> None:
     """Create output_dir, on rank 0 only. Raises UserError there when it cannot."""
     if dist.get_rank() == 0:
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be made ({error.strerror})") from None
 
 
 def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
@@ -229,12 +218,10 @@ def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
     Raises UserError there when the folder cannot be written to.
     """
     if dist.get_rank() == 0:
-        try:
+        with writing(folder):
             if start is not None:
                 write_json(folder / START, start, durable=True)
             write_json(folder / SETTINGS, settings, durable=True)
-        except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
 
 
 def check_shared(folder: Path) -> None:

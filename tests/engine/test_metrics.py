@@ -11,7 +11,7 @@ from test_flops import MISTRAL_7B
 
 from notus.data.planning import Division
 from notus.engine import metrics
-from notus.engine.flops import forward_flops, model_flops
+from notus.engine.flops import Work, forward_flops, model_flops
 from notus.engine.metrics import Speed, Totals, judge_step, nonfinite_pairs, pair_metrics
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
@@ -133,7 +133,7 @@ def test_speed(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e15)
     lengths = np.array([[10, 20, 30], [5, 5, 5]])
-    speed = Speed(MISTRAL_7B, ranks=2, device=CPU)
+    speed = Speed(MISTRAL_7B, ranks=2, device=CPU, work=Work())
     division = Division(bins=[[[0], []], [[1], []]], slots=64)
     speed.count(lengths, 75, division)
     speed.count(lengths[:1], 60, Division(bins=[[[0], []]], slots=64))
@@ -158,7 +158,7 @@ def test_speed(monkeypatch):
 def test_time_left_out(monkeypatch):
     clock = iter([0.0, 50.0, 51.0, 51.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    speed = Speed(MISTRAL_7B, ranks=1, device=CPU)
+    speed = Speed(MISTRAL_7B, ranks=1, device=CPU, work=Work())
     speed.restart()
     speed.count(np.array([[1, 1, 1]]), 3, Division(bins=[[[0]]], slots=128))
     report = speed.report()
