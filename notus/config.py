@@ -9,6 +9,7 @@ settings.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -270,21 +271,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = read_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: found bytes that are not UTF-8 at {error.start}") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: not valid JSON at {where}: {error.msg}") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {show(tree)}, expected an object of sections")
 
     origins: dict[str, str] = {}
-    before = _config_or_none(tree)
+    before = None
+    with suppress(Invalid):  # what a file lacks, overrides may give
+        before = parse(tree, Config)
     for override in overrides:
         _apply_override(tree, override, origins)
     try:
         config = parse(tree, Config)
-        _reject_contradictions(config)
+        for key, contradicts, problem in CONFLICTS:
+            if contradicts(config):
+                raise Invalid(key, problem.format(config))
         _reject_inert(config, tree, before, origins)
     except Invalid as error:
         raise UserError(f"{_origin(error.key, origins, path)}: {error}") from None
@@ -345,20 +347,6 @@ def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
         if override and (prefix == key or override.startswith(f"{prefix}=")):
             return f"command line, {override}"
     return str(path)
-
-
-def _config_or_none(tree: dict[str, Any]) -> Config | None:
-    """The file's own configuration; None where it is not one before overrides complete it."""
-    try:
-        return parse(tree, Config)
-    except Invalid:
-        return None
-
-
-def _reject_contradictions(config: Config) -> None:
-    for key, contradicts, problem in CONFLICTS:
-        if contradicts(config):
-            raise Invalid(key, problem.format(config))
 
 
 def _reject_inert(

@@ -1,11 +1,10 @@
 """JSON read by annotation: every value that a user writes is checked here, and nothing is guessed.
 
 `parse` reads a JSON value as a type: frozen dataclasses, bool, int, float, str, None, unions,
-Literal, tuples (of a fixed length or with `...`), dict, Any, and Annotated with a Bound.
-`parse_keywords` reads an object as a function's keyword-only parameters. A key that the annotation
-does not know, a missing key, a value of another type or out of bounds, a NaN and a key given twice
-raise `Invalid`, which names the dotted key, what was found and what was expected. `plain` is the
-inverse of `parse`.
+Literal, tuples (of a fixed length or with `...`), dict, Any, and Annotated with a Bound. A key that
+the annotation does not know, a missing key, a value of another type or out of bounds, a NaN and a
+key given twice raise `Invalid`, which names the dotted key, what was found and what was expected.
+`plain` is the inverse of `parse`.
 """
 
 import difflib
@@ -60,29 +59,27 @@ def parse(value: Any, annotation: Any, key: str = "") -> Any:
 
     Lists become tuples and whole numbers floats where the annotation says so. A dataclass in a
     dataclass may be left out if none of its keys is required. A dataclass may have one field with
-    the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked.
+    the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked. A
+    function as the annotation gives a dict of all its keyword-only parameters.
     """
     _reject_malformed(value, key)
     try:
+        if inspect.isfunction(annotation):
+            keys = keys_of(annotation)
+            given = _parse_keys(value, keys, key)
+            return {name: given.get(name, entry.default) for name, entry in keys.items()}
         return _parse(value, annotation, key)
     except _UnknownKey as unknown:
-        nearest = _nearest(unknown.key, dict.fromkeys(_valid_keys(annotation, key)))
+        nearest = _nearest(unknown.key, list(dict.fromkeys(_valid_keys(annotation, key))))
         raise Invalid(unknown.key, f"unknown key; {nearest}") from None
 
 
-def parse_keywords(value: Mapping[str, Any], function: Callable, key: str = "") -> dict[str, Any]:
-    """Each keyword-only parameter of a function: from the JSON object, else its default.
-
-    Raises Invalid.
-    """
-    _reject_malformed(value, key)
-    keys = keys_of(function)
+def parse_part(value: Mapping[str, Any], cls: type, where: object) -> Any:
+    """A dataclass from an object with other keys, which are ignored; `where` begins an error."""
     try:
-        given = _parse_keys(value, keys, key)
-    except _UnknownKey as unknown:
-        nearest = _nearest(unknown.key, [_join(key, name) for name in keys])
-        raise Invalid(unknown.key, f"unknown key; {nearest}") from None
-    return {name: given.get(name, entry.default) for name, entry in keys.items()}
+        return parse({name: value[name] for name in keys_of(cls) if name in value}, cls)
+    except Invalid as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def keys_of(owner: Any) -> dict[str, Key]:
@@ -250,23 +247,20 @@ def _rest_field(cls: type) -> str | None:
     return next(names, None)
 
 
-def _nearest(unknown: str, valid: Iterable[str]) -> str:
+def _nearest(unknown: str, valid: list[str]) -> str:
     """The valid key most like an unknown one: in its object, else one whose name is like its."""
-    section, name = _split(unknown)
-    names = {key: _split(key)[1] for key in valid}
-    same_section = [key for key in names if _split(key)[0] == section]
-    for pool, cutoff in ((same_section, 0.6), (list(names), 0.8)):
-        for near in difflib.get_close_matches(name, [names[key] for key in pool], 1, cutoff):
-            keys = [key for key in pool if names[key] == near]
-            likeness = {k: difflib.SequenceMatcher(None, k, unknown).ratio() for k in keys}
-            return f"nearest valid key: {max(keys, key=likeness.get)}"
+    section, _, name = re.sub(r"\.\d+\.", ".0.", unknown).rpartition(".")
+    same_section = [key for key in valid if key.rpartition(".")[0] == section]
+
+    def likeness(key: str) -> tuple[float, float]:  # of the names, then of the dotted keys
+        pairs = (key.rpartition(".")[2], name), (key, unknown)
+        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    for pool, least in ((same_section, 0.6), (valid, 0.8)):
+        best = max(pool, key=likeness, default=None)
+        if best is not None and likeness(best)[0] >= least:
+            return f"nearest valid key: {best}"
     return f"valid keys here: {', '.join(same_section) or 'none'}"
-
-
-def _split(key: str) -> tuple[str, str]:
-    """A dotted key's object, with 0 for every index into a list, and its name in it."""
-    section, _, name = re.sub(r"\.\d+\.", ".0.", key).rpartition(".")
-    return section, name
 
 
 def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
@@ -275,6 +269,7 @@ def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
         for entry in fields(annotation):
             for name in entry.metadata.get("other_keys_such_as", ()):
                 yield _join(key, name)
+    if is_dataclass(annotation) or inspect.isfunction(annotation):
         for name, entry in keys_of(annotation).items():
             yield _join(key, name)
             yield from _valid_keys(entry.annotation, _join(key, name))

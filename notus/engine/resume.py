@@ -120,13 +120,10 @@ def _resolved(earlier: Plain, settings: Plain, ignored: tuple[str, ...], resolve
 
     Those that are `ignored` do not have to be readable: today's take their place.
     """
-    kept = settings_that_matter(earlier, ignored)
-    today = settings_that_matter(settings, ())
-    today = {
-        key: today[key] for key in today.keys() - settings_that_matter(settings, ignored).keys()
-    }
+    matter = settings_that_matter(settings, ignored)
+    today = {k: v for k, v in settings_that_matter(settings, ()).items() if k not in matter}
     nested: Plain = {}
-    for key, value in (kept | today).items():
+    for key, value in (settings_that_matter(earlier, ignored) | today).items():
         section, _, name = key.partition(".")
         nested[section] = nested.get(section, {}) | {name: value} if name else value
     return settings_that_matter(resolve(nested), ignored)

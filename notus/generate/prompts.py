@@ -14,7 +14,7 @@ from notus.data.formats import Message, read_messages
 from notus.data.tokenization import with_system_prompt
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
-from notus.strict import Invalid, Text, keys_of, parse
+from notus.strict import Text, parse_part
 
 Columns = TypeVar("Columns")
 
@@ -132,10 +132,7 @@ def read_columns(row: dict[str, Any], columns: type[Columns], where: str) -> Col
 
     Raises UserError that names `where` and the column.
     """
-    try:
-        return parse({name: row[name] for name in keys_of(columns) if name in row}, columns)
-    except Invalid as error:
-        raise UserError(f"{where}: {error}") from None
+    return parse_part(row, columns, where)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """The decoder's shape, from the config.json of a Hugging Face model folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from notus.errors import UserError
 from notus.files import read_object
-from notus.strict import Bound, Count, Invalid, Positive, keys_of, parse
+from notus.strict import Bound, Count, Positive, keys_of, parse_part
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 Even = Annotated[int, Bound("an even number of at least 2", lambda x: x >= 2 and x % 2 == 0)]
@@ -45,15 +44,6 @@ class ModelShape:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any], key: str = "model_shape") -> "ModelShape":
-        """The shape that `dataclasses.asdict` wrote, perhaps before some fields existed.
-
-        Raises Invalid, a UserError, for an unknown or missing entry and for a wrong value; `key` is
-        the entries' own name in the message.
-        """
-        return parse(entries, cls, key)
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -94,12 +84,7 @@ def read_shape(folder: Path) -> ModelShape:
         config["num_key_value_heads"] = heads
     if config.get("head_dim") is None and type(hidden_size) is type(heads) is int and heads > 0:
         config["head_dim"] = hidden_size // heads
-    try:
-        shape = parse(
-            {key: config[key] for key in keys_of(ModelShape) if key in config}, ModelShape
-        )
-    except Invalid as error:
-        raise UserError(f"{path}: {error}") from None
+    shape = parse_part(config, ModelShape, path)
     if heads % shape.num_key_value_heads:
         raise UserError(
             f"{path}: num_key_value_heads: found {shape.num_key_value_heads}, expected a divisor "

@@ -15,7 +15,7 @@ second copy.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -95,28 +95,22 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
     that exist.
     """
     linears = {n: module for n, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = _chosen(linears, settings.target_modules)
-    model.requires_grad_(False)
-    for name in chosen:
-        model.set_submodule(name, LoraLinear(linears[name], settings))
-
-
-def _chosen(linears: Iterable[str], targets: tuple[str, ...] | str) -> list[str]:
-    """The layers that `targets` select: all whose name is a target, or ends in one after a dot."""
+    targets = settings.target_modules
     if targets == ALL_LINEAR:
-        return list(linears)
+        targets = tuple(linears)
+    chosen = []
     for target in targets:
-        if not any(_ends_in(name, target) for name in linears):
+        named = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not named:
             there = dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears)
             raise UserError(
                 f"model.lora.target_modules: {json.dumps(target)} names no linear layer of the "
                 f'blocks, expected some of {", ".join(there)}, or "{ALL_LINEAR}"'
             )
-    return [name for name in linears if any(_ends_in(name, target) for target in targets)]
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+        chosen += named
+    model.requires_grad_(False)
+    for name in dict.fromkeys(chosen):
+        model.set_submodule(name, LoraLinear(linears[name], settings))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -34,7 +34,7 @@ from notus.model.weights import (
     save_tensors,
     stored_tensors,
 )
-from notus.strict import Count, Invalid, Positive, keys_of, parse
+from notus.strict import Count, Positive, keys_of, parse_part
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -112,11 +112,7 @@ def read_adapter(folder: Path) -> Adapter:
                 f"{path}: {key} is {json.dumps(config[key])}, which is not supported; expected "
                 "plain LoRA of linear layers, with this entry unset"
             )
-    try:
-        given = {key: config[key] for key in keys_of(PeftConfig) if key in config}
-        theirs = parse(given, PeftConfig)
-    except Invalid as error:
-        raise UserError(f"{path}: {error}") from None
+    theirs = parse_part(config, PeftConfig, path)
     scaling = LoraSettings(theirs.r, theirs.lora_alpha, rslora=theirs.use_rslora).scaling
     file, base_name = folder / WEIGHTS, config.get("base_model_name_or_path")
     return Adapter(theirs.r, scaling, base_name, file, _read_shapes(file))

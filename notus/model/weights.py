@@ -95,7 +95,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises UserError for missing, truncated or unreadable files.
     """
     if (folder / INDEX).is_file():
-        files = _indexed_files(folder / INDEX)
+        files = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise UserError(
+                f'{folder / INDEX}: found no "weight_map", expected {{"weight_map": {{tensor: '
+                "file, ...}}"
+            )
+        files = sorted({str(file) for file in files.values()})
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -122,16 +128,6 @@ def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _indexed_files(index: Path) -> list[str]:
-    """The files over which an index distributes the tensors, sorted."""
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(
-            f'{index}: found no "weight_map", expected {{"weight_map": {{tensor: file, ...}}}}'
-        )
-    return sorted({str(file) for file in weight_map.values()})
-
-
 def check_weights(
     folder: Path, expected: Mapping[str, torch.Size], tied: bool
 ) -> dict[str, Stored]:
@@ -149,17 +145,13 @@ def check_weights(
                 f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected "
                 f"{tuple(shape)} by config.json"
             )
-    redundant = {"lm_head.weight"} if tied else set()
-    unknown = [
-        name
-        for name in stored
-        if name not in expected and name not in redundant and not name.endswith(IGNORED_SUFFIX)
-    ]
-    if unknown:
-        raise UserError(
-            f"{stored[unknown[0]].file}: tensor {unknown[0]} is not part of the model that "
-            "config.json describes; expected only its parameters"
-        )
+    known = {*expected, "lm_head.weight"} if tied else expected
+    for name, tensor in stored.items():
+        if name not in known and not name.endswith(IGNORED_SUFFIX):
+            raise UserError(
+                f"{tensor.file}: tensor {name} is not part of the model that config.json "
+                "describes; expected only its parameters"
+            )
     return stored
 
 
@@ -185,7 +177,6 @@ def open_model(path: str, weights: bool = True) -> tuple[Path, ModelShape]:
     return folder, shape
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -> None:
     """Fill the model's parameters from a Hugging Face folder, each rank its own slices.
 
@@ -197,18 +188,20 @@ def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -
     parameters = {name: p for name, p in parameters.items() if name not in others}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     stored = check_weights(folder, shapes, tied=model.shape.tie_word_embeddings)
-    by_file: dict[Path, list[str]] = {}
-    for name in parameters:
-        by_file.setdefault(stored[name].file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as handle:
-            for name in names:
-                local, rows = local_rows(parameters[name])
-                local.copy_(handle.get_slice(name)[rows])
-                if not local.isfinite().all():
-                    raise UserError(
-                        f"{file}: tensor {name} holds NaN or infinite values; expected finite ones"
-                    )
+    for name, parameter in parameters.items():
+        file = stored[name].file
+        if not read_rows(parameter, file, name).isfinite().all():
+            raise UserError(
+                f"{file}: tensor {name} holds NaN or infinite values; expected finite ones"
+            )
+
+
+@torch.no_grad()
+def read_rows(tensor: Tensor, file: Path, name: str) -> Tensor:
+    """Fill a plain or sharded tensor from a safetensors file; returns this rank's part of it."""
+    local, rows = local_rows(tensor)
+    with safe_open(file, framework="pt") as handle:
+        return local.copy_(handle.get_slice(name)[rows])
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:

@@ -130,7 +130,7 @@ def test_the_unspoilt_folder_is_accepted(place, capfd):
     [
         ("nowhere.json", None, ("nowhere.json: cannot read", "No such file")),
         ("policy", None, ("policy: cannot read", "directory")),
-        ("config.json", '{"model": {', ("config.json: not valid JSON at line 1, column 12",)),
+        ("config.json", '{"model": {', ("config.json: not valid JSON (", "line 1 column 12")),
         ("config.json", "[]", ("config.json: found [], expected an object",)),
         ("config.json", '{"model": {}}', ("config.json: model.policy: missing, expected",)),
     ],
@@ -166,8 +166,14 @@ def test_unknown_section(place, capfd):
             ('parallel.attention: found "varlen" with parallel.compile', "not compiled"),
         ),
         ("loss.name=dpo", ("loss.name: unknown loss 'dpo'", "mean 'sigmoid'?", "one of sigmoid,")),
-        ("loss.betta=1", ("loss.betta: unknown option (did you mean 'beta'?)", "takes beta,")),
-        ("loss.gamma=1", ("loss.gamma: not used by loss 'sigmoid', which takes beta,",)),
+        (
+            "loss.betta=1",
+            ("loss.betta: unknown key; nearest valid key: loss.beta (loss 'sigmoid')",),
+        ),
+        (
+            "loss.gamma=1",
+            ("loss.gamma: unknown key; valid keys here: loss.beta, loss.lab", "(loss 'sigmoid')"),
+        ),
         ("loss.beta=-1", ("loss.beta: found -1", "expected a number above 0")),
         ("loss.mix=[]", ("loss.mix: found [], expected a list of one or more values",)),
         (
