@@ -29,10 +29,9 @@ from notus.data.packing import pack_division
 from notus.data.planning import random_seed
 from notus.engine import distributed
 from notus.engine.distributed import accumulate
-from notus.engine.evaluation import evaluate
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
-from notus.engine.metrics import Meter, Verdict
+from notus.engine.metrics import Meter, Verdict, evaluate
 from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts

@@ -287,7 +287,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         for key, contradicts, problem in CONFLICTS:
             if contradicts(config):
                 raise Invalid(key, problem.format(config))
-        _reject_inert(config, tree, before, origins)
+        for key, is_inert, reason in INERT:
+            section, name = key.split(".")
+            if name in tree.get(section, {}) and is_inert(config):
+                # A key of the file that loses its effect by an override is no error.
+                if {section, key} & origins.keys() or before is None or is_inert(before):
+                    raise Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")
     except Invalid as error:
         raise UserError(f"{_origin(error.key, origins, path)}: {error}") from None
     return config
@@ -317,25 +322,21 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]
         value = text
 
     node: Any = tree
-    parts = key.split(".")
+    parts: list[Any] = key.split(".")
     for depth, part in enumerate(parts, start=1):
-        at = ".".join(parts[:depth])
+        at, last = ".".join(parts[:depth]), depth == len(parts)
         if isinstance(node, dict):
-            index: Any = part
-            node.setdefault(index, None)
+            node.setdefault(part, None)
         elif isinstance(node, list) and part.isdecimal() and int(part) <= len(node):
-            index = int(part)
-            node.extend([None] * (index == len(node)))
+            part = int(part)
+            node.extend([None] * (part == len(node)))
         else:
             problem = f"found {show(node)} around it, which has no such key or index"
             raise UserError(f"command line, {override}: {at}: {problem}")
-        if depth == len(parts):
-            node[index] = value
+        if last or node[part] is None:
+            node[part] = value if last else [] if parts[depth].isdecimal() else {}
             origins[at] = override
-        elif node[index] is None:
-            node[index] = [] if parts[depth].isdecimal() else {}
-            origins[at] = override
-        node = node[index]
+        node = node[part]
 
 
 def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
@@ -347,20 +348,3 @@ def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
         if override and (prefix == key or override.startswith(f"{prefix}=")):
             return f"command line, {override}"
     return str(path)
-
-
-def _reject_inert(
-    config: Config, tree: dict[str, Any], before: Config | None, origins: dict[str, str]
-) -> None:
-    """Raise Invalid for a given key without effect.
-
-    before: the configuration of the file without overrides. A key in the file that has an effect
-    there, and loses it by an override, is no error.
-    """
-    for key, is_inert, reason in INERT:
-        section, name = key.split(".")
-        if name not in tree.get(section, {}) or not is_inert(config):
-            continue
-        overridden = {section, key} & origins.keys()
-        if overridden or before is None or is_inert(before):
-            raise Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")

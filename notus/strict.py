@@ -91,8 +91,8 @@ def keys_of(owner: Any) -> dict[str, Key]:
                 entry.default if entry.default_factory is MISSING else entry.default_factory()
             )
             for entry in fields(owner)
-            if entry.name != _rest_field(owner)
         }
+        defaults.pop(_rest_field(owner), None)
     else:
         defaults = {
             entry.name: MISSING if entry.default is entry.empty else entry.default
@@ -217,11 +217,9 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 def _parse_dataclass(value: Mapping[str, Any], cls: type, key: str) -> Any:
     keys, rest = keys_of(cls), _rest_field(cls)
-    if rest is None:
-        return cls(**_parse_keys(value, keys, key))
-    known = {name: value[name] for name in value if name in keys}
-    others = {name: value[name] for name in value if name not in keys}
-    return cls(**_parse_keys(known, keys, key), **{rest: others})
+    others = {name: value[name] for name in value if rest and name not in keys}
+    known = {name: value[name] for name in value if name not in others}
+    return cls(**_parse_keys(known, keys, key), **({rest: others} if rest else {}))
 
 
 def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Key], key: str) -> dict[str, Any]:

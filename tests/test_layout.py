@@ -21,7 +21,7 @@ ORDER = """
     kernels
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache
-    engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
+    engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
     engine.resume engine.history engine.profiling
     config

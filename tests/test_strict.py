@@ -140,7 +140,9 @@ def test_keyword_only_parameters_of_a_function() -> None:
 
 def test_a_dataclass_among_other_keys() -> None:
     assert parse_part({"force": 1, "colour": "red"}, Brake, "a file") == Brake(force=1.0)
-    with pytest.raises(UserError, match="^a file: force: found 2, expected a number from 0 to 1$"):
+    with pytest.raises(
+        UserError, match="^a file: force: found 2.0, expected a number from 0 to 1$"
+    ):
         parse_part({"force": 2.0}, Brake, "a file")
 
 

@@ -182,10 +182,9 @@ def _load_optimizer(
 ) -> None:
     if updates == 0:
         return
-    # Fused optimisers keep the step on the device, the others on the host.
-    fused = any(group.get("fused") for group in optimizer.param_groups)
     for _, parameter in trained_parameters(model):
-        device = parameter.device if fused else "cpu"
+        # Fused optimisers keep the step on the device, the others on the host.
+        device = parameter.device if optimizer.defaults.get("fused") else "cpu"
         optimizer.state[parameter]["step"] = torch.tensor(float(updates), device=device)
     tensors = {}
     for tensor_name, file in _read_files(folder, "optimizer").items():

@@ -1,10 +1,6 @@
-"""What a run measures: exact means over all pairs of all ranks, and speed."""
+"""What a run measures: exact means over all pairs, in training and on held-out ones."""
 
 import math
-import resource
-import sys
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +11,9 @@ from torch import Tensor
 
 from notus.data.packing import Microbatch, slots_of
 from notus.data.planning import Division, Plan
-from notus.engine.flops import Work, hardware_flops, model_flops, peak_flops
-from notus.model.hf_config import ModelShape
+from notus.data.tokenization import TokenizedPairs
+from notus.engine.flops import Speed
+from notus.objective.logprobs import pair_log_probs
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
 
@@ -64,6 +61,34 @@ def pair_metrics(
             "displacement/chosen_per_token": per_token(chosen_ratio, pairs.chosen_length),
             "displacement/rejected_per_token": per_token(rejected_ratio, pairs.rejected_length),
         }
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Tensor, reference: Tensor, pairs: TokenizedPairs, loss: Loss
+) -> dict[str, float]:
+    """Metrics over all of `pairs`, under the names of training with the prefix `eval_`.
+
+    policy, reference: log-probs of every response token, flat, as of `logprobs.score`. Every rank
+    sums over all pairs, so every pair counts once whatever the number of ranks.
+    """
+    metrics = summarize(all_log_probs(policy, reference, pairs), loss)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def all_log_probs(policy: Tensor, reference: Tensor, pairs: TokenizedPairs) -> PairLogProbs:
+    """The inputs of losses and metrics for every pair; both tensors flat, see `score`."""
+    lengths = torch.from_numpy(pairs.lengths[:, 1:]).to(reference.device)
+    return pair_log_probs(policy, reference, lengths, float(pairs.lengths[:, 1].mean()))
+
+
+def summarize(scored: PairLogProbs, loss: Loss) -> dict[str, float]:
+    """The means of `pair_metrics`; for supervised fine-tuning also the perplexity per token."""
+    sums = pair_metrics(loss(scored), scored, loss)
+    metrics = {name: float(top / bottom) for name, (top, bottom) in sums.items()}
+    if not loss.uses_rejected:  # the loss is the negative log-likelihood per token
+        metrics["perplexity"] = math.exp(metrics["loss"])
     return metrics
 
 
@@ -120,16 +145,12 @@ class Totals:
 
 
 class Verdict(NamedTuple):
-    """The facts about a step that decide on its update, equal on all ranks.
+    """The facts about a step that decide on its update, equal on all ranks."""
 
-    loss: the mean over the step's pairs. finite: whether it and the gradient's norm are. stop,
-    save: whether a signal has asked any rank for it.
-    """
-
-    loss: float
+    loss: float  # the mean over the step's pairs
     grad_norm: float
-    finite: bool
-    stop: bool
+    finite: bool  # both are
+    stop: bool  # a signal has asked some rank for it, as for the next
     save: bool
 
 
@@ -161,57 +182,12 @@ def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     return sorted(index for part in found for index in part)
 
 
-class Speed:
-    """Throughput since the last report, from the plan's counts and the clock."""
-
-    def __init__(self, shape: ModelShape, ranks: int, device: torch.device, work: Work) -> None:
-        self.shape, self.ranks, self.device, self.work = shape, ranks, device, work
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out the time since the last report (an evaluation, a checkpoint)."""
-        self._began = time.perf_counter()
-        self._counts: Counter[str] = Counter()
-
-    def count(self, lengths: np.ndarray, filled: int, division: Division) -> None:
-        """One step: its pairs' lengths [pairs, 3], the slots they fill, and their division."""
-        slots = division.slots * len(division.bins) * self.ranks
-        self._counts.update(
-            pairs=len(lengths),
-            tokens=int(slots_of(lengths, prefix_sharing=False).sum()),
-            filled=filled,
-            slots=slots,
-            needed=model_flops(self.shape, lengths, self.work.frozen),
-            executed=hardware_flops(self.shape, lengths, slots, self.work),
-        )
-
-    def report(self) -> dict[str, float]:
-        """The perf/ metrics since the last call; utilisation if the GPU's peak is known."""
-        seconds, counts = time.perf_counter() - self._began, self._counts
-        report = {
-            "perf/tokens_per_second": counts["tokens"] / seconds,
-            "perf/pairs_per_second": counts["pairs"] / seconds,
-            "perf/packing": counts["filled"] / counts["slots"],
-            "perf/peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
-        }
-        peak = peak_flops(self.device)
-        if peak is not None:
-            report["perf/mfu"] = counts["needed"] / seconds / (peak * self.ranks)
-            report["perf/hfu"] = counts["executed"] / seconds / (peak * self.ranks)
-        self.restart()
-        return report
-
-
 class Progress(NamedTuple):
-    """The place of a run in its plan, apart from weights and optimiser state.
+    """The place of a run in its plan, apart from weights and optimiser state."""
 
-    step: optimiser steps done. totals: each rank's sums of metrics since the last report, by name.
-    skipped: how many of the last steps in a row had no update because they were not finite.
-    """
-
-    step: int
-    totals: dict[str, list[list[float]]]
-    skipped: int
+    step: int  # optimiser steps done
+    totals: dict[str, list[list[float]]]  # each rank's sums of metrics since the last report
+    skipped: int  # last steps in a row without an update, because they were not finite
 
 
 class Meter:
@@ -232,32 +208,29 @@ class Meter:
         self.skipped = progress.skipped
         self._totals = Totals()
         self._totals.restore(progress.totals, speed.device)
-        self._begin_step()
-
-    def _begin_step(self) -> None:
-        self._step_loss = torch.zeros((), dtype=torch.float64, device=self._speed.device)
-        self._step_totals = Totals()
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._step = Totals()
+        self._seen: list[tuple[Tensor, Tensor]] = []  # the step's pairs and losses
 
     def add(self, batch: Microbatch, losses: Tensor, scored: PairLogProbs) -> None:
         """Add a microbatch with its losses [B], without waiting for the device."""
         losses = losses.detach()
-        self._step_loss += losses.sum()
-        self._step_totals.add(pair_metrics(losses, scored, self._loss))
+        self._step.add(pair_metrics(losses, scored, self._loss))
         self._seen.append((batch.pairs, losses))
 
     def end_step(
         self, grad_norm: Tensor, chosen: np.ndarray, division: Division, stop: bool, save: bool
     ) -> Verdict:
         """`judge_step` of the step with the pairs `chosen`, which is then counted. Collective."""
-        verdict = judge_step(self._step_loss, grad_norm, len(chosen), stop, save)
-        self._totals.add_step(self._step_totals, verdict.finite)
+        total = torch.zeros((), dtype=torch.float64, device=self._speed.device)
+        for _, losses in self._seen:
+            total += losses.sum()
+        verdict = judge_step(total, grad_norm, len(chosen), stop, save)
+        self._totals.add_step(self._step, verdict.finite)
         self.skipped = 0 if verdict.finite else self.skipped + 1
         self._tokens_seen += int(self._tokens[chosen].sum())
         filled = int(self._plan.slot_counts[chosen].sum())
         self._speed.count(self._lengths[chosen], filled, division)
-        self._last_seen = self._seen
-        self._begin_step()
+        self._last_seen, self._seen, self._step = self._seen, [], Totals()
         return verdict
 
     def nonfinite_pairs(self) -> list[int]:
@@ -271,11 +244,3 @@ class Meter:
     def progress(self, done: int) -> Progress:
         """The place of the run after `done` steps, for a checkpoint. Collective."""
         return Progress(done, self._totals.snapshot(), self.skipped)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on the GPU, or this process's resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    kib = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib

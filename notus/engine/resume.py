@@ -4,7 +4,6 @@ The settings of an earlier start and today's are compared after both have been r
 key which the earlier program did not have counts with its default.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -18,6 +17,7 @@ from notus.engine import checkpoint, lock
 from notus.errors import UserError
 from notus.files import partial_path, read_object, write_json, writing
 from notus.model.hf_config import ModelShape
+from notus.strict import show
 
 Plain = dict[str, Any]
 Resolve = Callable[[Plain], Plain]
@@ -160,7 +160,7 @@ def differences(before: Plain, now: Plain) -> str:
     """The first three entries that differ, in words, and how many more do; "" if none do."""
     found = list(_differing(before, now))
     words = [
-        HASH_WORDS.get(key, f"{key} was {_short(one)} and is {_short(other)}")
+        HASH_WORDS.get(key, f"{key} was {show(one)} and is {show(other)}")
         for key, one, other in found[:3]
     ]
     return "; ".join([*words, f"and {len(found) - 3} more"] if len(found) > 3 else words)
@@ -177,11 +177,6 @@ def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any,
             yield from _differing(before.get(name), now.get(name), at)
     elif before != now:
         yield key, before, now
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def recorded_start(folder: Path, given: Path | None) -> Plain | None:

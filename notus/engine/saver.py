@@ -9,9 +9,8 @@ When a save fails (no space, no permission), rank 0 reports it once, with path a
 already written are removed, older checkpoints stay, and training continues. A run whose last save
 failed ends with an error, after its final model has been written.
 
-torch.distributed.checkpoint's HuggingFaceStorageWriter is no alternative: it writes slices, which
-one rank must read and write again before transformers can load the folder, and leaves optimiser
-state, hashes, the atomic rename and retention to its caller.
+torch.distributed.checkpoint's HuggingFaceStorageWriter writes slices, which one rank must write
+again before transformers can load the folder, and leaves everything else here to its caller.
 """
 
 import json
@@ -147,13 +146,11 @@ class Saver(AbstractContextManager):
     ) -> str | None:
         """Name the folder when every rank has written its files; returns why that failed."""
         first, partial = dist.get_rank() == 0, partial_path(folder)
-        files: Plain = {}
         try:
             with agreed(self._group):
-                for job in jobs:
-                    files |= job.result()
-            parts = [files] * dist.get_world_size()
-            dist.all_gather_object(parts, files, group=self._group)
+                own = [entry for job in jobs for entry in job.result().items()]
+            parts = [own] * dist.get_world_size()
+            dist.all_gather_object(parts, own, group=self._group)
             with agreed(self._group), writing(partial):
                 if first:
                     for prefix, index in indexes.items():
@@ -161,7 +158,7 @@ class Saver(AbstractContextManager):
                     if MODEL in indexes:
                         _describe_model(partial, torch.float32, self.source)
                     write_json(partial / STATE, state)
-                    self._finish(folder, {name: part[name] for part in parts for name in part})
+                    self._finish(folder, dict(entry for part in parts for entry in part))
         except UserError as error:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -174,7 +171,7 @@ class Saver(AbstractContextManager):
                 retain(self.root, folder, previous=self.previous, keep=self.keep)
             except OSError as error:
                 warn(f"an old checkpoint was not removed: {error}")
-            self.previous = state["step"]
+        self.previous = state["step"]
         return None
 
     def _finish(self, folder: Path, files: Plain) -> None:
@@ -246,16 +243,14 @@ def _optimizer_tensors(model: MistralForCausalLM, optimizer: Optimizer) -> list[
 def _write_tensors(path: Path, tensors: dict[str, Tensor], ready: Future[None]) -> Plain:
     """Write one safetensors file to disk and free its tensors; returns its manifest entry by name.
 
-    ready: done when the folder exists; its error is raised here. A rank without tensors has no
-    file.
+    ready: done when the folder exists; its error is raised here.
     """
     try:
         ready.result()
-        if not tensors:
-            return {}
         with writing(path.parent):
-            save_tensors(path, tensors)
-            return {path.name: _to_disk(path)}
+            if tensors:  # a rank may have none, and no file
+                save_tensors(path, tensors)
+            return {path.name: _to_disk(path)} if tensors else {}
     finally:
         tensors.clear()
 

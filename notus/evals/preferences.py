@@ -24,7 +24,7 @@ from notus.data.packing import Rows
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import distributed
 from notus.engine.distributed import Ranks, map_over_ranks
-from notus.engine.evaluation import all_log_probs, summarize
+from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, groups, section_scores, table
 from notus.files import new_folder, write_json

@@ -28,8 +28,8 @@ from notus.evals.published import (
     MT_BENCH_CATEGORIES,
     WinRate,
 )
-from notus.generate.prompts import read_columns, read_prompt_set
-from notus.strict import Bound
+from notus.generate.prompts import read_prompt_set
+from notus.strict import Bound, parse_part
 from notus.tables import text_table
 
 
@@ -121,7 +121,7 @@ def read_annotations(file: Path) -> tuple[str, WinRate, int]:
     names: dict[tuple[str, str], str] = {}
     annotations = []
     for where, row in read_rows(str(file)):
-        found = read_columns(row, Annotation, where)
+        found = parse_part(row, Annotation, where)
         first = places.setdefault((found.instruction, found.output_2), where)
         if first != where:
             raise UserError(
@@ -257,7 +257,7 @@ def mt_bench_scores(file: Path, questions: Mapping[int, Question]) -> list[Bench
     expected = {(number, t + 1) for number, q in questions.items() for t in range(q.turns)}
     models: dict[str, dict[tuple[int, int], tuple[str, Judgment]]] = defaultdict(dict)
     for where, row in read_rows(str(file)):
-        judgment = read_columns(row, Judgment, where)
+        judgment = parse_part(row, Judgment, where)
         model, key = judgment.model, (judgment.question_id, judgment.turn)
         if key not in expected:
             raise UserError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
 from huggingface_hub import hf_hub_download
@@ -15,8 +15,6 @@ from notus.data.tokenization import with_system_prompt
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.strict import Text, parse_part
-
-Columns = TypeVar("Columns")
 
 PROMPT_FORMATS = ("template", "published")
 
@@ -127,14 +125,6 @@ def _download(name: str) -> str:
         ) from None
 
 
-def read_columns(row: dict[str, Any], columns: type[Columns], where: str) -> Columns:
-    """A row's values for the fields of a dataclass, checked; other columns are ignored.
-
-    Raises UserError that names `where` and the column.
-    """
-    return parse_part(row, columns, where)
-
-
 @dataclass(frozen=True)
 class PromptRow:
     prompt: Text | tuple[Any, ...]
@@ -154,19 +144,19 @@ class QuestionRow:
 
 
 def _from_prompt(row: dict[str, Any], where: str) -> Prompt:
-    found = read_columns(row, PromptRow, where)
+    found = parse_part(row, PromptRow, where)
     if isinstance(found.prompt, str):
         return Prompt(found.prompt, found.answer)
     return Prompt(read_messages(row, "prompt", where), found.answer)
 
 
 def _from_instruction(row: dict[str, Any], where: str) -> Prompt:
-    instruction = read_columns(row, InstructionRow, where).instruction
+    instruction = parse_part(row, InstructionRow, where).instruction
     return Prompt([{"role": "user", "content": instruction}])
 
 
 def _from_question(row: dict[str, Any], where: str) -> Prompt:
-    first, *follow_ups = read_columns(row, QuestionRow, where).turns
+    first, *follow_ups = parse_part(row, QuestionRow, where).turns
     return Prompt([{"role": "user", "content": first}], follow_ups=tuple(follow_ups))
 
 

@@ -7,9 +7,8 @@ LoRA, arXiv 2106.09685: a frozen linear layer W gains a trained product of two t
 with B = 0 at first, so that training begins at the base model. rsLoRA, arXiv 2312.03732, scales by
 alpha / sqrt(rank) instead, so that a high rank learns as fast as a low one.
 
-Base weights keep their names, so a Hugging Face folder still loads without renaming. With its
-adapters switched off the model is exactly the base, which is therefore the reference without a
-second copy.
+Base weights keep their names. With its adapters switched off the model is exactly the base, which
+is therefore the reference without a second copy.
 """
 
 import hashlib
@@ -61,14 +60,13 @@ class LoraLinear(nn.Linear):
     """A linear layer with an adapter; `weight` and `bias` are those of the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, settings: LoraSettings) -> None:
-        inner, outer, device = linear.in_features, linear.out_features, linear.weight.device
+        inner, outer = linear.in_features, linear.out_features
         super().__init__(inner, outer, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        options = {"dtype": torch.float32, "device": device}
+        options = {"dtype": torch.float32, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.zeros(settings.rank, inner, **options))
         self.lora_B = nn.Parameter(torch.zeros(outer, settings.rank, **options))
-        self.scaling = settings.scaling
-        self.dropout = settings.dropout
+        self.scaling, self.dropout = settings.scaling, settings.dropout
         self.adapter_on = True
 
     def forward(self, input: Tensor) -> Tensor:

@@ -70,18 +70,11 @@ def model_folder(path: str, weights: bool = True) -> Path:
         return Path(path)
     if Path(path).exists():
         raise UserError(f"{path}: found a file, expected the folder of a model")
+    wanted = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
+    if weights:
+        wanted += ["*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(
-            snapshot_download(
-                path,
-                allow_patterns=[
-                    *(("*.safetensors", "*.safetensors.index.json") if weights else ()),
-                    "config.json",
-                    "adapter_config.json",
-                    *TOKENIZER_FILES,
-                ],
-            )
-        )
+        return Path(snapshot_download(path, allow_patterns=wanted))
     except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         first_line = str(error).strip().split("\n")[0]
         known = (reason for kind, reason in HUB_REASONS if isinstance(error, kind))

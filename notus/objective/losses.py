@@ -51,39 +51,29 @@ class Sums(NamedTuple):
 
 
 class PairLogProbs(NamedTuple):
-    """The input of a loss: B pairs under both models. Tensors are float [B] unless noted.
+    """The input of a loss: B pairs under both models. Tensors are float [B] unless noted."""
 
-    policy: with gradient. reference: without; zeros if there is none.
-    chosen_length, rejected_length: tokens of each response. mean_chosen_length: 0-d, chosen tokens
-    per pair over the complete optimiser step, so that a token average does not depend on how the
-    step is split. chosen_weight, rejected_weight: exp(mean over tokens of (log pi(token) - log sum
-    over the vocabulary of pi^2)), without gradient; None unless the loss `uses_weights`.
-    """
-
-    policy: Sums
-    reference: Sums
-    chosen_length: Tensor
+    policy: Sums  # with gradient
+    reference: Sums  # without; zeros if there is none
+    chosen_length: Tensor  # tokens of the response
     rejected_length: Tensor
+    # 0-d, per pair over the complete optimiser step: a token average must not depend on its split
     mean_chosen_length: Tensor
+    # exp(mean over tokens of (log pi(token) - log sum over the vocabulary of pi^2)), without
+    # gradient; None unless the loss `uses_weights`
     chosen_weight: Tensor | None = None
     rejected_weight: Tensor | None = None
 
 
 class LossEntry(NamedTuple):
-    """A loss and its needs; `register` takes the fields after the first as keywords.
-
-    uses_reference: it reads the reference's log-probabilities.
-    uses_rejected: it reads the rejected response's.
-    uses_weights: it reads `chosen_weight` and `rejected_weight`.
-    couples_pairs: a pair's value depends on the step's other pairs; see `loss.couple`.
-    option_needs: {option: (other, value)} for an option that acts only while `other` is `value`.
-    """
+    """A loss and its needs; `register` takes the fields after the first as keywords."""
 
     function: Callable[..., Tensor]
-    uses_reference: bool = True
-    uses_rejected: bool = True
-    uses_weights: bool = False
-    couples_pairs: bool = False
+    uses_reference: bool = True  # it reads the reference's log-probabilities
+    uses_rejected: bool = True  # it reads the rejected response's
+    uses_weights: bool = False  # it reads `chosen_weight` and `rejected_weight`
+    couples_pairs: bool = False  # a value depends on the step's other pairs, see `loss.couple`
+    # {option: (other, value)} for an option that acts only while `other` is `value`
     option_needs: Mapping[str, tuple[str, str]] = {}
 
 
