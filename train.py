@@ -31,7 +31,7 @@ from notus.engine import distributed
 from notus.engine.distributed import accumulate
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
-from notus.engine.metrics import Meter, Verdict, evaluate
+from notus.engine.metrics import Meter, Verdict, all_log_probs, evaluate
 from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts
@@ -39,7 +39,7 @@ from notus.errors import UserError
 from notus.generate.result import show_result
 from notus.generate.samples import record_samples
 from notus.objective.logprobs import pair_log_probs, score, token_log_probs
-from notus.objective.loss import Coupled, couple_step
+from notus.objective.loss import Coupled, couple
 from notus.objective.reference import follow
 from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 
@@ -111,7 +111,8 @@ def couple_pairs(run: Run, chosen: np.ndarray) -> Coupled:
     """A loss that couples the step's pairs, made additive by a pass without gradient."""
     policy = score(run.policy, run.pairs, chosen, run.rows, run.loss.uses_weights)
     reference = run.reference.of_pairs(chosen)
-    return couple_step(run.loss, policy, reference, run.pairs, chosen)
+    scored = all_log_probs(policy, reference, run.pairs.select(chosen))
+    return couple(run.loss, scored, torch.from_numpy(chosen).to(policy.device))
 
 
 def report_skipped(

@@ -91,8 +91,6 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError that names the file if it does not hold one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError

@@ -229,14 +229,11 @@ def _own_damage(folder: Path) -> str | None:
         return f"{folder / MANIFEST}: its contents are not those that were written"
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         path, expected = folder / name, files[name]
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
-            seen = "nothing" if size is None else f"{size} bytes"
-            return f"{path}: found {seen}, expected {expected['bytes']} bytes"
         try:
-            digest = sha256(path)
-        except OSError as error:  # of a bad disk
+            if (size := path.stat().st_size) != expected["bytes"]:
+                return f"{path}: found {size} bytes, expected {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{path}: its contents are not those that were written"
+        except OSError as error:  # it is gone, or of a bad disk
             return f"{path}: {error.strerror}"
-        if digest != expected["sha256"]:
-            return f"{path}: its contents are not those that were written"
     return None

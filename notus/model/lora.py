@@ -123,15 +123,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is bit-identical to its base: no adapter is computed, no dropout drawn."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    before = [layer.adapter_on for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and m.adapter_on]
     for layer in layers:
         layer.adapter_on = False
     try:
         yield
     finally:
-        for layer, on in zip(layers, before, strict=True):
-            layer.adapter_on = on
+        for layer in layers:
+            layer.adapter_on = True
 
 
 @torch.no_grad()

@@ -138,8 +138,7 @@ class Decoder(nn.Module):
 class LogProbHead(nn.Module):
     """Output projection and log-softmax in one, so that logits never have to be stored."""
 
-    def __init__(self, shape: ModelShape, kernels: str = "auto") -> None:
-        """kernels: "auto", "triton" or "plain", as in notus/kernels/dispatch.py."""
+    def __init__(self, shape: ModelShape, kernels: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
         self.kernels = kernels
@@ -163,15 +162,15 @@ class LogProbHead(nn.Module):
 
 
 class MistralForCausalLM(nn.Module):
-    """The decoder and its head. Keys of the state dict equal those of transformers' class."""
+    """The decoder and its head. Keys of the state dict equal those of transformers' class.
+
+    kernels: the head's implementation, see notus/kernels/dispatch.py. attention: the backend for
+    packed rows, see notus/model/attention.py; None: the device's.
+    """
 
     def __init__(
         self, shape: ModelShape, kernels: str = "auto", attention: str | None = None
     ) -> None:
-        """kernels: the head's implementation, "auto", "triton" or "plain".
-
-        attention: the backend for packed rows, see notus/model/attention.py; None: the device's.
-        """
         super().__init__()
         self.shape = shape
         self.attention = attention

@@ -95,8 +95,6 @@ def read_adapter(folder: Path) -> Adapter:
     this decoder does not compute, and weights that do not fit the settings.
     """
     path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"{folder}: no {CONFIG}; expected the folder of an adapter")
     config = read_object(path)
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -120,8 +118,6 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in an adapter's file, by our name; every A has its B."""
-    if not file.is_file():
-        raise UserError(f"{file.parent}: no {WEIGHTS}; expected the adapter's weights under it")
     shapes = {}
     for key, shape in header_shapes(file).items():
         match = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", key)

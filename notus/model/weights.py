@@ -102,19 +102,17 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     tensors = {}
     for name in files:
         file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing, though {INDEX} names it")
         tensors |= {key: Stored(file, shape) for key, shape in header_shapes(file).items()}
     return tensors
 
 
 def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file. Raises UserError if it is damaged."""
+    """The shape of every tensor in a safetensors file. Raises UserError if it is unreadable."""
     try:
         with safe_open(file, framework="pt") as handle:
             names = handle.keys()  # a list: the handle is no mapping
             return {name: tuple(handle.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
             f"{file}: found no complete safetensors file ({error}); expected one; copy or "
             "download it again"

@@ -1,20 +1,17 @@
 """The configured loss: one of `losses.LOSSES` or a weighted sum, with its options resolved.
 
-`build_loss` reads the configuration's `loss` section. `couple` and `couple_step` make a loss that
-looks at all pairs of a step additive over microbatches.
+`build_loss` reads the configuration's `loss` section. `couple` makes a loss that looks at all pairs
+of a step additive over microbatches.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
-from notus.objective.logprobs import pair_log_probs
 from notus.objective.losses import LOSSES, PairLogProbs, Sums
 from notus.strict import Invalid, Positive, did_you_mean, parse
 
@@ -87,16 +84,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Coupled:
-    """A loss that couples pairs, evaluated over a step's N pairs; made by `couple`.
+    """A loss that couples pairs, evaluated over a step's N pairs; made by `couple`."""
 
-    indices: int64 [N], the pairs' indices in the data set, ascending. values: [N], each pair's
-    share of the loss. gradients: [N] each, the derivatives of the step's summed loss with respect
-    to the policy's sums.
-    """
-
-    indices: Tensor
-    values: Tensor
-    gradients: Sums
+    indices: Tensor  # int64 [N], the pairs' indices in the data set, ascending
+    values: Tensor  # [N], each pair's share of the loss
+    gradients: Sums  # [N] each, of the step's summed loss with respect to the policy's sums
 
     def __call__(self, pairs: PairLogProbs, indices: Tensor) -> Tensor:
         """Losses [B] of a microbatch of the step; indices: int64 [B], as in the data set.
@@ -126,16 +118,6 @@ def couple(loss: Loss, pairs: PairLogProbs, indices: Tensor) -> Coupled:
     return Coupled(
         ascending, values.detach()[order], Sums(*(gradient[order] for gradient in gradients))
     )
-
-
-def couple_step(
-    loss: Loss, policy: Tensor, reference: Tensor, pairs: TokenizedPairs, indices: np.ndarray
-) -> Coupled:
-    """`couple` from the flat log-probs of the step's pairs `indices`, in that order."""
-    lengths = pairs.lengths[indices, 1:]
-    lengths_B2 = torch.from_numpy(lengths).to(policy.device)
-    scored = pair_log_probs(policy, reference, lengths_B2, float(lengths[:, 0].mean()))
-    return couple(loss, scored, torch.from_numpy(indices).to(policy.device))
 
 
 # --- from the configuration ---

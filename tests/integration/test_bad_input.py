@@ -417,7 +417,7 @@ def yarn() -> None:
         (lambda: write(INDEX, "[]"), (f"{INDEX}: expected a JSON object, found list",)),
         (
             lambda: write(INDEX, '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'),
-            ("policy/model-1.safetensors: missing, though model.safetensors.index.json names it",),
+            ("policy/model-1.safetensors: found no complete safetensors file (No such file",),
         ),
         (
             lambda: shrink_vocabulary("policy", 400),
@@ -515,7 +515,7 @@ def test_a_checkpoint_of_another_run(finished, capfd):
     [
         ("manifest.json", lambda file: write(file, "{"), ("manifest.json: missing or not valid",)),
         ("manifest.json", Path.unlink, ("manifest.json: missing or not valid",)),
-        ("state.json", Path.unlink, ("state.json: found nothing, expected",)),
+        ("state.json", Path.unlink, ("state.json: No such file or directory",)),
         (
             "model-00001-of-00001.safetensors",
             lambda file: cut(file, 99),

@@ -148,7 +148,7 @@ def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
         with pytest.raises(UserError, match=message):
             read_adapter(tmp_path)
 
-    refused("no adapter_config.json; expected the folder of an adapter")
+    refused("adapter_config.json: cannot be read")
     for text in ("{", "[]"):
         (tmp_path / "adapter_config.json").write_text(text)
         refused("adapter_config.json: (not valid JSON|expected a JSON object, found list)")
@@ -158,7 +158,7 @@ def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
     file.write_bytes(file.read_bytes()[:-5])
     refused("found no complete safetensors file")
     file.unlink()
-    refused("no adapter_model.safetensors")
+    refused("adapter_model.safetensors: found no complete safetensors file")
     del config["r"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     write_adapter(tmp_path, tiny_folder, keep=lambda key: "lora_A" in key)
