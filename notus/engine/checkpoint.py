@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from notus.engine.metrics import Progress
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import header_shapes, read_rows
+from notus.model.weights import Shape, check_shapes, header_shapes, read_rows
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -139,17 +139,12 @@ def load_trained(folder: Path, model: MistralForCausalLM) -> None:
     prefix = next((p for p in (MODEL, ADAPTER) if index_file(folder, p).is_file()), None)
     if prefix is None:
         raise UserError(f"{folder}: no longer there; this run starts with its weights")
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Shape] = {}
     for file in folder.glob(f"{prefix}-*.safetensors"):
         found |= header_shapes(file)
     tensors = dict(trained_parameters(model))
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise UserError(
-                f"{folder}: tensor {name}: found {found.get(name, 'none')}, expected "
-                f"{expected.get(name, 'none')}, what this run trains"
-            )
+    check_shapes(folder, found, expected, "as this run trains")
     _load_tensors(folder, prefix, tensors)
 
 

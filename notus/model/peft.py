@@ -27,6 +27,7 @@ from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     INDEX,
+    check_shapes,
     copy_tokenizer,
     header_shapes,
     model_folder,
@@ -74,13 +75,12 @@ KNOWN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class Adapter(NamedTuple):
-    """The contents of a PEFT folder, from its configuration and the header of its weights."""
+    """The contents of a PEFT folder, from its configuration."""
 
     rank: int
     scaling: float  # of B A
     base_name: str | None
     file: Path
-    shapes: dict[str, tuple[int, ...]]  # by our name of the parameter
 
 
 def is_adapter(folder: Path) -> bool:
@@ -91,8 +91,8 @@ def is_adapter(folder: Path) -> bool:
 def read_adapter(folder: Path) -> Adapter:
     """The adapter in a PEFT folder.
 
-    Raises UserError for missing or damaged files, a setting that changes the result in a way that
-    this decoder does not compute, and weights that do not fit the settings.
+    Raises UserError for a missing or damaged configuration, and a setting that changes the result
+    in a way that this decoder does not compute.
     """
     path = folder / CONFIG
     config = read_object(path)
@@ -112,28 +112,7 @@ def read_adapter(folder: Path) -> Adapter:
             )
     theirs = parse_part(config, PeftConfig, path)
     scaling = LoraSettings(theirs.r, theirs.lora_alpha, rslora=theirs.use_rslora).scaling
-    file, base_name = folder / WEIGHTS, config.get("base_model_name_or_path")
-    return Adapter(theirs.r, scaling, base_name, file, _read_shapes(file))
-
-
-def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter in an adapter's file, by our name; every A has its B."""
-    shapes = {}
-    for key, shape in header_shapes(file).items():
-        match = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", key)
-        if match is None:
-            raise UserError(
-                f"{file}: tensor {key} is not part of plain LoRA; expected names such as "
-                f"{_peft_name('model.layers.0.self_attn.q_proj.lora_A')}"
-            )
-        shapes[match[1]] = shape
-    for name in shapes:
-        other = name[:-1] + ("B" if name.endswith("A") else "A")
-        if other not in shapes:
-            raise UserError(f"{file}: found {_peft_name(name)}, but no {_peft_name(other)}")
-    if not shapes:
-        raise UserError(f"{file}: found no tensors, expected an adapter's")
-    return shapes
+    return Adapter(theirs.r, scaling, config.get("base_model_name_or_path"), folder / WEIGHTS)
 
 
 def _peft_name(name: str) -> str:
@@ -144,24 +123,21 @@ def _peft_name(name: str) -> str:
 def check_fits(adapter: Adapter, shape: ModelShape) -> set[str]:
     """The layers that the adapter changes in a base of this shape.
 
-    Raises UserError when it was made for another base.
+    Raises UserError for a damaged file, and one that is not plain LoRA for linear layers of it.
     """
     with torch.device("meta"):
         weights = {name: p.shape for name, p in MistralForCausalLM(shape).named_parameters()}
-    for name, found in sorted(adapter.shapes.items()):
-        layer, _, matrix = name.rpartition(".")
-        weight = weights.get(f"{layer}.weight", ())
-        problem = "belongs to no linear layer of the model"
-        if len(weight) == 2:
-            outer, inner = weight
-            wanted = (adapter.rank, inner) if matrix == "lora_A" else (outer, adapter.rank)
-            problem = None if found == wanted else f"has shape {found}, expected {wanted}"
-        if problem:
-            raise UserError(
-                f"{adapter.file}: tensor {_peft_name(name)} {problem}: was the adapter made for "
-                "another base?"
-            )
-    return {name.rpartition(".")[0] for name in adapter.shapes}
+    found, expected = header_shapes(adapter.file), {}
+    named = (re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key) for key in found)
+    layers = {match[1] for match in named if match}
+    for layer in layers:
+        if len(weight := weights.get(f"{layer}.weight", ())) == 2:
+            expected[_peft_name(f"{layer}.lora_A")] = (adapter.rank, weight[1])
+            expected[_peft_name(f"{layer}.lora_B")] = (weight[0], adapter.rank)
+    check_shapes(adapter.file, found, expected, "of plain LoRA for this base")
+    if not layers:
+        raise UserError(f"{adapter.file}: found no tensors, expected an adapter's")
+    return layers
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -44,11 +44,14 @@ TOKENIZER_FILES = (
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
+Shape = tuple[int, ...]
+
+
 class Stored(NamedTuple):
     """A tensor's file, and its shape there."""
 
     file: Path
-    shape: tuple[int, ...]
+    shape: Shape
 
 
 # Why a hub id cannot be used: the first class that fits. The library's words are for programmers.
@@ -90,10 +93,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if (folder / INDEX).is_file():
         files = read_object(folder / INDEX).get("weight_map")
         if not isinstance(files, dict):
-            raise UserError(
-                f'{folder / INDEX}: found no "weight_map", expected {{"weight_map": {{tensor: '
-                "file, ...}}"
-            )
+            raise UserError(f'{folder / INDEX}: found no "weight_map", expected files by tensor')
         files = sorted({str(file) for file in files.values()})
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
@@ -106,7 +106,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def header_shapes(file: Path) -> dict[str, Shape]:
     """The shape of every tensor in a safetensors file. Raises UserError if it is unreadable."""
     try:
         with safe_open(file, framework="pt") as handle:
@@ -119,30 +119,30 @@ def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
+def check_shapes(
+    place: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], why: str
+) -> None:
+    """Raise UserError that names the first tensor which is missing, unknown or of another shape."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{place}: tensor {name}: found {found.get(name, 'none')}, expected "
+                f"{expected.get(name, 'none')} {why}"
+            )
+
+
 def check_weights(
     folder: Path, expected: Mapping[str, torch.Size], tied: bool
 ) -> dict[str, Stored]:
     """The stored tensors, after a check that they are the expected ones in name and shape.
 
     expected: full shapes by name. tied: the head shares the embedding, and a stored
-    `lm_head.weight` is redundant. Raises UserError that names file, tensor and both shapes.
+    `lm_head.weight` is redundant. Raises UserError that names folder, tensor and both shapes.
     """
     stored = stored_tensors(folder)
-    for name, shape in expected.items():
-        if name not in stored:
-            raise UserError(f"{folder}: tensor {name} is missing; expected shape {tuple(shape)}")
-        if stored[name].shape != tuple(shape):
-            raise UserError(
-                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected "
-                f"{tuple(shape)} by config.json"
-            )
-    known = {*expected, "lm_head.weight"} if tied else expected
-    for name, tensor in stored.items():
-        if name not in known and not name.endswith(IGNORED_SUFFIX):
-            raise UserError(
-                f"{tensor.file}: tensor {name} is not part of the model that config.json "
-                "describes; expected only its parameters"
-            )
+    ignored = (IGNORED_SUFFIX, "lm_head.weight") if tied else IGNORED_SUFFIX
+    found = {n: t.shape for n, t in stored.items() if n in expected or not n.endswith(ignored)}
+    check_shapes(folder, found, {n: tuple(s) for n, s in expected.items()}, "by config.json")
     return stored
 
 

@@ -397,15 +397,15 @@ def yarn() -> None:
         (WEIGHTS.unlink, ("policy: no model.safetensors or", "expected safetensors weights")),
         (
             lambda: edit_tensors({"model.norm.weight": None}),
-            ("policy: tensor model.norm.weight is missing; expected shape (32,)",),
+            ("policy: tensor model.norm.weight: found none, expected (32,)",),
         ),
         (
             lambda: edit_tensors({"model.norm.weight": torch.ones(3)}),
-            ("policy/model.safetensors: tensor model.norm.weight has shape (3,), expected (32,)",),
+            ("policy: tensor model.norm.weight: found (3,), expected (32,)",),
         ),
         (
             lambda: edit_tensors({"model.layers.9.extra": torch.ones(3)}),
-            ("policy/model.safetensors: tensor model.layers.9.extra is not part of the model",),
+            ("policy: tensor model.layers.9.extra: found (", "expected none by config.json"),
         ),
         (
             lambda: cut(WEIGHTS, 100_000),

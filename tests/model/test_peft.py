@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from notus.errors import UserError
+from notus.model.hf_config import read_shape
 from notus.model.lora import LoraSettings, adapter_parameters
 from notus.model.peft import (
     adapter_tensors,
+    check_fits,
     is_adapter,
     main,
     merge,
@@ -91,8 +93,9 @@ def test_a_saved_adapter_is_read_back(name, tiny_folder, tmp_path):
 )
 def test_layers_chosen_in_other_ways_are_those_of_the_file(narrowing, kept, tiny_folder, tmp_path):
     write_adapter(tmp_path, tiny_folder, narrowing, keep=lambda key: f"layers.{kept}." in key)
-    layers = {name.rsplit(".", 1)[0] for name in read_adapter(tmp_path).shapes}
-    assert layers == {f"model.layers.{kept}.self_attn.q_proj"}
+    assert check_fits(read_adapter(tmp_path), read_shape(tiny_folder)) == {
+        f"model.layers.{kept}.self_attn.q_proj"
+    }
 
 
 def write_adapter(folder, base, changes=None, keep=lambda key: True, **tensors):
@@ -146,7 +149,7 @@ def test_adapter_files_of_another_kind_are_refused(changes, message, tiny_folder
 def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
     def refused(message):
         with pytest.raises(UserError, match=message):
-            read_adapter(tmp_path)
+            check_fits(read_adapter(tmp_path), read_shape(tiny_folder))
 
     refused("adapter_config.json: cannot be read")
     for text in ("{", "[]"):
@@ -162,12 +165,12 @@ def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
     del config["r"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     write_adapter(tmp_path, tiny_folder, keep=lambda key: "lora_A" in key)
-    refused("found base_model.*lora_A.weight, but no base_model.*lora_B.weight")
+    refused(r"lora_B.weight: found none, expected \(32, 4\)")
     write_adapter(tmp_path, tiny_folder, keep=lambda key: False)
     refused("found no tensors")
     extra = {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 61)}
     write_adapter(tmp_path, tiny_folder, **extra)
-    refused("lora_embedding_A is not part of plain LoRA")
+    refused(r"lora_embedding_A: found \(4, 61\), expected none of plain LoRA")
 
 
 @pytest.mark.parametrize(
@@ -175,14 +178,14 @@ def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
     [
         (
             {f"{PREFIX}.lora_A.weight": torch.zeros(4, 64)},
-            r"q_proj.lora_A.weight has shape \(4, 64\), expected \(4, 32\): was the adapter made",
+            r"q_proj.lora_A.weight: found \(4, 64\), expected \(4, 32\) of plain LoRA for this",
         ),
         (
             {
                 f"{PREFIX.replace('layers.0', 'layers.9')}.lora_A.weight": torch.zeros(4, 32),
                 f"{PREFIX.replace('layers.0', 'layers.9')}.lora_B.weight": torch.zeros(32, 4),
             },
-            "layers.9.self_attn.q_proj.lora_A.weight belongs to no linear layer",
+            r"layers.9.self_attn.q_proj.lora_A.weight: found \(4, 32\), expected none",
         ),
         ({f"{PREFIX}.lora_B.weight": torch.full((32, 4), math.nan)}, "q_proj.weight holds NaN"),
     ],
@@ -196,7 +199,7 @@ def test_an_adapter_for_another_base_is_refused(tensors, message, tiny_folder, t
 
 def test_another_rank_than_the_file_s_is_refused(tiny_folder, tmp_path):
     write_adapter(tmp_path / "adapter", tiny_folder, {"r": 5})
-    with pytest.raises(UserError, match=r"lora_A.weight has shape \(4, 32\), expected \(5, 32\)"):
+    with pytest.raises(UserError, match=r"lora_A.weight: found \(4, 32\), expected \(5, 32\)"):
         merge(tiny_folder, tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -284,5 +287,5 @@ def test_a_tied_head_cannot_take_an_adapter_apart_from_the_embedding(tmp_path):
         "base_model.model.lm_head.lora_B.weight": torch.zeros(61, 4),
     }
     write_adapter(adapter, base, **head)
-    with pytest.raises(UserError, match="lm_head.lora_A.weight belongs to no linear"):
+    with pytest.raises(UserError, match=r"lm_head.lora_A.weight: found \(4, 32\), expected none"):
         merge(base, adapter, tmp_path / "merged")
