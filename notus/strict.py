@@ -241,8 +241,7 @@ def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Key], key: str) -> 
 
 def _rest_field(cls: type) -> str | None:
     """The field that takes an object's other keys."""
-    names = (entry.name for entry in fields(cls) if "other_keys_such_as" in entry.metadata)
-    return next(names, None)
+    return next((e.name for e in fields(cls) if "other_keys_such_as" in e.metadata), None)
 
 
 def _nearest(unknown: str, valid: list[str]) -> str:

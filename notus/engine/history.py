@@ -1,7 +1,6 @@
 """history.jsonl in output_dir: each start and end of a run, for its model card.
 
-One line of JSON when the program starts and one when it ends by itself; a killed one has no end,
-and a resumed run has several starts. Times are UTC, ISO 8601.
+One line of JSON when the program starts and one when it ends by itself. Times are UTC, ISO 8601.
 """
 
 import json

@@ -62,9 +62,8 @@ def holds_run(folder: Path) -> bool:
 def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolve) -> None:
     """Refuse an output_dir that holds anything except an earlier part of this same run.
 
-    resolve: settings of an earlier program -> the same with today's keys, defaults for those that
-    they lack; raises UserError for a key that there is no more. Raises UserError that names the
-    first setting that differs, or what was found there.
+    resolve: `build.settings_now`. Raises UserError that names the first settings that differ, or
+    what was found there.
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -180,14 +179,15 @@ def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any,
 
 
 def recorded_start(folder: Path, given: Path | None) -> Plain | None:
-    """The contents of START in this output_dir; None if it is not there.
+    """The contents of START in an output_dir that holds a run; None if it is not there.
 
     given: the checkpoint whose weights this run is to start with, or None. Raises UserError when
     the run in the folder started with others.
     """
-    path = folder / START
-    record = read_object(path) if holds_run(folder) and path.exists() else None
-    if given is not None and holds_run(folder):
+    if not holds_run(folder):
+        return None
+    record = read_object(folder / START) if (folder / START).exists() else None
+    if given is not None:
         began = record["path"] if record else "model.policy"
         if began != str(given.resolve()):
             raise UserError(
@@ -205,10 +205,7 @@ def make_output_dir(folder: Path) -> None:
 
 
 def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
-    """Write START, if there is one, and the settings into output_dir, on rank 0 only.
-
-    Raises UserError there when the folder cannot be written to.
-    """
+    """Write START, if there is one, and the settings, on rank 0 only. Raises UserError there."""
     if dist.get_rank() == 0:
         with writing(folder):
             if start is not None:

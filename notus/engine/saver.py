@@ -5,15 +5,14 @@ starts, while one thread per rank writes, syncs and hashes. Rank 0 writes the ma
 folder and removes old ones. The folder gets its final name only when everything in it is on disk; a
 killed save leaves `.partial-step-*`, which the next one removes. At most one save runs at a time.
 
-When a save fails (no space, no permission), rank 0 reports it once, with path and reason; the files
-already written are removed, older checkpoints stay, and training continues. A run whose last save
-failed ends with an error, after its final model has been written.
+When a save fails (no space, no permission), rank 0 reports it once, what it wrote is removed, older
+checkpoints stay, and training continues. A run whose last save failed ends with an error, after its
+final model has been written.
 
 torch.distributed.checkpoint's HuggingFaceStorageWriter writes slices, which one rank must write
 again before transformers can load the folder, and leaves everything else here to its caller.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -44,7 +43,7 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, sync, write_json, write_whole, writing
+from notus.files import partial_path, read_object, sync, write_json, write_whole, writing
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, gather_own, save_tensors
 
@@ -194,9 +193,8 @@ def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
     """
     before = [path for path in checkpoints(root, previous) if path != newest]
     kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}
-    for path in checkpoints(root):
-        if path not in kept:
-            shutil.rmtree(path)
+    for path in set(checkpoints(root)) - kept:
+        shutil.rmtree(path)
 
 
 def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:
@@ -263,7 +261,7 @@ def _to_disk(path: Path) -> Plain:
 
 def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
     """Add what makes weights a Hugging Face folder: the configuration and the tokenizer."""
-    config = json.loads((source / "config.json").read_text())
+    config = read_object(source / "config.json")
     config.pop("torch_dtype", None)  # the key's name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)

@@ -128,8 +128,7 @@ def _log_odds(mean_log_prob: Tensor) -> Tensor:
 def _expm1_tangent(x: Tensor, limit: float = 40.0) -> Tensor:
     """exp(x) - 1 up to x = limit and its tangent line there beyond, [B].
 
-    The ratio of a response that the policy has dropped overflows a float. The tangent keeps value
-    and gradient finite, with the right sign, where a clamp would have no gradient.
+    A dropped response's ratio overflows a float. The tangent has a gradient, a clamp would not.
     """
     return torch.expm1(x.clamp(max=limit)) + math.exp(limit) * (x - limit).clamp(min=0)
 
@@ -193,8 +192,7 @@ def hinge(pairs: PairLogProbs, *, beta: Positive = 0.1) -> Tensor:
 def sigmoid_norm(pairs: PairLogProbs, *, beta: Positive = 0.1) -> Tensor:
     """Length-normalised DPO: -log s(beta (mean(r_w) - mean(r_l))), [B].
 
-    Tulu 3, arXiv 2411.15124 eq. 6, which uses beta = 5: a mean is some hundred times smaller than
-    a sum. At D = 0: ln 2.
+    Tulu 3, arXiv 2411.15124 eq. 6, with beta = 5, as a mean is small. At D = 0: ln 2.
     """
     return -F.logsigmoid(beta * mean_margin(pairs))
 
@@ -203,9 +201,8 @@ def sigmoid_norm(pairs: PairLogProbs, *, beta: Positive = 0.1) -> Tensor:
 def simpo(pairs: PairLogProbs, *, beta: Positive = 0.1, gamma: NonNegative = 0.5) -> Tensor:
     """SimPO: -log s(beta (mean(l_w) - mean(l_l)) - gamma), [B]; no reference.
 
-    arXiv 2405.14734 eq. 6. gamma is the target margin itself: beta times the `gamma_beta_ratio`
-    that other trainers ask for. The paper uses beta of 2 and above; 0.1 is only this table's
-    common default. Where mean(l_w) = mean(l_l): ln(1 + exp(gamma)).
+    arXiv 2405.14734 eq. 6, with beta of 2 and above. gamma is the target margin itself: beta times
+    other trainers' `gamma_beta_ratio`. Where mean(l_w) = mean(l_l): ln(1 + exp(gamma)).
     """
     chosen = pairs.policy.chosen / pairs.chosen_length
     rejected = pairs.policy.rejected / pairs.rejected_length
@@ -238,9 +235,8 @@ def sft(pairs: PairLogProbs) -> Tensor:
 def rpo(pairs: PairLogProbs, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """DPO with a likelihood term: -log s(beta D) - alpha mean(l_w), [B].
 
-    Iterative RPO, arXiv 2404.19733 eq. 1, up to which term carries the factor: the paper's alpha
-    multiplies the DPO term; here, as in other trainers, the likelihood. At D = 0:
-    ln 2 - alpha mean(l_w).
+    Iterative RPO, arXiv 2404.19733 eq. 1, whose alpha multiplies the DPO term; here, as in other
+    trainers, the likelihood. At D = 0: ln 2 - alpha mean(l_w).
     """
     likelihood = pairs.policy.chosen / pairs.chosen_length
     return -F.logsigmoid(beta * margin(pairs)) - alpha * likelihood
@@ -308,8 +304,7 @@ def exo_pair(
     """EXO on pairs: q_w (log q_w - log(1 - e)) + q_l (log q_l - log e), [B].
 
     arXiv 2402.00856 eq. 16 with q_w = s(beta D), q_l = 1 - q_w: the reverse KL divergence from the
-    smoothed labels, hence e > 0 (the paper's 1e-3 is the default). At D = 0:
-    -ln 2 - ln(e (1 - e)) / 2.
+    smoothed labels, hence e > 0. At D = 0: -ln 2 - ln(e (1 - e)) / 2.
     """
     logits = beta * margin(pairs)
     chosen = F.logsigmoid(logits) - math.log1p(-label_smoothing)
