@@ -31,7 +31,7 @@ from notus.engine import distributed
 from notus.engine.distributed import accumulate
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
-from notus.engine.metrics import Meter, Verdict, all_log_probs, evaluate
+from notus.engine.metrics import Meter, Verdict, all_log_probs, evaluate, nonfinite_pairs
 from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts
@@ -122,7 +122,7 @@ def report_skipped(
 
     Collective. Raises UserError after train.max_nonfinite such steps in a row.
     """
-    pairs = meter.nonfinite_pairs() or sorted(chosen.tolist())
+    pairs = nonfinite_pairs(meter.last_seen) or sorted(chosen.tolist())
     path = run.output / NONFINITE_FILE
     values = {"loss": f"{verdict.loss:g}", "grad_norm": f"{verdict.grad_norm:g}"}
     what = " and ".join(f"{name} {value}" for name, value in values.items())

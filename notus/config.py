@@ -2,9 +2,8 @@
 
 The dataclasses are the documentation of the keys: the meaning, unit and default of each and, as its
 type, the values that it accepts. Adding a key means adding a field. Sections that belong to a
-library (adapters, sources, curation) are dataclasses there. `load_config` reads a file, `to_dict`
-gives back the resolved configuration, and INERT lists the keys that have no effect under other
-settings.
+library (adapters, sources, curation) are dataclasses there. INERT lists the keys that have no
+effect under other settings.
 """
 
 import json

@@ -19,21 +19,21 @@ def partial_path(path: Path) -> Path:
 
 
 def write_whole(
-    path: Path, content: str | bytes | Callable[[Path], object], *, durable: bool = False
+    path: Path, content: str | Callable[[Path], object], *, durable: bool = False
 ) -> None:
     """Write a file under a partial name and rename it, so that readers never see half of it.
 
-    content: text (written as UTF-8), bytes, or a function that writes the file at the path given
-    to it. durable: fsync the file before the rename and its folder after it, so that the file
-    survives a power loss too. An earlier file of the name is replaced. Raises OSError, leaving
-    nothing, when the file system refuses.
+    content: text (written as UTF-8), or a function that writes the file at the path given to it.
+    durable: fsync the file before the rename and its folder after it, so that the file survives a
+    power loss too. An earlier file of the name is replaced. Raises OSError, leaving nothing, when
+    the file system refuses.
     """
     partial = partial_path(path)
     try:
         if callable(content):
             content(partial)
         else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.write_text(content, encoding="utf-8")
         if durable:
             sync(partial)
         os.replace(partial, path)

@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -47,13 +47,6 @@ class Invalid(UserError):
         self.key = key
 
 
-class Key(NamedTuple):
-    """What an object may hold under one name; `default` is MISSING if the key is required."""
-
-    annotation: Any
-    default: Any
-
-
 def parse(value: Any, annotation: Any, key: str = "") -> Any:
     """A JSON value as the annotated type; `key` is its own dotted key. Raises Invalid.
 
@@ -67,7 +60,7 @@ def parse(value: Any, annotation: Any, key: str = "") -> Any:
         if inspect.isfunction(annotation):
             keys = keys_of(annotation)
             given = _parse_keys(value, keys, key)
-            return {name: given.get(name, entry.default) for name, entry in keys.items()}
+            return {name: given.get(name, default) for name, (_, default) in keys.items()}
         return _parse(value, annotation, key)
     except _UnknownKey as unknown:
         nearest = _nearest(unknown.key, list(dict.fromkeys(_valid_keys(annotation, key))))
@@ -82,8 +75,11 @@ def parse_part(value: Mapping[str, Any], cls: type, where: object) -> Any:
         raise UserError(f"{where}: {error}") from None
 
 
-def keys_of(owner: Any) -> dict[str, Key]:
-    """The fields of a dataclass, or the keyword-only parameters of a function, by name."""
+def keys_of(owner: Any) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of each field of a dataclass, or keyword-only parameter of a function.
+
+    The default is MISSING if the key is required.
+    """
     hints = get_type_hints(owner, include_extras=True)
     if is_dataclass(owner):
         defaults = {
@@ -99,7 +95,7 @@ def keys_of(owner: Any) -> dict[str, Key]:
             for entry in inspect.signature(owner).parameters.values()
             if entry.kind is entry.KEYWORD_ONLY
         }
-    return {name: Key(hints[name], default) for name, default in defaults.items()}
+    return {name: (hints[name], default) for name, default in defaults.items()}
 
 
 def plain(value: Any) -> Any:
@@ -131,12 +127,6 @@ def show(value: Any) -> str:
     """A value as JSON for a message, at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=lambda _: "...")
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" with the known word that is spelled most like it, or ""."""
-    nearest = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
 
 def read_json(text: str) -> Any:
@@ -222,20 +212,20 @@ def _parse_dataclass(value: Mapping[str, Any], cls: type, key: str) -> Any:
     return cls(**_parse_keys(known, keys, key), **({rest: others} if rest else {}))
 
 
-def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Key], key: str) -> dict[str, Any]:
+def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The given keys, parsed, and the dataclasses left out; the defaults are the caller's."""
     for name in value:
         if name not in keys:
             raise _UnknownKey(_join(key, name))
     parsed = {}
-    for name, entry in keys.items():
+    for name, (annotation, default) in keys.items():
         at = _join(key, name)
         if name in value:
-            parsed[name] = _parse(value[name], entry.annotation, at)
-        elif entry.default is MISSING and is_dataclass(entry.annotation):
-            parsed[name] = _parse_dataclass({}, entry.annotation, at)
-        elif entry.default is MISSING:
-            raise Invalid(at, f"missing, expected {describe(entry.annotation)}")
+            parsed[name] = _parse(value[name], annotation, at)
+        elif default is MISSING and is_dataclass(annotation):
+            parsed[name] = _parse_dataclass({}, annotation, at)
+        elif default is MISSING:
+            raise Invalid(at, f"missing, expected {describe(annotation)}")
     return parsed
 
 
@@ -267,9 +257,9 @@ def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
             for name in entry.metadata.get("other_keys_such_as", ()):
                 yield _join(key, name)
     if is_dataclass(annotation) or inspect.isfunction(annotation):
-        for name, entry in keys_of(annotation).items():
+        for name, (inner, _) in keys_of(annotation).items():
             yield _join(key, name)
-            yield from _valid_keys(entry.annotation, _join(key, name))
+            yield from _valid_keys(inner, _join(key, name))
     for member in get_args(annotation):
         yield from _valid_keys(member, _join(key, 0) if get_origin(annotation) is tuple else key)
 

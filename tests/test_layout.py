@@ -71,9 +71,10 @@ def place(module: str) -> tuple[int, int]:
     return RANKS.get(module) or RANKS[module.split(".")[0]]
 
 
-def imports(path: Path) -> Iterator[str]:
-    """All that a file imports, wherever in it: dotted names of modules."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, top: bool = False) -> Iterator[str]:
+    """All that a file imports, wherever in it or only at its top: dotted names of modules."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,9 +83,9 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def our_imports(module: str) -> set[str]:
+def our_imports(module: str, top: bool = False) -> set[str]:
     """The project's own modules that `module` imports."""
-    names = {name.removeprefix("notus.") for name in imports(MODULES[module])}
+    names = {name.removeprefix("notus.") for name in imports(MODULES[module], top)}
     return {name for name in names & MODULES.keys() if MODULES[name].name != "__init__.py"}
 
 
@@ -103,6 +104,18 @@ def test_imports_go_one_way(module):
 def test_nothing_imports_the_scripts():
     for module in MODULES:
         assert not our_imports(module) & {"train", "eval"} - {module}, module
+
+
+def test_the_trainer_loads_only_the_trainer():
+    """The rooms around it are imported where they are called."""
+    waiting, seen = ["train"], set()
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        waiting += our_imports(module, top=True) - seen
+    rooms = {module.split(".")[0] for module in seen}
+    assert {"start", "engine", "data"} <= rooms
+    assert not rooms & {"evals", "dryrun", "card", "demo"}
 
 
 def test_every_module_has_a_place():

@@ -12,7 +12,6 @@ from notus.strict import (
     Invalid,
     Positive,
     Text,
-    did_you_mean,
     keys_of,
     parse,
     parse_part,
@@ -144,11 +143,6 @@ def test_a_dataclass_among_other_keys() -> None:
         UserError, match="^a file: force: found 2.0, expected a number from 0 to 1$"
     ):
         parse_part({"force": 2.0}, Brake, "a file")
-
-
-def test_a_word_spelled_almost_right() -> None:
-    assert did_you_mean("sigmod", {"hinge": 1, "sigmoid": 2}) == " (did you mean 'sigmoid'?)"
-    assert did_you_mean("xyz", ["hinge"]) == ""
 
 
 def test_integers_too_long_to_be_read_are_floats() -> None:

@@ -13,10 +13,9 @@ Only trained parameters are stored. With a frozen base they are not a model, and
 the folder for one: it then has adapter-*.safetensors with their own index, and neither config.json
 nor tokenizer. No random state is stored: random numbers are drawn again from the seed and the step.
 
-saver.py writes a folder under another name and renames it when everything is on disk, so every
-folder named step-* is complete unless it was damaged later. A resumed run takes the newest
-checkpoint whose files match the manifest, and names those that it passes over. All ranks need the
-same output_dir, on a shared file system.
+A folder named step-* is complete (saver.py) unless it was damaged later. A resumed run takes the
+newest checkpoint whose files match the manifest, and names those that it passes over. All ranks
+need the same output_dir, on a shared file system.
 """
 
 import hashlib
@@ -181,15 +180,14 @@ def _load_optimizer(
         # Fused optimisers keep the step on the device, the others on the host.
         device = parameter.device if optimizer.defaults.get("fused") else "cpu"
         optimizer.state[parameter]["step"] = torch.tensor(float(updates), device=device)
-    tensors = {}
     for tensor_name, file in _read_files(folder, "optimizer").items():
         key, name = tensor_name.split("/", 1)
         parameter = model.get_parameter(name)
         with safe_open(folder / file, framework="pt") as handle:
             dtype = handle.get_slice(tensor_name)[:0].dtype
-        tensors[tensor_name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        optimizer.state[parameter][key] = tensors[tensor_name]
-    _load_tensors(folder, "optimizer", tensors)
+        tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        optimizer.state[parameter][key] = tensor
+        read_rows(tensor, folder / file, tensor_name)
 
 
 def render_manifest(files: Plain) -> str:

@@ -60,10 +60,9 @@ def model_flops(shape: ModelShape, lengths: np.ndarray, frozen: bool = False) ->
 def hardware_flops(shape: ModelShape, lengths: np.ndarray, slots: int, work: Work) -> float:
     """FLOPs that a step with these pairs executes in `slots` slots, padding included.
 
-    In addition to `model_flops`: the head's second forward pass, the scores that flash attention's
-    backward pass computes again (half of its forward pass), and `work`. Left out are attention over
-    padding, whose blocks kernels skip, attention of a prompt's second copy, and the weights of
-    pairs in the head.
+    More than `model_flops`: the head's second forward pass, the scores that flash attention's
+    backward pass computes again (half of its forward pass), and `work`. Left out are attention of
+    padding and of a prompt's second copy, and the weights of pairs in the head.
     """
     products, attention, head = forward_flops(shape, lengths)
     products *= slots / lengths.sum()

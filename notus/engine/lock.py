@@ -52,19 +52,11 @@ class OutputLock(AbstractContextManager):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"output_dir: {self.folder} is in use by {_owner(path)}; wait for it, stop it, "
-                    "or give another output_dir"
+                    f"output_dir: {self.folder} is in use by another run ({path.read_text()}); "
+                    "wait for it, stop it, or give another output_dir"
                 ) from None
             except OSError as error:
                 warn(f"{path}: no lock ({error.strerror}); start no second run in {self.folder}")
             file.truncate(0)
             os.write(file.fileno(), json.dumps(about).encode())
         self._file = file
-
-
-def _owner(path: Path) -> str:
-    try:
-        about = json.loads(path.read_text())
-        return f"process {about['pid']} on host {about['host']}, started {about['started']}"
-    except (ValueError, KeyError, TypeError):  # caught while it was being written
-        return "a run that has just started"

@@ -26,9 +26,8 @@ SHOWN = {
 class LinesFile:
     """A file of JSON objects, one per line.
 
-    Opening it removes torn lines and those of steps after `step`, which the resumed run will write
-    again; raises UserError when that fails. A line that the file system refuses (no space) is left
-    out, and the first one is reported.
+    Opening it removes torn lines and those of steps after `step`; raises UserError when that fails.
+    A line that the file system refuses (no space) is left out, and the first one is reported.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -104,9 +103,9 @@ def progress(total: int, initial: int, unit: str) -> tqdm:
 class MetricsLog:
     """metrics.jsonl, nonfinite.jsonl, TensorBoard and the progress bar, on rank 0 only.
 
-    Opening it removes the lines that a run which starts or resumes at `step` will write again, and
-    raises UserError when the files cannot be opened. A full disk costs metrics, never the run:
-    lines that find no space are left out, and TensorBoard gets nothing more until the next start.
+    Opening it removes the lines that a run from `step` on will write again; raises UserError when
+    that fails. A full disk costs metrics, never the run: lines that find no space are left out, and
+    TensorBoard gets nothing more until the next start.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, active: bool) -> None:

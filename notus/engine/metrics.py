@@ -25,10 +25,9 @@ def pair_metrics(
     """Numerator and denominator of every metric over these pairs, 0-d float64 on their device.
 
     losses: float [B], the values of `loss`. Rewards are beta x (log-prob under the policy - under
-    the reference), summed over the response. Accuracy is strict: a tie is not a win. Log-probs in
-    nats. Without a reference its log-probs are 0, and the displacement metrics are left out. A loss
-    that ignores rejected responses (SFT) has no rewards either: its metrics are the negative
-    log-likelihood per chosen token, over any number of steps, and `logps/chosen`.
+    the reference), summed over the response, in nats. Accuracy is strict: a tie is not a win.
+    Without a reference there are no displacement metrics. A loss that ignores rejected responses
+    (SFT) has the negative log-likelihood per chosen token and `logps/chosen`.
     """
     # torch.tensor(number) would copy from the host and wait for the forward pass; this does not.
     count = torch.full((), len(losses), dtype=torch.float64, device=losses.device)
@@ -70,8 +69,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over all of `pairs`, under the names of training with the prefix `eval_`.
 
-    policy, reference: log-probs of every response token, flat, as of `logprobs.score`. Every rank
-    sums over all pairs, so every pair counts once whatever the number of ranks.
+    policy, reference: log-probs of every response token on every rank, flat, as of `score`.
     """
     metrics = summarize(all_log_probs(policy, reference, pairs), loss)
     return {f"eval_{name}": value for name, value in metrics.items()}
@@ -194,7 +192,8 @@ class Meter:
     """The measurements of a run: sums that stay on the device until they are logged, and speed.
 
     lengths: int64 [pairs, 3], the training pairs' tokens. progress: the place the run starts from.
-    skipped: steps in a row, up to now, without an update.
+    skipped: steps in a row, up to now, without an update. last_seen: pairs and losses of this
+    rank's last step, by microbatch.
     """
 
     def __init__(
@@ -230,12 +229,8 @@ class Meter:
         self._tokens_seen += int(self._tokens[chosen].sum())
         filled = int(self._plan.slot_counts[chosen].sum())
         self._speed.count(self._lengths[chosen], filled, division)
-        self._last_seen, self._seen, self._step = self._seen, [], Totals()
+        self.last_seen, self._seen, self._step = self._seen, [], Totals()
         return verdict
-
-    def nonfinite_pairs(self) -> list[int]:
-        """The last step's pairs, on all ranks, whose loss is not finite. Collective."""
-        return nonfinite_pairs(self._last_seen)
 
     def report(self) -> dict[str, float]:
         """Means and speed since the last report, and all tokens so far. Collective."""

@@ -1,9 +1,9 @@
 """Saving in the background: checkpoints during training, and the export of the trained model.
 
-A save. Every rank copies the complete tensors that it will write to the host; the next step then
+A save: every rank copies the complete tensors that it will write to the host; the next step then
 starts, while one thread per rank writes, syncs and hashes. Rank 0 writes the manifest, renames the
-folder and removes old ones. The folder gets its final name only when everything in it is on disk; a
-killed save leaves `.partial-step-*`, which the next one removes. At most one save runs at a time.
+folder, in which everything is then on disk, and removes old ones. A killed save leaves
+`.partial-step-*`, which the next one removes. At most one save runs at a time.
 
 When a save fails (no space, no permission), rank 0 reports it once, what it wrote is removed, older
 checkpoints stay, and training continues. A run whose last save failed ends with an error, after its
@@ -188,8 +188,7 @@ def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
     """Remove all but `newest`, which was just written, and the keep - 1 before it.
 
     previous: the step of the save before, or the one from which the run resumed. Checkpoints of
-    later steps are removed as well: the run passed them over, as damaged or by an explicit
-    --resume.
+    later steps, which the run passed over, are removed as well.
     """
     before = [path for path in checkpoints(root, previous) if path != newest]
     kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from notus.errors import UserError
 from notus.files import read_object
@@ -78,7 +78,11 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(f"{path}: the rope settings are {rope!r}, expected an object")
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = _rope_scaling(rope, path)
+    kind, config["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        config["rope_scaling"] = {key: rope[key] for key in keys_of(Llama3Rope) if key in rope}
+    elif kind != "default":
+        raise UserError(f"{path}: rope scaling {kind!r} found, expected none or 'llama3'")
     heads, hidden_size = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
@@ -91,13 +95,3 @@ def read_shape(folder: Path) -> ModelShape:
             f"of num_attention_heads, {heads}"
         )
     return shape
-
-
-def _rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The entries of Llama3Rope that the rope settings hold; None for plain rotary embeddings."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{path}: rope scaling {kind!r} found, expected none or 'llama3'")
-    return {key: rope[key] for key in keys_of(Llama3Rope) if key in rope}

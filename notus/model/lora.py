@@ -29,6 +29,7 @@ from notus.model.weights import local_rows
 from notus.strict import Count, FractionBelowOne, Positive, Text
 
 ALL_LINEAR = "all-linear"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,7 @@ class LoraSettings:
     dropout: FractionBelowOne = 0.0
     # linear layers by name or by the end of their name from a dot on ("q_proj", "mlp.up_proj"),
     # or "all-linear" for all those of the blocks
-    target_modules: tuple[Text, ...] | Literal["all-linear"] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
+    target_modules: tuple[Text, ...] | Literal["all-linear"] = ATTENTION
     rslora: bool = False  # scaled by alpha / sqrt(rank) instead
     merge: bool = False  # final/ also gets base and adapters as one model
 

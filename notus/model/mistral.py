@@ -188,12 +188,11 @@ class MistralForCausalLM(nn.Module):
         targets_S: Tensor | None,
         sum_squares: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs of `targets_S` as predicted at the slots `rows_S`, float32 [S], and the final
-        hidden states there, [S, D] in the compute dtype.
+        """The head's output at the slots `rows_S`, and the final hidden states there: [S, D].
 
         tokens_T, position_T: integers, the packed row; mask: of `attention.build_mask`; rows_S,
         targets_S: int64, a slot may predict more than one target (the prompt's last slot predicts
-        the first token of both responses), None: the logits instead; sum_squares: see LogProbHead.
+        the first token of both responses); targets_S, sum_squares: see LogProbHead.
         """
         hidden_SD = self.model(tokens_T, position_T, mask, rows_S)
         return self.lm_head(hidden_SD, targets_S, sum_squares), hidden_SD

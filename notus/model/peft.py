@@ -112,7 +112,8 @@ def read_adapter(folder: Path) -> Adapter:
             )
     theirs = parse_part(config, PeftConfig, path)
     scaling = LoraSettings(theirs.r, theirs.lora_alpha, rslora=theirs.use_rslora).scaling
-    return Adapter(theirs.r, scaling, config.get("base_model_name_or_path"), folder / WEIGHTS)
+    base_name = config.get("base_model_name_or_path")
+    return Adapter(theirs.r, scaling, base_name, folder / WEIGHTS)
 
 
 def _peft_name(name: str) -> str:
@@ -160,8 +161,7 @@ def save_adapter(
 ) -> None:
     """Write `adapter_tensors` as the PEFT folder `folder`, which must not exist yet.
 
-    base_name: path or hub id of the base, which PEFT looks up. Raises OSError when the files cannot
-    be written.
+    base_name: path or hub id of the base, which PEFT looks up. Raises OSError.
     """
     targets = settings.target_modules
     if targets == ALL_LINEAR:  # by name: not every reader of these files knows the short form

@@ -175,8 +175,8 @@ def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -
     others: names of parameters that are not in the folder and stay unchanged. Raises UserError,
     only on the ranks that read them, for values that are not finite.
     """
-    parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    parameters = {name: p for name, p in parameters.items() if name not in others}
+    # A tied head appears once, as the embedding.
+    parameters = {name: p for name, p in model.named_parameters() if name not in others}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     stored = check_weights(folder, shapes, tied=model.shape.tie_word_embeddings)
     for name, parameter in parameters.items():
@@ -256,9 +256,7 @@ def gather_own(
         full = tensor.detach()
         full = full.full_tensor() if isinstance(full, DTensor) else full
         if owner == rank:
-            own[name] = torch.empty_like(
-                full, device="cpu", memory_format=torch.contiguous_format
-            ).copy_(full)
+            own[name] = full.to("cpu", copy=True).contiguous()
         del full
     index = {"metadata": {"total_size": sum(given)}, "weight_map": weight_map}
     return index, f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors", own

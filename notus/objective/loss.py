@@ -4,6 +4,7 @@
 of a step additive over microbatches.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from notus.errors import UserError
 from notus.objective.losses import LOSSES, PairLogProbs, Sums
-from notus.strict import Invalid, Positive, did_you_mean, parse
+from notus.strict import Invalid, Positive, parse
 
 # The names of other trainers and papers; by spelling, "dpo" is nearest to "dpop".
 OTHER_NAMES = {
@@ -79,9 +80,6 @@ class Loss:
         return len(self.terms) == 1 and self.terms[0].weight == 1.0
 
 
-# --- losses that couple the pairs of a step ---
-
-
 @dataclass(frozen=True)
 class Coupled:
     """A loss that couples pairs, evaluated over a step's N pairs; made by `couple`."""
@@ -120,9 +118,6 @@ def couple(loss: Loss, pairs: PairLogProbs, indices: Tensor) -> Coupled:
     )
 
 
-# --- from the configuration ---
-
-
 def build_loss(section: Mapping[str, Any]) -> Loss:
     """The configuration's `loss` section as a callable.
 
@@ -145,7 +140,8 @@ def _term(section: Mapping[str, Any], weight: float, where: str) -> Term:
     """A loss with all its options, given or default, except those that have no effect."""
     name = parse(section.get("name"), str, f"{where}.name")
     if name not in LOSSES:
-        hint = did_you_mean(OTHER_NAMES.get(name, name), LOSSES)
+        nearest = difflib.get_close_matches(OTHER_NAMES.get(name, name), LOSSES, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise UserError(
             f"{where}.name: unknown loss {name!r}{hint}; expected one of {', '.join(LOSSES)}"
         )
