@@ -19,21 +19,21 @@ def partial_path(path: Path) -> Path:
 
 
 def write_whole(
-    path: Path, content: str | bytes | Callable[[Path], object], *, durable: bool = False
+    path: Path, content: str | Callable[[Path], object], *, durable: bool = False
 ) -> None:
     """Write a file under a partial name and rename it, so that readers never see half of it.
 
-    content: text (written as UTF-8), bytes, or a function that writes the file at the path given
-    to it. durable: fsync the file before the rename and its folder after it, so that the file
-    survives a power loss too. An earlier file of the name is replaced. Raises OSError, leaving
-    nothing, when the file system refuses.
+    content: text (written as UTF-8), or a function that writes the file at the path given to it.
+    durable: fsync the file before the rename and its folder after it, so that the file survives a
+    power loss too. An earlier file of the name is replaced. Raises OSError, leaving nothing, when
+    the file system refuses.
     """
     partial = partial_path(path)
     try:
         if callable(content):
             content(partial)
         else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.write_text(content, encoding="utf-8")
         if durable:
             sync(partial)
         os.replace(partial, path)
@@ -66,6 +66,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError, which names `path` and the file in it, when the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename2 or error.filename  # of a copy, where it goes
+        inside = place and Path(place).parent != path.parent
+        reason = f"{place}: {error.strerror}" if inside else error.strerror
+        raise UserError(f"{path}: cannot be written ({reason})") from None
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
@@ -79,8 +91,6 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError that names the file if it does not hold one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError

@@ -22,7 +22,7 @@ from notus.data.dataset import Dataset
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
-from notus.engine.evaluation import all_log_probs, summarize
+from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
 from notus.evals.options import NewPath

@@ -448,5 +448,5 @@ def test_an_adapter_of_another_base_is_named(demo, tmp_path, capfd, options):
     arguments = [str(tmp_path / "config.json"), f"output_dir={output}", *options]
     assert train.main(arguments) == 2
     printed = capfd.readouterr().err
-    assert "q_proj.lora_A.weight has shape (2, 16), expected (2, 32)" in printed, printed
+    assert "q_proj.lora_A.weight: found (2, 16), expected (2, 32)" in printed, printed
     assert "made for another base" in printed and not output.exists()
