@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from os.path import commonprefix
 from types import NoneType
 from typing import NamedTuple
 
@@ -86,17 +87,12 @@ def read_messages(
     return [_message(numbered, name, where, keys) for name in numbered]
 
 
-def _read_dialogue(row: Row, column: str, where: str) -> list[Message]:
-    """The messages in `row[column]`, the last one of the assistant."""
-    messages = read_messages(row, column, where)
-    _check_ends_with_answer(messages, column, where)
-    return messages
-
-
-def _check_ends_with_answer(messages: list[Message], column: str, where: str) -> None:
+def _answered(messages: list[Message], column: str, where: str) -> list[Message]:
+    """The messages of `column`; raises UserError unless the last one is of the assistant."""
     if not messages or messages[-1]["role"] != ASSISTANT:
         found = f"a message of the {messages[-1]['role']}" if messages else "no message"
         raise UserError(f'{where}: "{column}" ends with {found}; expected one of the assistant')
+    return messages
 
 
 def _scores(row: Row, where: str) -> Scores:
@@ -105,14 +101,11 @@ def _scores(row: Row, where: str) -> Scores:
     for place in (row, metadata if isinstance(metadata, dict) else {}):
         for columns in SCORE_COLUMNS:
             if all(column in place for column in columns):
-                return tuple(_score(place, column, where) for column in columns)
+                for column in columns:
+                    if not isinstance(place[column], int | float | NoneType):
+                        reject_column(place, column, where, "a number")
+                return tuple(None if place[c] is None else float(place[c]) for c in columns)
     return None, None
-
-
-def _score(row: Row, column: str, where: str) -> float | None:
-    if not isinstance(row[column], int | float | NoneType):
-        reject_column(row, column, where, "a number")
-    return None if row[column] is None else float(row[column])
 
 
 def labels_of(row: Row) -> dict[str, str]:
@@ -147,18 +140,15 @@ def convert_preference(row: Row, where: str) -> Outcome:
     if row.get("chosen") is None or row.get("rejected") is None:
         missing = "chosen" if row.get("chosen") is None else "rejected"
         reject_column(row, missing, where, "text or a list of messages")
-    convert = _convert_texts if isinstance(row["chosen"], str) else _convert_messages
-    return convert(row, where)
-
-
-def _convert_texts(row: Row, where: str) -> Outcome:
+    if not isinstance(row["chosen"], str):
+        return _convert_messages(row, where)
     chosen, rejected = read_text(row, "chosen", where), read_text(row, "rejected", where)
-    if "prompt" in row:
-        prompt = read_text(row, "prompt", where)
-    else:
+    implied = "prompt" not in row
+    if implied:
         length = common_prompt_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    implied = "prompt" not in row
+    else:
+        prompt = read_text(row, "prompt", where)
     return [Pair(prompt, chosen, rejected, where, *_scores(row, where), implied=implied)]
 
 
@@ -168,15 +158,17 @@ def common_prompt_length(chosen: str, rejected: str) -> int:
     A space at the prompt's end goes to the responses, and each response keeps a character even
     if one text begins with all of the other.
     """
-    shortest = min(len(chosen), len(rejected))
-    for index in range(shortest):
-        if chosen[index] != rejected[index]:
-            return index - 1 if chosen[:index].endswith(" ") else index
-    return max(shortest - 1, 0)
+    length, shortest = len(commonprefix([chosen, rejected])), min(len(chosen), len(rejected))
+    if length == shortest:
+        return max(shortest - 1, 0)
+    return length - 1 if chosen[:length].endswith(" ") else length
 
 
 def _convert_messages(row: Row, where: str) -> Outcome:
-    chosen, rejected = _read_dialogue(row, "chosen", where), _read_dialogue(row, "rejected", where)
+    chosen, rejected = (
+        _answered(read_messages(row, column, where), column, where)
+        for column in ("chosen", "rejected")
+    )
     if isinstance(row.get("prompt"), list):
         prompt = read_messages(row, "prompt", where)
         for column, response in (("chosen", chosen), ("rejected", rejected)):
@@ -190,18 +182,15 @@ def _convert_messages(row: Row, where: str) -> Outcome:
         if repeated and chosen[0]["role"] == rejected[0]["role"] == ASSISTANT:
             prompt = [{"role": USER, "content": repeated}]
         else:
-            length = _common_messages(chosen, rejected)
+            length = 0  # of the equal leading messages; the last one of either is a response
+            while (
+                length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]
+            ):
+                length += 1
             prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
             if not chosen[0]["role"] == rejected[0]["role"] == ASSISTANT:
                 return PROMPTS_DIFFER
     return [Pair(prompt, chosen, rejected, where, *_scores(row, where))]
-
-
-def _common_messages(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many leading messages are equal; the last one of either is always a response."""
-    shortest = min(len(chosen), len(rejected)) - 1
-    equal = (chosen[index] == rejected[index] for index in range(shortest))
-    return next((index for index, same in enumerate(equal) if not same), shortest)
 
 
 def convert_turns(columns: tuple[str, str, str], row: Row, where: str) -> Outcome:
@@ -228,8 +217,7 @@ def _hh_turns(row: Row, column: str, where: str) -> list[Message]:
         {"role": USER if name == "Human" else ASSISTANT, "content": content.strip()}
         for name, content in zip(parts[::2], parts[1::2], strict=True)
     ]
-    _check_ends_with_answer(turns, column, where)
-    return turns
+    return _answered(turns, column, where)
 
 
 def convert_sharegpt(row: Row, where: str) -> Outcome:
@@ -238,11 +226,11 @@ def convert_sharegpt(row: Row, where: str) -> Outcome:
     system = "" if row.get("system") is None else read_text(row, "system", where)
     if system.strip() and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
-    chosen = [_message(row, "chosen", where, SHAREGPT_KEYS)]
-    rejected = [_message(row, "rejected", where, SHAREGPT_KEYS)]
-    _check_ends_with_answer(chosen, "chosen", where)
-    _check_ends_with_answer(rejected, "rejected", where)
-    return [Pair(prompt, chosen, rejected, where, *_scores(row, where))]
+    responses = (
+        _answered([_message(row, column, where, SHAREGPT_KEYS)], column, where)
+        for column in ("chosen", "rejected")
+    )
+    return [Pair(prompt, *responses, where, *_scores(row, where))]
 
 
 # ---------------------------------------------------------------------- formats of one response
@@ -264,7 +252,8 @@ def convert_completion(row: Row, where: str) -> Outcome:
 def _prompt_and_completion(row: Row, where: str) -> tuple[str | list[Message], str | list[Message]]:
     if not isinstance(row.get("prompt"), list):
         return read_text(row, "prompt", where), read_text(row, "completion", where)
-    return read_messages(row, "prompt", where), _read_dialogue(row, "completion", where)
+    completion = _answered(read_messages(row, "completion", where), "completion", where)
+    return read_messages(row, "prompt", where), completion
 
 
 def convert_unpaired(row: Row, where: str) -> Outcome:

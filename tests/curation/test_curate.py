@@ -353,7 +353,7 @@ def test_any_set_of_rated_responses(place, run):
         ("in.jsonl", json.dumps(raw("text")), (), '"completions" is a list; expected a list of ob'),
         ("in.jsonl", json.dumps(ROWS[2]), (),
          'no pair is left under the rule "mean-rating"; 1 rows, dropped: 1 tied ratings'),
-        ("in.jsonl", "", (), "in.jsonl: the file holds no rows"),
+        ("in.jsonl", "", (), "in.jsonl: holds no rows"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "no.jsonl"),
          "no.jsonl: no such file or folder"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "odd.jsonl"),
