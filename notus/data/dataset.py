@@ -60,16 +60,6 @@ class Dataset:
         """`counts` as the end of a sentence."""
         return "".join(f"; {n:,} {reason}" for reason, n in self.counts.items())
 
-    @property
-    def in_pairs(self) -> bool:
-        """Whether there are rejected responses."""
-        return bool(self.pairs.lengths[:, 2].any())
-
-    @property
-    def unit(self) -> str:
-        """The unit of the data set's size."""
-        return "pairs" if self.in_pairs else "responses"
-
 
 def load_datasets(
     train: Sequence[Source],

@@ -42,6 +42,7 @@ class Pair:
     labels: dict[str, str] = field(default_factory=dict, compare=False)
 
 
+PARTS = ("prompt", "chosen", "rejected")
 Outcome = list[Pair] | Dropped  # of one row
 Scores = tuple[float | None, float | None]  # of chosen and rejected
 

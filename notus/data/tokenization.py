@@ -21,13 +21,12 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.formats import Message, Pair
+from notus.data.formats import PARTS, Message, Pair
 from notus.data.special_tokens import guard_of, spells_special, without_ends
 from notus.data.tokenized import Tokenized, TokenizedPairs
 from notus.errors import UserError
 
 PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
-PARTS = ("prompt", "chosen", "rejected")
 
 AS_TEXT = "with special-token text in content, read as text"
 AS_SPECIAL = "with special-token text in content, read as special tokens"
