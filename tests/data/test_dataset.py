@@ -56,7 +56,7 @@ def test_training_and_evaluation_sources(zephyr, tmp_path):
         assert data.pairs.fingerprint() == direct.fingerprint() and len(data.pairs) == count
         assert data.counts == {"dropped: empty chosen response": empty}
         assert data.notes == f"; {empty} dropped: empty chosen response"
-        assert (data.in_pairs, data.unit) == (True, "pairs")
+        assert data.pairs.lengths[:, 2].all()
     assert found["train"].origins == [f"{tmp_path / 'train.jsonl'}:{n}" for n in range(1, 8)]
 
 
@@ -72,7 +72,7 @@ def test_a_holdout_and_responses_only(zephyr, tmp_path):
     source = Source(write(tmp_path / "a.jsonl", rows(9)))
     found = load(zephyr, [source], holdout=3, responses_only=True)
     assert [len(data.pairs) for data in found.values()] == [6, 3]
-    assert all(data.unit == "responses" for data in found.values())
+    assert not any(data.pairs.lengths[:, 2].any() for data in found.values())
     other = load(zephyr, [source], holdout=3, holdout_seed=5, responses_only=True)
     assert other["eval"].origins != found["eval"].origins
 
