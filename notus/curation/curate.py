@@ -124,10 +124,7 @@ def curate_row(
 
 
 def reason_to_drop(prompt: Prompt, chosen: Prompt, rejected: Prompt | None) -> str | None:
-    """The reason why nothing can be learned from a pair; None if it can.
-
-    rejected: None in supervised fine-tuning.
-    """
+    """The reason why nothing can be learned from a pair, or without `rejected` from an answer."""
     if not whole_text(chosen).strip():
         return "empty chosen response"
     if rejected is not None and not whole_text(rejected).strip():
@@ -150,12 +147,7 @@ SCHEMA = pyarrow.schema(
 
 
 def curate(
-    path: str,
-    split: str | None,
-    out: Path,
-    curation: Curation,
-    held_out: Sequence[str] = (),
-    seed: int = 42,
+    path: str, split: str | None, out: Path, curation: Curation, held_out: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """Curate the rows at `path` (see `read_rows`) into the new folder `out`; returns its counts.
 
@@ -164,11 +156,9 @@ def curate(
     report.md with figures, and manifest.json (settings, hashes, counts). As a training source the
     folder is its Parquet file. It appears only when it is complete.
 
-    held_out: as for `Screen`. seed: of the draws of rejected responses.
-
-    Raises:
-        UserError: `out` exists or cannot be written, a file cannot be read, a row or a rating is
-            malformed, or no pair is left.
+    held_out: as for `Screen`. seed: of the draws of rejected responses. Raises UserError if `out`
+    exists or cannot be written, a file cannot be read, a row or a rating is malformed, or no pair
+    is left.
     """
     settings = {"input": path, "split": split or "train", **asdict(curation)}
     settings |= {"held_out": tuple(held_out), "seed": seed}
@@ -221,27 +211,19 @@ def _counts(pairs: Sequence[Row], dropped: Sequence[Row]) -> dict[str, Any]:
 
 
 def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:
-    model = choice.chosen.get("model")
-    return {
-        "source": rated.source,
-        "instruction": rated.prompt,
-        "chosen_response": choice.chosen["response"],
-        "rejected_response": choice.rejected["response"],
-        "chosen_avg_rating": choice.chosen_score,
-        "rejected_avg_rating": choice.rejected_score,
-        "chosen_model": None if model is None else read_text(choice.chosen, "model", where),
-    }
+    has_model = choice.chosen.get("model") is not None
+    model = read_text(choice.chosen, "model", where) if has_model else None
+    texts = (choice.chosen["response"], choice.rejected["response"])
+    scores = (choice.chosen_score, choice.rejected_score)
+    return dict(
+        zip(SCHEMA.names, (rated.source, rated.prompt, *texts, *scores, model), strict=True)
+    )
 
 
 def _record_of_dropped(rated: RatedRow, dropped: Dropped, where: str) -> Row:
     hit = {} if dropped.hit is None else dropped.hit._asdict()
-    return {
-        "row": where,
-        "source": rated.source,
-        "instruction": rated.prompt,
-        "reason": dropped.reason,
-        **{f"benchmark_{name}": value for name, value in hit.items()},
-    }
+    record = {"row": where, "source": rated.source, "instruction": rated.prompt}
+    return record | {"reason": dropped.reason} | {f"benchmark_{k}": v for k, v in hit.items()}
 
 
 def _canonical(row: Row) -> bytes:
@@ -269,21 +251,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--decontaminate", **files, metavar="FILE", help="benchmark prompts to leave out")
     add("--held-out", **files, metavar="FILE", help="evaluation prompts to leave out")
     add("--drop-source", **files, metavar="NAME", help="leave out rows of this source")
-    for name, text in (
-        ("rejected", "which response is rejected"),
-        ("match", "how benchmark prompts are recognised"),
-        ("duplicates", "which repeated prompts are kept"),
-    ):
+    choices = {
+        "rejected": "which response is rejected",
+        "match": "how benchmark prompts are recognised",
+        "duplicates": "which repeated prompts are kept",
+    }
+    for name, text in choices.items():
         add(f"--{name}", choices=get_args(kinds[name]), default=getattr(defaults, name), help=text)
     add("--seed", type=int, default=42, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
     curation = Curation(
         rule=options.rule,
-        rejected=options.rejected,
         decontaminate=tuple(options.decontaminate),
-        match=options.match,
         drop_sources=tuple(options.drop_source),
-        duplicates=options.duplicates,
+        **{name: getattr(options, name) for name in choices},
     )
     paths = (options.input, options.split, options.out)
     try:

@@ -81,22 +81,17 @@ class BenchmarkPrompts:
     """
 
     def __init__(self, paths: Sequence[str], match: str) -> None:
-        """match: "exact", "normalised" (exact too) or "n-grams" (all three are looked for).
-
-        Raises UserError if a file cannot be read, or holds no prompts (see `read_prompts`).
-        """
+        """match: "exact", "normalised" (exact too) or "n-grams" (all three are looked for)."""
         self._prompts = [(path, *found) for path in paths for found in read_prompts(path)]
-        self._grams: list[np.ndarray] = []
         self._exact: dict[str, int] = {}  # text -> the number of the first prompt that has it
-        self._normalised: dict[str, int] = {}
+        self._normalised: dict[str, int] = {}  # the same for texts of words
+        self._grams: list[np.ndarray] = []  # of each prompt, hashes in order
         self._holders: dict[int, list[int]] = defaultdict(list)  # hash of an 8-gram -> prompts
-        self._lengths: list[int] = []
         for number, (_, _, prompt) in enumerate(self._prompts):
             words = words_of(prompt)
             self._exact.setdefault(prompt, number)
             if words and match != "exact":
                 self._normalised.setdefault(" ".join(words), number)
-            self._lengths.append(len(words))
             self._grams.append(_ngrams(words if match == "n-grams" else (), NGRAM))
             for gram in set(self._grams[-1].tolist()):
                 self._holders[gram].append(number)
@@ -128,8 +123,8 @@ class BenchmarkPrompts:
         best = (0.0, 0)
         for number in {n for gram in grams.tolist() for n in self._holders.get(gram, ())}:
             starts = np.flatnonzero(np.isin(self._grams[number], grams))
-            places = np.unique(starts[:, None] + np.arange(NGRAM))
-            best = max(best, (len(places) / self._lengths[number], -number))
+            covered = len(np.unique(starts[:, None] + np.arange(NGRAM)))
+            best = max(best, (covered / (len(self._grams[number]) + NGRAM - 1), -number))
         return best[0], -best[1]
 
 
@@ -217,9 +212,8 @@ PROMPT_COLUMNS = (
 def read_prompts(path: str) -> Iterator[tuple[str, str]]:
     """(where, prompt) of every prompt in a file, folder or dataset, except blank ones.
 
-    Raises:
-        UserError: the file cannot be read, a row has none of `PROMPT_COLUMNS`, or its prompt is
-            neither text nor a list of texts or messages.
+    Raises UserError if the file cannot be read or holds no prompt, a row has none of
+    `PROMPT_COLUMNS`, or its prompt is neither text nor a list of texts or messages.
     """
     blank = True
     for where, row in read_rows(path):

@@ -19,6 +19,7 @@ from notus.errors import UserError
 
 Completion = dict[str, Any]
 
+# Reasons why a row gives no pair.
 TIED_RATINGS = "tied ratings"
 TOO_FEW_RATED = "fewer than two rated completions"
 UNCLEAR_TEN = "overall score of 10 that may be a 1"
@@ -45,7 +46,7 @@ class Choice(NamedTuple):
 
 
 def read_ultrafeedback(row: Row, where: str) -> RatedRow:
-    """openbmb/UltraFeedback, in any of its revisions; raises UserError that names `where`."""
+    """openbmb/UltraFeedback, in any of its revisions."""
     prompt = read_text(row, "instruction", where)
     # null means no completions: Parquet files written from JSON hold it for missing lists.
     completions = [] if row.get("completions", ()) is None else row.get("completions")
@@ -55,10 +56,7 @@ def read_ultrafeedback(row: Row, where: str) -> RatedRow:
 
 
 def read_rated(row: Row, where: str) -> RatedRow:
-    """`prompt`, `responses` (texts) and `ratings` (a number or null for each response).
-
-    Raises UserError that names `where`.
-    """
+    """`prompt`, `responses` (texts) and `ratings` (a number or null for each response)."""
     prompt = read_text(row, "prompt", where)
     for column in ("responses", "ratings"):
         if not isinstance(row.get(column), list):

@@ -199,7 +199,8 @@ def _join_branches(
     if prompt != other:
         raise UserError(
             f"{pair.where}: the prompt's tokens differ between the two branches, "
-            f"{_tail(tokenizer, prompt)} and {_tail(tokenizer, other)}; expected the same"
+            f"{tokenizer.decode(prompt[-20:])!r} and {tokenizer.decode(other[-20:])!r}; expected "
+            "the same"
         )
     return [prompt, chosen, rejected]
 
@@ -237,10 +238,6 @@ def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> l
             break
         response = response[:last]
     return [*response, eos]
-
-
-def _tail(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    return repr(tokenizer.decode(ids[-20:]))
 
 
 # --------------------------------------------------------------------------------- "trl-0.7.4"
@@ -282,10 +279,10 @@ def _branch_texts(
             "chat_template in its tokenizer_config.json, or rows of plain text"
         )
     messages = with_system_prompt(pair.prompt, system_prompt)
-    prompt = _render(tokenizer, messages, pair, add_generation_prompt=True)
+    prompt = _render(tokenizer, messages, pair, opens_answer=True)
     texts = [prompt]
     for response in responses:
-        branch = _render(tokenizer, [*messages, *response], pair, add_generation_prompt=False)
+        branch = _render(tokenizer, [*messages, *response], pair, opens_answer=False)
         if not branch.startswith(prompt):
             raise UserError(
                 f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
@@ -297,14 +294,11 @@ def _branch_texts(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: list[Message],
-    pair: Pair,
-    add_generation_prompt: bool,
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], pair: Pair, *, opens_answer: bool
 ) -> str:
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=opens_answer
         )
     # A template may refuse roles or their order, or compute what the row's values do not allow.
     except (jinja2.TemplateError, TypeError) as error:
