@@ -81,7 +81,10 @@ class BenchmarkPrompts:
     """
 
     def __init__(self, paths: Sequence[str], match: str) -> None:
-        """match: "exact", "normalised" (exact too) or "n-grams" (all three are looked for)."""
+        """match: "exact", "normalised" (exact too) or "n-grams" (all three are looked for).
+
+        Raises UserError as `read_prompts` does.
+        """
         self._prompts = [(path, *found) for path in paths for found in read_prompts(path)]
         self._exact: dict[str, int] = {}  # text -> the number of the first prompt that has it
         self._normalised: dict[str, int] = {}  # the same for texts of words

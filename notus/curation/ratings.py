@@ -70,7 +70,10 @@ def read_rated(row: Row, where: str) -> RatedRow:
 
 
 class RatedFormat(NamedTuple):
-    """The columns that a format is recognised by, and the function that reads a row."""
+    """The columns that a format is recognised by, and the function that reads a row.
+
+    read: raises UserError that names where the row is.
+    """
 
     columns: tuple[str, ...]
     read: Callable[[Row, str], RatedRow]

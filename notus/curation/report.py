@@ -87,15 +87,13 @@ def _responses_table(pairs: Sequence[Row]) -> str:
 
 
 def _hits_table(hits: Sequence[Row]) -> str:
-    """The rows that hold a benchmark prompt; those that are not listed are in dropped.jsonl."""
+    """The first rows that hold a benchmark prompt; all of them are in dropped.jsonl."""
     rows = []
     for hit in hits[:LISTED_HITS]:
         prompt = " ".join(hit["benchmark_prompt"].split())
         prompt = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
         kind, covered = hit["benchmark_kind"], f"{hit['benchmark_overlap']:.0%}"
         rows.append((hit["row"], kind, covered, hit["benchmark_where"], prompt))
-    if len(hits) > LISTED_HITS:
-        rows.append((f"and {len(hits) - LISTED_HITS:,} more", "", "", "", ""))
     return markdown_table(["row", "found", "covered", "benchmark", "its prompt"], rows)
 
 

@@ -44,16 +44,10 @@ class Dataset:
         return [self.rows[place] for place in self.tokenized.kept]
 
     @property
-    def origins(self) -> list[str]:
-        """The file and line that each pair comes from, for messages."""
-        return [pair.where for pair in self.kept]
-
-    @property
     def counts(self) -> dict[str, int]:
         """How many rows were dropped, cut or remarkable, by reason."""
-        return {f"dropped: {reason}": n for reason, n in self.dropped.items()} | (
-            self.tokenized.counts
-        )
+        dropped = {f"dropped: {reason}": n for reason, n in self.dropped.items()}
+        return dropped | self.tokenized.counts
 
     @property
     def notes(self) -> str:
@@ -79,30 +73,27 @@ def load_datasets(
     """The data sets "train" and, of `evaluation` sources or `holdout` rows, "eval".
 
     tokenization: the keyword arguments of `tokenize_pairs`. The last five: as for
-    `load_preferences`. Collective.
-
-    Raises:
-        UserError: on every rank, if a source cannot be read, a pair cannot be tokenized, no pair is
-            left, or one takes more than tokens_per_microbatch.
+    `load_preferences`. Collective. Raises UserError, on every rank, if a source cannot be read, a
+    pair cannot be tokenized, no pair is left, or one takes more than tokens_per_microbatch.
     """
     with agreed():
-        other = None
+        held_out = None
         if evaluation:
-            other = load_preferences(evaluation, seed=seed, responses_only=responses_only)
+            held_out = load_preferences(evaluation, seed=seed, responses_only=responses_only)
         found = load_preferences(
             train,
             seed=seed,
             holdout=holdout,
             holdout_seed=holdout_seed,
-            evaluation=other.train if other else (),
+            evaluation=held_out.train if held_out else (),
             drop_leaks=drop_leaks,
             responses_only=responses_only,
         )
     read = {"train": (found.train, found.dropped)}
-    if other:
-        read["eval"] = other.train, other.dropped
+    if held_out:
+        read["eval"] = (held_out.train, held_out.dropped)
     elif holdout:
-        read["eval"] = found.holdout, {}
+        read["eval"] = (found.holdout, {})
 
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **tokenization)
     datasets = {}

@@ -77,10 +77,7 @@ def _message(row: Row, column: str, where: str, keys: tuple[str, str]) -> Messag
 def read_messages(
     row: Row, column: str, where: str, keys: tuple[str, str] = MESSAGE_KEYS
 ) -> list[Message]:
-    """The messages in `row[column]`, whose roles and contents are under `keys`.
-
-    Raises UserError that names `where`, the column and the message's index.
-    """
+    """The messages in `row[column]`; raises UserError that names `where`, column and index."""
     messages = row.get(column)
     if not isinstance(messages, list):
         reject_column(row, column, where, "a list of messages")
@@ -183,11 +180,9 @@ def _convert_messages(row: Row, where: str) -> Outcome:
         if repeated and chosen[0]["role"] == rejected[0]["role"] == ASSISTANT:
             prompt = [{"role": USER, "content": repeated}]
         else:
-            length = 0  # of the equal leading messages; the last one of either is a response
-            while (
-                length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]
-            ):
-                length += 1
+            # The last message of either is a response, even if they are equal.
+            same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
+            length = (*same, False).index(False)
             prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
             if not chosen[0]["role"] == rejected[0]["role"] == ASSISTANT:
                 return PROMPTS_DIFFER
@@ -246,15 +241,12 @@ def convert_conversation(column: str, row: Row, where: str) -> Outcome:
 
 def convert_completion(row: Row, where: str) -> Outcome:
     """TRL's prompt and completion, as text or as messages."""
-    prompt, response = _prompt_and_completion(row, where)
+    if isinstance(row.get("prompt"), list):
+        prompt, response = (read_messages(row, name, where) for name in ("prompt", "completion"))
+        _answered(response, "completion", where)
+    else:
+        prompt, response = (read_text(row, name, where) for name in ("prompt", "completion"))
     return [Pair(prompt, response, type(response)(), where)]
-
-
-def _prompt_and_completion(row: Row, where: str) -> tuple[str | list[Message], str | list[Message]]:
-    if not isinstance(row.get("prompt"), list):
-        return read_text(row, "prompt", where), read_text(row, "completion", where)
-    completion = _answered(read_messages(row, "completion", where), "completion", where)
-    return read_messages(row, "prompt", where), completion
 
 
 def convert_unpaired(row: Row, where: str) -> Outcome:
@@ -278,12 +270,12 @@ def pair_up(rows: Iterable[PlacedRow]) -> Iterator[Pair | Dropped]:
     bad: dict[str, deque[str | list[Message]]] = defaultdict(deque)
     for where, row in rows:
         is_good = _is_good(row, where)
-        prompt, response = _prompt_and_completion(row, where)
+        (pair,) = convert_completion(row, where)
+        prompt = json.dumps(pair.prompt)
         if is_good:
-            pair = Pair(prompt, response, "", where, labels=labels_of(row))
-            good.append((json.dumps(prompt), pair))
+            good.append((prompt, replace(pair, labels=labels_of(row))))
         else:
-            bad[json.dumps(prompt)].append(response)
+            bad[prompt].append(pair.chosen)
     left_over = len(good) + sum(map(len, bad.values()))
     for prompt, pair in good:
         if bad[prompt]:

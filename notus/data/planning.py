@@ -1,8 +1,7 @@
 """Which pairs a step trains on, and how ranks and microbatches share them: pure functions.
 
 The pairs of a step depend only on the seed and the step; how they are divided over ranks and
-microbatches changes neither the gradient nor any metric. Nothing here has state, so a run resumes
-from its step number, on any number of ranks.
+microbatches changes neither the gradient nor any metric.
 """
 
 import heapq

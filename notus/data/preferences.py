@@ -12,13 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from notus.curation.curate import (
-    HELD_OUT_PROMPT,
-    Curation,
-    Screen,
-    curate_row,
-    reason_to_drop,
-)
+from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
 from notus.curation.ratings import RATED_FORMATS, Choice
 from notus.curation.rows import read_rows
@@ -60,8 +54,7 @@ class Source:
 def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
     """A source's rows in file order, each as its pairs or as the reason why it gives none.
 
-    responses_only: pairs have no rejected response, and rows may be conversations, each of whose
-    answers is a pair.
+    responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
     """
     rows = read_rows(source.path, source.split)
     where, row = first = next(rows)
@@ -97,26 +90,24 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
 
 def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:
     """Raise UserError when the format `name` does not fit the curation or the objective."""
-    curation = source.curation
-    is_rated = FORMATS[name].convert is None
+    rule = source.curation.rule if source.curation else None
     if name in ONLY_ANSWERS and not responses_only:
         raise UserError(
             f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
             'or "train": {"objective": "sft"}'
         )
-    if is_rated and (curation is None or curation.rule is None):
-        raise UserError(
-            f"{source.path}: the rows hold ratings and no pairs yet; "
-            'give the source "curation": {"rule": "mean-rating"}'
-        )
-    if curation is None or is_rated:
-        return
-    if name in ("unpaired", *ONLY_ANSWERS):
+    if FORMATS[name].convert is None:
+        if rule is None:
+            raise UserError(
+                f"{source.path}: the rows hold ratings and no pairs yet; "
+                'give the source "curation": {"rule": "mean-rating"}'
+            )
+    elif source.curation and name in ("unpaired", *ONLY_ANSWERS):
         raise UserError(
             f'{source.path}: "curation" is not for rows of one response each (the format '
             f'"{name}"); remove it'
         )
-    if curation.rule is not None:
+    elif rule is not None:
         raise UserError(
             f'{source.path}: "curation" does nothing with a rule for rows in the format "{name}", '
             "which are pairs already; remove it"
@@ -185,11 +176,9 @@ def load_preferences(
     dropped from training and, with `drop_leaks`, so is every row whose prompt is, or nearly is,
     that of a held-out row or of one of the `evaluation` pairs. `dropped` counts rows as often as
     they enter, and once if curation leaves them out. responses_only (supervised fine-tuning): only
-    chosen responses are read, and each answer of a conversation is a row of its own.
-
-    Raises:
-        UserError: a source cannot be read or converted, `holdout` takes every row, or no pair is
-            left.
+    chosen responses are read, and each answer of a conversation is a row of its own. Raises
+    UserError if a source cannot be read or converted, `holdout` takes every row, or no pair is
+    left.
     """
     rows: list[Pair | Dropped] = []
     dropped: Counter[str] = Counter()
