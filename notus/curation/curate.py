@@ -37,7 +37,7 @@ from notus.curation.ratings import (
     RatedRow,
     aspect_ratings,
     choose_pair,
-    find_rated_format,
+    read_rated_row,
 )
 from notus.curation.report import NO_SOURCE, write_report
 from notus.curation.rows import Row, read_rows, read_text
@@ -167,7 +167,7 @@ def curate(
         screen, digest = Screen(curation, held_out), hashlib.sha256()
         for where, row in tqdm(read_rows(path, split), unit=" rows", disable=None):
             digest.update(_canonical(row))
-            rated = find_rated_format(row, where).read(row, where)
+            rated = read_rated_row(row, where)
             outcome = curate_row(rated, row, where, curation, screen, seed)
             if isinstance(outcome, Dropped):
                 dropped.append(_record_of_dropped(rated, outcome, where))

@@ -86,15 +86,16 @@ class BenchmarkPrompts:
         Raises UserError as `read_prompts` does.
         """
         self._prompts = [(path, *found) for path in paths for found in read_prompts(path)]
-        self._exact: dict[str, int] = {}  # text -> the number of the first prompt that has it
-        self._normalised: dict[str, int] = {}  # the same for texts of words
+        # Text, or words, -> the first prompt that has them: (file, place in it, text).
+        self._exact: dict[str, tuple[str, str, str]] = {}
+        self._normalised: dict[str, tuple[str, str, str]] = {}
         self._grams: list[np.ndarray] = []  # of each prompt, hashes in order
         self._holders: dict[int, list[int]] = defaultdict(list)  # hash of an 8-gram -> prompts
-        for number, (_, _, prompt) in enumerate(self._prompts):
-            words = words_of(prompt)
-            self._exact.setdefault(prompt, number)
+        for number, prompt in enumerate(self._prompts):
+            words = words_of(prompt[2])
+            self._exact.setdefault(prompt[2], prompt)
             if words and match != "exact":
-                self._normalised.setdefault(" ".join(words), number)
+                self._normalised.setdefault(" ".join(words), prompt)
             self._grams.append(_ngrams(words if match == "n-grams" else (), NGRAM))
             for gram in set(self._grams[-1].tolist()):
                 self._holders[gram].append(number)
@@ -106,19 +107,16 @@ class BenchmarkPrompts:
             texts = [message["content"] for message in prompt if message["role"] == "user"]
         for text in texts:
             if text in self._exact:
-                return self._hit("exact prompt", self._exact[text], 1.0)
+                return Hit("exact prompt", *self._exact[text], 1.0)
         all_words = [words_of(text) for text in texts if self._normalised]
-        for words in all_words:
-            if (joined := " ".join(words)) in self._normalised:
-                return self._hit("normalised prompt", self._normalised[joined], 1.0)
+        for words in map(" ".join, all_words):
+            if words in self._normalised:
+                return Hit("normalised prompt", *self._normalised[words], 1.0)
         for words in all_words if self._holders else ():
             covered, number = self._most_covered(words)
             if covered > COVERAGE:
-                return self._hit(f"{NGRAM}-grams", number, covered)
+                return Hit(f"{NGRAM}-grams", *self._prompts[number], covered)
         return None
-
-    def _hit(self, kind: str, number: int, overlap: float) -> Hit:
-        return Hit(kind, *self._prompts[number], overlap)
 
     def _most_covered(self, words: list[str]) -> tuple[float, int]:
         """(covered share of its words, number) of the benchmark prompt that is covered most."""

@@ -10,7 +10,7 @@ Everything here is a pure function of one row.
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -69,28 +69,19 @@ def read_rated(row: Row, where: str) -> RatedRow:
     return RatedRow(prompt, completions, read_source(row, where))
 
 
-class RatedFormat(NamedTuple):
-    """The columns that a format is recognised by, and the function that reads a row.
-
-    read: raises UserError that names where the row is.
-    """
-
-    columns: tuple[str, ...]
-    read: Callable[[Row, str], RatedRow]
-
-
-RATED_FORMATS = {
-    "ultrafeedback": RatedFormat(("instruction", "completions"), read_ultrafeedback),
-    "rated": RatedFormat(("prompt", "responses", "ratings"), read_rated),
+READ_RATED = {"ultrafeedback": read_ultrafeedback, "rated": read_rated}
+RATED_COLUMNS = {
+    "ultrafeedback": ("instruction", "completions"),
+    "rated": ("prompt", "responses", "ratings"),
 }
 
 
-def find_rated_format(row: Row, where: str) -> RatedFormat:
-    """The first of `RATED_FORMATS` whose columns a row has; raises UserError if there is none."""
-    for entry in RATED_FORMATS.values():
-        if all(column in row for column in entry.columns):
-            return entry
-    known = " or ".join(", ".join(entry.columns) for entry in RATED_FORMATS.values())
+def read_rated_row(row: Row, where: str) -> RatedRow:
+    """A row in the first format whose columns it has; raises UserError that names `where`."""
+    for name, columns in RATED_COLUMNS.items():
+        if all(column in row for column in columns):
+            return READ_RATED[name](row, where)
+    known = " or ".join(", ".join(columns) for columns in RATED_COLUMNS.values())
     raise UserError(
         f"{where}: no rated responses; found the columns {', '.join(row)}; expected {known}"
     )

@@ -24,9 +24,8 @@ MapOverRanks = Callable[
 class Dataset:
     """A data set as text and as tokens.
 
-    rows: its pairs as they were read; in supervised fine-tuning prompts with one response,
-    `chosen`. tokenized: their tokens. dropped: how many rows were dropped while reading, by reason;
-    a holdout's are counted with the training data's.
+    rows: its pairs as they were read. tokenized: their tokens. dropped: how many rows were dropped
+    while reading, by reason; a holdout's are counted with the training data's.
     """
 
     rows: Sequence[Pair]

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import NamedTuple
 
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import RATED_FORMATS
+from notus.curation.ratings import RATED_COLUMNS
 from notus.curation.rows import PlacedRow, Row, read_text, reject_column
 from notus.errors import UserError
 
@@ -319,7 +319,7 @@ def _is_preference(row: Row) -> bool:
 ARGILLA = ("instruction", "chosen_response", "rejected_response")
 # The first format that recognises a source's first row is taken, so the special ones come first.
 FORMATS: dict[str, Format] = {
-    **{name: _format(None, *rated.columns) for name, rated in RATED_FORMATS.items()},
+    **{name: _format(None, *columns) for name, columns in RATED_COLUMNS.items()},
     "argilla": _format(partial(convert_turns, ARGILLA), *ARGILLA),
     "sharegpt": _format(convert_sharegpt, "conversations", "chosen", "rejected"),
     "hh": Format('chosen, rejected as "\\n\\nHuman:" dialogues', _is_hh, convert_hh),
@@ -341,14 +341,11 @@ ONLY_ANSWERS = ("completion", "messages", "conversations")  # formats for superv
 
 def find_format(name: str | None, row: Row, where: str) -> str:
     """The name of a row's format in `FORMATS`: the one asked for, or the first to recognise it."""
-    known = "; ".join(f"{name} ({entry.columns})" for name, entry in FORMATS.items())
-    if name is not None and name not in FORMATS:
-        raise UserError(f'{where}: no preference format "{name}"; known are {known}')
     recognised = (name for name, entry in FORMATS.items() if entry.recognises(row))
     found = name or next(recognised, None)
-    if found is None:
-        raise UserError(
-            f"{where}: not a known preference format; found the columns {', '.join(row)}; "
-            f"known are {known}"
-        )
-    return found
+    if found in FORMATS:
+        return found
+    columns = f"not a known preference format; found the columns {', '.join(row)}"
+    problem = f'no preference format "{name}"' if name else columns
+    known = "; ".join(f"{name} ({entry.columns})" for name, entry in FORMATS.items())
+    raise UserError(f"{where}: {problem}; known are {known}")

@@ -72,10 +72,7 @@ class Plan:
 
 
 def idle_text(pairs_per_step: int, ranks: int, unit: str) -> str | None:
-    """A warning of ranks that have nothing to do in any step; None if there are none.
-
-    Such a run works: its idle ranks compute on empty rows, and hold their share of the model.
-    """
+    """A warning of ranks that idle in every step, on empty rows; None if there are none."""
     if ranks <= pairs_per_step:
         return None
     return (

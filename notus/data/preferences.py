@@ -14,7 +14,7 @@ import numpy as np
 
 from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.ratings import RATED_FORMATS, Choice
+from notus.curation.ratings import READ_RATED, Choice
 from notus.curation.rows import read_rows
 from notus.data.formats import (
     FORMATS,
@@ -68,7 +68,7 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
         return
     for where, row in rows:
         if convert is None:
-            rated = RATED_FORMATS[name].read(row, where)
+            rated = READ_RATED[name](row, where)
             outcome = curate_row(rated, row, where, curation, screen, seed)
             if isinstance(outcome, Choice):
                 chosen, rejected = outcome.chosen["response"], outcome.rejected["response"]

@@ -52,7 +52,7 @@ def tokenize_pairs(
     pair when its prompt is not a prefix of both branches, in text or in tokens, and when a
     conversation meets a tokenizer without a chat template.
     """
-    encode = _clean if style == "clean" else _trl_0_7_4
+    encode, rule = (_clean, truncation) if style == "clean" else (_trl_0_7_4, "trl-0.7.4")
     tokens: list[int] = []
     lengths: list[tuple[int, int, int]] = []
     whole_lengths: list[tuple[int, int, int]] = []
@@ -71,12 +71,7 @@ def tokenize_pairs(
         if full[0] == 0:
             count("dropped: empty prompt")
             continue
-        cut = truncate(
-            *full,
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-            rule="trl-0.7.4" if style == "trl-0.7.4" else truncation,
-        )
+        cut = truncate(*full, max_length=max_length, max_prompt_length=max_prompt_length, rule=rule)
         if cut is None:
             count("dropped: longer than max_length")
             continue

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from notus.curation import report as curation_report
 from notus.curation.curate import Curation, Screen, curate, curate_row, main
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import find_rated_format
+from notus.curation.ratings import read_rated_row
 from notus.curation.rows import read_rows
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
@@ -129,7 +129,7 @@ def test_every_case_by_the_mean_rule(tmp_path, case):
         prompt=fields.get("prompt", "Name a colour."),
         source=fields.get("source", "flan"),
     )
-    rated = find_rated_format(row, "here:1").read(row, "here:1")
+    rated = read_rated_row(row, "here:1")
     outcome = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
     if isinstance(outcome, Dropped):
         assert [outcome.reason] == [expected[0].format(bench=bench)]
@@ -146,7 +146,7 @@ def test_the_first_revisions_lists_of_annotations():
     for one in row["completions"]:
         one["annotations"] = {name: [found] for name, found in one["annotations"].items()}
         one["fine-grained_score"] = None
-    rated = find_rated_format(row, "a:1").read(row, "a:1")
+    rated = read_rated_row(row, "a:1")
     outcome = curate_row(rated, row, "a:1", by_mean(), Screen(by_mean()), 0)
     assert outcome[2:] == (4.0, 2.0)
 
@@ -466,7 +466,7 @@ def outcomes(rows, settings, seed):
     screen = Screen(settings)
     found = []
     for row in rows:
-        rated = find_rated_format(row, "here").read(row, "here")
+        rated = read_rated_row(row, "here")
         found.append(curate_row(rated, row, "here", settings, screen, seed))
     return found
 
@@ -490,7 +490,7 @@ def test_counts_add_up(tmp_path_factory, rows, settings, seed):
     place = tmp_path_factory.mktemp("set")
     always = raw(completion("5555", 9), completion("1111", 2), prompt="another one")
     path = write(place / "raw.jsonl", [*rows, always])
-    counts = curate(path, None, place / "out", settings, seed=seed)
+    counts = curate(path, None, place / "out", settings, (), seed)
     assert counts["rows"] == len(rows) + 1
     assert counts["pairs"] + sum(counts["dropped"].values()) == counts["rows"]
     assert len(read_lines(place / "out" / "jsonl" / "train.jsonl")) == counts["pairs"]
