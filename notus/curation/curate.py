@@ -40,7 +40,7 @@ from notus.curation.ratings import (
     read_rated_row,
 )
 from notus.curation.report import NO_SOURCE, write_report
-from notus.curation.rows import Row, read_rows, read_text
+from notus.curation.rows import Row, optional_text, read_rows, read_text
 from notus.errors import UserError
 from notus.files import new_folder, write_json
 from notus.strict import Text
@@ -109,8 +109,7 @@ def curate_row(
 
     Raises UserError if a rating is out of range, or a response of the pair is not text.
     """
-    refused = screen.refuse(rated.prompt, row, where)
-    if refused:
+    if refused := screen.refuse(rated.prompt, row, where):
         return refused
     try:
         choice = choose_pair(rated, curation.rule, seed, curation.rejected)
@@ -211,8 +210,7 @@ def _counts(pairs: Sequence[Row], dropped: Sequence[Row]) -> dict[str, Any]:
 
 
 def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:
-    has_model = choice.chosen.get("model") is not None
-    model = read_text(choice.chosen, "model", where) if has_model else None
+    model = optional_text(choice.chosen, "model", where)
     texts = (choice.chosen["response"], choice.rejected["response"])
     scores = (choice.chosen_score, choice.rejected_score)
     return dict(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any, NamedTuple
 
-from notus.curation.rows import Row, read_text, reject_column
+from notus.curation.rows import Row, optional_text, read_text, reject_column
 from notus.errors import UserError
 
 Completion = dict[str, Any]
@@ -52,7 +52,7 @@ def read_ultrafeedback(row: Row, where: str) -> RatedRow:
     completions = [] if row.get("completions", ()) is None else row.get("completions")
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         reject_column(row, "completions", where, "a list of objects")
-    return RatedRow(prompt, completions, read_source(row, where))
+    return RatedRow(prompt, completions, optional_text(row, "source", where))
 
 
 def read_rated(row: Row, where: str) -> RatedRow:
@@ -66,7 +66,7 @@ def read_rated(row: Row, where: str) -> RatedRow:
         raise UserError(f"{where}: {len(responses)} responses, but {len(ratings)} ratings")
     both = zip(responses, ratings, strict=True)
     completions = [{"response": response, "rating": rating} for response, rating in both]
-    return RatedRow(prompt, completions, read_source(row, where))
+    return RatedRow(prompt, completions, optional_text(row, "source", where))
 
 
 READ_RATED = {"ultrafeedback": read_ultrafeedback, "rated": read_rated}
@@ -85,11 +85,6 @@ def read_rated_row(row: Row, where: str) -> RatedRow:
     raise UserError(
         f"{where}: no rated responses; found the columns {', '.join(row)}; expected {known}"
     )
-
-
-def read_source(row: Row, where: str) -> str | None:
-    """The row's `source`, or None."""
-    return None if row.get("source") is None else read_text(row, "source", where)
 
 
 # ------------------------------------------------------------------------------- scores

@@ -162,3 +162,8 @@ def read_text(row: Row, column: str, where: str) -> str:
     except UnicodeEncodeError as error:  # half a surrogate pair, which JSON's \\u can spell
         raise UserError(f'{where}: "{column}" is not valid Unicode: {error}') from None
     return text
+
+
+def optional_text(row: Row, column: str, where: str) -> str | None:
+    """`read_text`, or None if the column is missing or null."""
+    return None if row.get(column) is None else read_text(row, column, where)

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from notus.data.formats import Pair
 from notus.data.packing import slots_of
 from notus.data.preferences import Source, load_preferences
+from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.data.tokenization import tokenize_pairs
-from notus.data.tokenized import Tokenized, TokenizedPairs
 from notus.errors import UserError, agreed
 
 # Gives each rank a contiguous share of the pairs and returns all ranks' results, in order.

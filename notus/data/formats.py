@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from notus.curation.decontamination import Dropped
 from notus.curation.ratings import RATED_COLUMNS
-from notus.curation.rows import PlacedRow, Row, read_text, reject_column
+from notus.curation.rows import PlacedRow, Row, optional_text, read_text, reject_column
 from notus.errors import UserError
 
 Message = dict[str, str]
@@ -219,7 +219,7 @@ def _hh_turns(row: Row, column: str, where: str) -> list[Message]:
 def convert_sharegpt(row: Row, where: str) -> Outcome:
     """LLaMA-Factory's ShareGPT preferences: a conversation and two messages that may follow it."""
     prompt = read_messages(row, "conversations", where, SHAREGPT_KEYS)
-    system = "" if row.get("system") is None else read_text(row, "system", where)
+    system = optional_text(row, "system", where) or ""
     if system.strip() and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
     responses = (

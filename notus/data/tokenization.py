@@ -14,6 +14,7 @@ pairs are counted.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
+from os.path import commonprefix
 from typing import Any
 
 import jinja2
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import PARTS, Message, Pair
 from notus.data.special_tokens import guard_of, spells_special, without_ends
-from notus.data.tokenized import Tokenized, TokenizedPairs
+from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.errors import UserError
 
 PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
@@ -187,8 +188,7 @@ def _join_branches(
         return [*sides[0], []]
     (prompt, chosen), (other, rejected) = sides
     if pair.implied:
-        same = [a == b for a, b in zip(prompt, other, strict=False)]
-        common = (*same, False).index(False)
+        common = len(commonprefix([prompt, other]))
         chosen, rejected = prompt[common:] + chosen, other[common:] + rejected
         prompt, other = prompt[:common], other[:common]
     if prompt != other:
@@ -201,11 +201,7 @@ def _join_branches(
 
 
 def _split(
-    encoding: Encoding,
-    ids: list[int],
-    prompt: str,
-    tokenizer: PreTrainedTokenizerFast,
-    pair: Pair,
+    encoding: Encoding, ids: list[int], prompt: str, tokenizer: PreTrainedTokenizerFast, pair: Pair
 ) -> tuple[list[int], list[int]]:
     """One encoded branch as (prompt tokens, response tokens), the response with one final EOS."""
     boundary = encoding.char_to_token(len(prompt))
