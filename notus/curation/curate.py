@@ -178,8 +178,8 @@ def curate(
                         ratings[aspect].append(rating)
         counts = _counts(pairs, dropped)
         if not pairs:
-            found = _counts_text(counts)
-            raise UserError(f'{path}: no pair is left under the rule "{curation.rule}"; {found}')
+            text = _counts_text(counts)
+            raise UserError(f'{path}: no pair is left under the rule "{curation.rule}"; {text}')
         (folder / "jsonl").mkdir()
         for name, records in (("train", pairs), ("dropped", dropped)):
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -213,9 +213,8 @@ def _record_of_pair(rated: RatedRow, choice: Choice, where: str) -> Row:
     model = optional_text(choice.chosen, "model", where)
     texts = (choice.chosen["response"], choice.rejected["response"])
     scores = (choice.chosen_score, choice.rejected_score)
-    return dict(
-        zip(SCHEMA.names, (rated.source, rated.prompt, *texts, *scores, model), strict=True)
-    )
+    values = (rated.source, rated.prompt, *texts, *scores, model)
+    return dict(zip(SCHEMA.names, values, strict=True))
 
 
 def _record_of_dropped(rated: RatedRow, dropped: Dropped, where: str) -> Row:

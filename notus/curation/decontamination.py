@@ -161,9 +161,7 @@ class SeenPrompts:
     def _look_up(self, text: str) -> tuple[str | None, str, np.ndarray, list[tuple[int, int]]]:
         """(the origin found, the text's words, its shingles' hashes, its bands' hashes)."""
         words = words_of(text)
-        key = (
-            " ".join(words) or text
-        )  # texts without any word, such as "?!", are compared unchanged
+        key = " ".join(words) or text  # "?!" has no words
         shingles, bands = np.unique(_ngrams(words, SHINGLE)), []
         if len(shingles):
             minima = (self._factors * shingles).min(-1)  # [BANDS, MINIMA]
