@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,19 +52,23 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it gets the name `path`, which must be free, when the block ends well.
+    """A folder to fill; it gets the name `path` when the block ends well.
 
-    What a killed process left under the partial name is removed first. Raises OSError.
+    Its name until then is not shared with another process that makes `path` at the same time: the
+    first to finish wins. A killed process leaves its partial folder. Raises UserError if `path`
+    exists, or the file system refuses.
     """
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: exists already; expected the name of a new folder")
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
+        partial.mkdir(parents=True)
         yield partial
         os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there once it has its name
 
 
 @contextmanager

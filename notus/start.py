@@ -138,7 +138,7 @@ def open_run(
         plan=plan,
         rows=rows,
         pairs=pairs,
-        origins=data["train"].origins,
+        origins=[pair.where for pair in data["train"].kept],
         held_out=held_out,
         policy=policy,
         reference=references[0],

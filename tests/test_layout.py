@@ -16,7 +16,7 @@ ORDER = """
     errors files strict tables
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.formats data.preferences
-    data.tokenizer data.special_tokens data.tokenized data.tokenization
+    data.tokenizer data.special_tokens data.token_arrays data.tokenization
     data.planning data.packing data.dataset
     kernels
     model.attention model.hf_config model.mistral model.weights model.lora model.peft

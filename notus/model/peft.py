@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError, agreed
-from notus.files import new_folder, read_object, write_json, writing
+from notus.files import PARTIAL, new_folder, read_object, write_json, writing
 from notus.model.hf_config import ModelShape
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
@@ -198,6 +198,8 @@ def export_adapter(
     tensors = adapter_tensors(model)
     with agreed():
         if dist.get_rank() == 0:
+            for left in folder.parent.glob(f"{PARTIAL}*-{folder.name}"):  # of a killed export
+                shutil.rmtree(left, ignore_errors=True)
             with writing(folder), new_folder(folder) as partial:
                 save_adapter(partial / "adapter", tensors, settings, base_name)
                 copy_tokenizer(base, partial / "adapter")

@@ -237,9 +237,9 @@ def test_an_unknown_option_shows_the_usage(place, capfd):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([], ("pairs.jsonl: the file holds no rows",)),
-        ([""], ("pairs.jsonl: the file holds no rows",)),
-        (["[]"], ("pairs.jsonl: the file holds no rows",)),
+        ([], ("pairs.jsonl: holds no rows",)),
+        ([""], ("pairs.jsonl: holds no rows",)),
+        (["[]"], ("pairs.jsonl: holds no rows",)),
         (
             [GOOD_ROW, {"prompt": "a", "chosen": "b"}],
             ('pairs.jsonl:2: "rejected" is missing; expected text or a list of messages',),

@@ -14,11 +14,10 @@ import train
 from faults import no_space_for_adapters
 from notus import build
 from notus.config import load_config
-from notus.data.planning import pairs_of_step
 from notus.model.lora import adapter_parameters, adapters_off
 from notus.model.weights import load_weights
 from ranks import run_ranks
-from runs import base_config, metrics, pairs_of, run, stored
+from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
 
 LORA = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
 SCALING = 2.0
