@@ -76,8 +76,7 @@ from notus.data.packing import slots_of
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import TokenizedPairs, tokenize_pairs
 from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
-from notus.engine.flops import model_flops, peak_flops
-from notus.engine.metrics import peak_memory_bytes
+from notus.engine.flops import model_flops, peak_flops, peak_memory_bytes
 from notus.errors import UserError
 from notus.model.hf_config import ModelShape
 from notus.model.mistral import MistralForCausalLM

@@ -22,9 +22,10 @@ from notus.data.planning import idle_text
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
+from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog
-from notus.engine.metrics import Meter, Progress, Speed
+from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
 from notus.model.attention import check_segments
@@ -87,7 +88,7 @@ def open_run(
             answers = build.answer_samples(setup, model)
     run = Run(
         **vars(setup),
-        origins=data["train"].origins,
+        origins=[pair.where for pair in data["train"].kept],
         policy=policy,
         reference=references[0],
         held_out_reference=references[-1],

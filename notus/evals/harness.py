@@ -8,6 +8,7 @@ Each task's results are written as soon as it is done, to a new file that `score
 """
 
 import argparse
+import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from notus.evals.options import add_json_option, at_least
 from notus.evals.published import LEADERBOARD_TASKS
 from notus.files import write_whole
 from notus.model.weights import open_model
-from notus.strict import did_you_mean
 
 FEW_SHOT = {name: task.few_shot for name, task in LEADERBOARD_TASKS.items()}
 
@@ -102,7 +102,8 @@ def task_names(tasks: str, known: Iterable[str]) -> list[str]:
         return list(FEW_SHOT)
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     for name in set(names) - set(known):
-        hint = did_you_mean(name, known)
+        nearest = difflib.get_close_matches(name, list(known), n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise UserError(f"--tasks: there is no task {name!r}{hint}; --tasks-dir adds your own")
     return names
 

@@ -20,7 +20,7 @@ from notus.config import Config
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset
 from notus.engine import distributed
-from notus.engine.evaluation import all_log_probs, summarize
+from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
 from notus.evals.options import NewPath

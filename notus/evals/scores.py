@@ -27,8 +27,8 @@ from notus.evals.published import (
     MT_BENCH_TURNS,
     WinRate,
 )
-from notus.generate.prompts import read_columns, read_prompt_set
-from notus.strict import Bound
+from notus.generate.prompts import read_prompt_set
+from notus.strict import Bound, parse_part
 from notus.tables import text_table
 
 
@@ -107,7 +107,7 @@ def read_annotations(file: Path) -> tuple[str, WinRate, int]:
     places: dict[tuple[str, str], str] = {}
     annotations = []
     for where, row in read_rows(str(file)):
-        found = read_columns(row, Annotation, where)
+        found = parse_part(row, Annotation, where)
         first = places.setdefault((found.instruction, found.output_2), where)
         if first != where:
             raise UserError(f"{where}: the same instruction and answer as {first}")
@@ -226,7 +226,7 @@ def mt_bench_scores(file: Path, questions: Turns) -> list[BenchScore]:
     """
     models: dict[str, dict[tuple[int, int], Judgment]] = defaultdict(dict)
     for where, row in read_rows(str(file)):
-        judgment = read_columns(row, Judgment, where)
+        judgment = parse_part(row, Judgment, where)
         judged, key = models[judgment.model], (judgment.question_id, judgment.turn)
         if key not in questions or key in judged:
             problem = "is judged twice" if key in judged else "is not a turn of the questions"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
 from huggingface_hub import hf_hub_download
@@ -12,9 +12,7 @@ from notus.curation.rows import read_rows
 from notus.data.formats import Message, read_messages
 from notus.data.tokenization import with_system_prompt
 from notus.errors import UserError
-from notus.strict import Invalid, Text, keys_of, parse_keywords
-
-Built = TypeVar("Built")
+from notus.strict import Text, parse_part
 
 PROMPT_ROWS = '{"prompt": text or messages}'  # for messages
 
@@ -74,7 +72,7 @@ def read_prompt_set(name: str) -> PromptSet:
         )
     prompts, places = [], {}
     for where, row in rows:
-        prompt = read_columns(row, KINDS[kind][1], where)
+        prompt = parse_part(row, KINDS[kind][1], where)
         if isinstance(prompt.prompt, tuple):
             prompt = prompt._replace(prompt=read_messages(row, "prompt", where))
         prompts.append(prompt._replace(row=row))
@@ -114,18 +112,6 @@ def _download(name: str) -> str:
             f"and cannot be downloaded ({first_line}); give a copy of that file instead: "
             f"--prompts PATH/{Path(file).name}"
         ) from None
-
-
-def read_columns(row: dict[str, Any], build: Callable[..., Built], where: str) -> Built:
-    """`build` of a row's values for its fields or keyword-only parameters, which are checked.
-
-    Other columns are ignored. Raises UserError that names `where` and the column.
-    """
-    try:
-        known = {name: row[name] for name in keys_of(build) if name in row}
-        return build(**parse_keywords(known, build))
-    except Invalid as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _from_question(*, question_id: int, category: str, turns: tuple[Text, ...]) -> Prompt:
