@@ -9,10 +9,9 @@ It writes, without network and with the same bytes each time on one machine:
     init/              a Hugging Face folder: a random Mistral of about one million parameters
     sft/               the same after `train.py configs/demo-sft.json`, in bfloat16
 
-The tasks are checkable: sums, the alphabet and spelling. An answer is right when it is the expected
-text and nothing else (`generate.samples.is_right`). The policy is trained by maximum likelihood,
-first on right answers, the source of its knowledge, then on answers of mixed quality, so that about
-half of the answers that it samples are right; the preference run raises that share.
+The tasks are checkable: sums, the alphabet and spelling. The policy is trained by maximum
+likelihood, first on right answers, the source of its knowledge, then on answers of mixed quality,
+so that about half of the answers that it samples are right; the preference run raises that share.
 Held-out instructions are new strings, but their facts may have been seen in another phrasing.
 """
 
@@ -271,19 +270,21 @@ def train_policy(folder: Path) -> MistralForCausalLM:
         return MistralForCausalLM.from_pretrained(Path(output) / "run/final", dtype="auto")
 
 
-FILES = {"preferences.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl", "init", "sft"}
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
+MODEL_FILES += ("tokenizer.json", "tokenizer_config.json")
+FILES = {"preferences.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl"}
+FILES |= {f"{model}/{name}" for model in ("init", "sft") for name in MODEL_FILES}
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is missing, empty or holds only an earlier demo."""
+    """Raise UserError unless `folder` is missing, empty or holds only the demo's own files."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; the demo is written into a folder")
-    for path in sorted(folder.glob("*")):
-        if path.name not in FILES:
-            raise UserError(
-                f"{folder} holds {path.name}, which is not the demo's; give another folder with "
-                "--out"
-            )
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    for name in sorted(found - FILES - {"init", "sft"}):
+        raise UserError(
+            f"{folder} holds {name}, which is not the demo's; give another folder with --out"
+        )
 
 
 def save_model(folder: Path, model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -66,9 +66,9 @@ def open_run(
     setup, data = build.set_up(config, ranks)
     check_predicate(setup)
     setup = find_beginning(setup, lock, resume, model_only)
-    announce(setup)
-    if (setup.output / "final").exists():
-        say_finished(setup)
+    finished = (setup.output / "final").exists()
+    announce(setup, finished)
+    if finished:
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
@@ -142,8 +142,8 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
     return replace(setup, checkpoint=found, start=start)
 
 
-def announce(setup: Setup) -> None:
-    """Print the size of the run, and how many ranks will have no pairs, if any."""
+def announce(setup: Setup, finished: bool) -> None:
+    """Print the size of the run, what its ranks lack, and what is left of a run that has ended."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
@@ -152,14 +152,11 @@ def announce(setup: Setup) -> None:
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
-
-
-def say_finished(setup: Setup) -> None:
-    """Print that output_dir holds the model of the finished run, and what it may lack."""
-    final, say = setup.output / "final", setup.ranks.say
-    say(f"{final} holds the model of this run: nothing left to do")
-    if not (final / "README.md").is_file():  # killed after the export
-        say(f"its model card is missing: python -m notus.card {setup.output} writes it")
+    if finished:
+        final = setup.output / "final"
+        ranks.say(f"{final} holds the model of this run: nothing left to do")
+        if not (final / "README.md").is_file():  # killed after the export
+            ranks.say(f"its model card is missing: python -m notus.card {setup.output} writes it")
 
 
 def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
@@ -240,9 +237,7 @@ def claim_output_dir(
             setup.output,
             continues=setup.checkpoint.name if setup.checkpoint else None,
             device=setup.ranks.device,
-            data={
-                n: {"pairs": len(found.pairs), "counts": found.counts} for n, found in data.items()
-            },
+            data={n: {"pairs": len(d.pairs), "counts": d.counts} for n, d in data.items()},
             paths=[model.policy, model.reference or model.policy, *(s.path for s in sources)],
         )
 

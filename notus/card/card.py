@@ -303,7 +303,7 @@ def recipe_section(record: Record) -> Iterator[str]:
         rows = [["processes", f"{last['ranks']} x {last['device']}"], *last["versions"].items()]
         yield markdown_table(["", ""], [*rows, ["hours", f"{hours:.2f}{note}"]])
     yield "The resolved settings, which are a configuration themselves:"
-    yield f"```json\n{shown_text(json.dumps(record.settings, indent=2, ensure_ascii=False))}\n```"
+    yield json_block(record.settings)
     yield "Paths outside the working directory are shortened; hashes identify the data."
 
 
@@ -320,19 +320,13 @@ def data_section(record: Record) -> Iterator[str]:
         places = (path, path.parent, path.parent.parent) if path.exists() else ()
         found = [place / "manifest.json" for place in places if (place / "manifest.json").is_file()]
         if found and "counts" in (manifest := read_object(found[0])):
-            yield f"Curated from {shown_path(manifest['input'])} with notus:"
-            yield markdown_table(["", ""], manifest_rows(manifest))
+            yield f"Curated from {shown_path(manifest['input'])} by `python -m notus.curation`:"
+            yield json_block(manifest)
 
 
-def manifest_rows(manifest: Plain) -> Iterator[list[str | int]]:
-    """Counts, screening and hashes of a set that `python -m notus.curation` made."""
-    counts = manifest["counts"]
-    yield from (["rows", counts["rows"]], ["pairs", counts["pairs"]])
-    yield from ([f"dropped: {reason}", count] for reason, count in counts["dropped"].items())
-    for key, label in (("decontaminate", "prompts of"), ("drop_sources", "sources")):
-        yield [f"left out: {label}", ", ".join(map(shown_path, manifest[key])) or "-"]
-    hashes = manifest["rows_sha256"] | manifest["files_sha256"]
-    yield from ([f"SHA-256 of {shown_path(name)}", digest] for name, digest in hashes.items())
+def json_block(value: Plain) -> str:
+    """A value as a block of JSON, with its paths as `shown_text` shows them."""
+    return f"```json\n{shown_text(json.dumps(value, indent=2, ensure_ascii=False))}\n```"
 
 
 def hub_id(name: str) -> str:

@@ -49,9 +49,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         raise UserError(
             f"--price {options.price:g}: expected the price of one GPU for one hour, with --gpu"
         )
-    replicate = config.parallel.replicate
-    gpus = options.gpus or max(ranks.count, (config.parallel.shard or 1) * replicate)
-    shard = config.parallel.shard or max(1, gpus // replicate)
+    replicate, shard = config.parallel.replicate, config.parallel.shard
+    gpus = options.gpus or max(ranks.count, (shard or 1) * replicate)
+    shard = shard or max(1, gpus // replicate)
     if shard * replicate != gpus:
         raise UserError(
             f"parallel.shard ({shard}) x parallel.replicate ({replicate}) is {shard * replicate}, "
@@ -61,7 +61,8 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         models = find_models(config, weights=False)
     data = load_data(config, models, ranks)
     if ranks.first:
-        report = token_report(data, load_tokenizer(models.tokenizer), config.data.tokenization)
+        style, unit = config.data.tokenization, config.train.unit
+        report = token_report(data, load_tokenizer(models.tokenizer), style, unit)
         ranks.say(f"\n{report}\n")
     output = Path(config.output_dir)
     with agreed():
@@ -96,12 +97,8 @@ def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
     """
     on_cpu = estimate.config.parallel.device == "cpu"
     kind = "CPU" if on_cpu else "GPU" if gpu is None else gpu.name
-    parts = [
-        *plan_text(estimate),
-        "",
-        f"memory of one rank, on {estimate.gpus} x {kind}",
-        *memory_text(estimate),
-    ]
+    memory = f"memory of one rank, on {estimate.gpus} x {kind}"
+    parts = [*plan_text(estimate), "", memory, *memory_text(estimate)]
     if gpu is not None:
         parts += [*verdict_text(estimate, gpu), "", *time_text(estimate, gpu, price)]
     elif not on_cpu:
@@ -127,27 +124,23 @@ def plan_text(estimate: Estimate) -> Iterator[str]:
     train, data, rows = estimate.config.train, estimate.config.data, estimate.rows
     steps, unit = len(estimate.steps), train.unit
     lengths = estimate.pairs.lengths[np.concatenate(estimate.steps)]
-    real, filled = int(lengths.sum()), int(slots_of(lengths, data.prefix_sharing).sum())
+    separate = int(slots_of(lengths, prefix_sharing=False).sum())
+    filled = int(slots_of(lengths, data.prefix_sharing).sum())
     held = "none" if estimate.held_out is None else f"{len(estimate.held_out):,}"
     limit = "" if train.max_steps is None else f", at most {train.max_steps:,} steps"
     per_epoch = math.ceil(len(estimate.pairs) / train.pairs_per_step)
-    tokens = f"{real:,}"
-    if unit == "pairs":
-        separate = int(slots_of(lengths, prefix_sharing=False).sum())
-        off = "" if data.prefix_sharing else ", but prefix sharing is off"
-        saved = f"({1 - real / separate:.1%} saved{off})"
-        tokens = f"{separate:,} in separate sequences, {real:,} with each prompt once {saved}"
-    lines = {
-        unit: f"{len(estimate.pairs):,} to train on, {held} held out",
-        "steps": f"{steps:,} of {train.pairs_per_step} {unit}; "
-        f"{per_epoch:,} per epoch x {train.epochs}{limit}",
-        "tokens": tokens,
-        "microbatches": f"{rows.microbatches / steps:.2f} per rank and step, at most {rows.most}; "
-        f"the longest row has {rows.slots:,} of {data.tokens_per_microbatch:,} slots",
-        "packing": f"{filled / rows.total:.1%} of all slots hold a token",
-    }
+    saved = "" if filled == separate else f", {1 - filled / separate:.1%} fewer by prefix sharing"
     yield "plan"
-    yield from (f"  {name:<13}{text}" for name, text in lines.items())
+    yield f"  {unit:<13}{len(estimate.pairs):,} to train on, {held} held out"
+    yield (
+        f"  steps        {steps:,} of {train.pairs_per_step} {unit}; "
+        f"{per_epoch:,} per epoch x {train.epochs}{limit}"
+    )
+    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of all slots hold one"
+    yield (
+        f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}; "
+        f"the longest row has {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
+    )
     if idle := idle_text(train.pairs_per_step, estimate.gpus, unit):
         yield f"  {idle}"
 

@@ -13,7 +13,7 @@ from notus.curation.decontamination import whole_text, words_of
 from notus.data.dataset import Dataset
 from notus.data.formats import Pair
 from notus.data.preferences import find_leaks
-from notus.data.tokenized import Tokenized
+from notus.data.tokenization import Tokenized
 from notus.tables import text_table
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -22,15 +22,18 @@ LONG = 500  # characters of a text that are shown before its middle is left out
 
 
 def token_report(
-    datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerFast, style: str
+    datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerFast, style: str, unit: str
 ) -> str:
-    """The report on the data sets "train" and perhaps "eval". style: of the tokenization."""
+    """The report on the data sets "train" and perhaps "eval".
+
+    style: of the tokenization. unit: what a data set consists of, "pairs" or "responses".
+    """
     train = datasets["train"]
     examples = telling_pairs(train.tokenized, 3)
     sections = [
-        f"{len(examples)} of {len(train.pairs):,} training {train.unit}; special tokens: ⟦…⟧",
+        f"{len(examples)} of {len(train.pairs):,} training {unit}; special tokens: ⟦…⟧",
         *(pair_text(train, index, tokenizer, style) for index in examples),
-        *("\n".join(_dataset_lines(name, data)) for name, data in datasets.items()),
+        *("\n".join(_dataset_lines(name, data, unit)) for name, data in datasets.items()),
     ]
     if "eval" in datasets:
         sections.append("\n".join(_leak_lines(train.kept, datasets["eval"].kept)))
@@ -101,10 +104,10 @@ def _shortened(text: str) -> str:
     return f"{text[: LONG // 2]} […{left_out:,} characters…] {text[-LONG // 2 :]}"
 
 
-def _dataset_lines(name: str, data: Dataset) -> Iterator[str]:
+def _dataset_lines(name: str, data: Dataset, unit: str) -> Iterator[str]:
     tokenized = data.tokenized
-    yield f"{name}: {len(data.pairs):,} {data.unit}"
-    yield from (f"  {line}" for line in length_table(tokenized, data.unit).splitlines())
+    yield f"{name}: {len(data.pairs):,} {unit}"
+    yield from (f"  {line}" for line in length_table(tokenized, unit).splitlines())
     for reason, number in data.dropped.items():
         yield f"  {number:,} dropped: {reason}"
     for reason, number in tokenized.counts.items():

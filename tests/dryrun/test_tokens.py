@@ -187,7 +187,7 @@ def test_report(tokenizer):
         "train": Dataset(rows, tokenize(tokenizer, *rows), {"empty chosen response": 2}),
         "eval": Dataset(held_out, tokenize(tokenizer, *held_out), {}),
     }
-    lines = lines_of(token_report(sets, tokenizer, "clean"))
+    lines = lines_of(token_report(sets, tokenizer, "clean", "pairs"))
     assert lines[0] == "2 of 3 training pairs; special tokens: ⟦…⟧"
     for line in (
         "train: 3 pairs",
@@ -210,7 +210,7 @@ def test_report_of_responses_without_pairs(tokenizer):
     rows = [text(" Say a.", " yes", "", "t:1", (5.0, 5.0)), text(" Say b.", " no", "", "t:2")]
     data = Dataset(rows, tokenize(tokenizer, *rows), {})
     sets = {"train": data, "eval": data}
-    report = token_report(sets, tokenizer, "clean")
+    report = token_report(sets, tokenizer, "clean", "responses")
     lines = lines_of(report)
     assert lines[0] == "1 of 2 training responses; special tokens: ⟦…⟧"
     assert "train: 2 responses" in lines and "0 with the prompt of an earlier one" in lines
