@@ -102,7 +102,8 @@ def test_every_known_gpu_without_one_named(place, capfd):
     [
         ("--gpu v100", ("--gpu v100: no such GPU is known", "a100-40gb", "h200")),
         ("--gpus 0", ("--gpus 0: expected at least 1",)),
-        ("--price -1", ("--price -1:",)),
+        ("--price -1 --gpu h100", ("--price -1:",)),
+        ("--price 2.5", ("--price 2.5:", "with --gpu")),
         ("--gpus 8 parallel.replicate=3", ("parallel.replicate (3)", "--gpus is 8")),
     ],
 )
