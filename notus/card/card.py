@@ -155,7 +155,7 @@ def shown_path(path: str) -> str:
     Hub ids, and relative paths that do not leave the working directory, remain unchanged.
     """
     place, here = Path(path), Path.cwd()
-    if place.is_absolute() and place.is_relative_to(here):
+    if place.is_relative_to(here) and here != here.parent:  # in / it would be the whole path
         return str(place.relative_to(here))
     return place.name if place.is_absolute() or ".." in place.parts else path
 
