@@ -19,6 +19,7 @@ ORDER = """
     data.tokenizer data.special_tokens data.tokenized data.tokenization
     data.planning data.packing data.dataset
     kernels
+    model.intervals
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.reference objective.reference_cache
     engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
