@@ -31,6 +31,7 @@ from notus.generate.samples import write_samples
 from notus.kernels.dispatch import check_backend
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
+from notus.model.intervals import BLOCK
 from notus.model.lora import add_adapters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.peft import check_fits, is_adapter, read_adapter, tokenizer_folder
@@ -140,7 +141,7 @@ def attention_backend(config: Config, shape: ModelShape, device: torch.device) -
     """The attention backend. Raises UserError for one that cannot train on the device."""
     wanted, compiled = config.parallel.attention, compiles(config, device)
     if wanted == "auto":
-        return default_backend(device, shape.head_dim, compiled)
+        wanted = default_backend(device, shape.head_dim, compiled)
     reason = None
     if device.type == "cuda":
         if wanted == "varlen" and config.model.compute_dtype == "float32":
@@ -153,6 +154,11 @@ def attention_backend(config: Config, shape: ModelShape, device: torch.device) -
         reason = "with parallel.compile on the CPU, where segments are not compiled"
     if reason:
         raise UserError(f'parallel.attention: found "{wanted}" {reason}; expected another')
+    if wanted == "flex" and (budget := config.data.tokens_per_microbatch) % BLOCK:
+        raise UserError(
+            f"data.tokens_per_microbatch: found {budget}, expected a multiple of {BLOCK}, "
+            'as parallel.attention is "flex"'
+        )
     return wanted
 
 
