@@ -25,8 +25,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from notus.kernels.reference import multiply_into
 
-# Each chunk reads and writes the complete float32 gradient of the weight (V x D) and holds C x V logits.
-# This many rows keep that traffic near a tenth of the products' time on an H200 (by calculation),
+# Each chunk reads and writes the weight's complete float32 gradient (V x D) and holds C x V
+# logits. This many rows keep that traffic near a tenth of the products' time on an H200 (by calculation),
 # and the buffer at half the gradient's size at D = 4096.
 CHUNK_ROWS = 2048
 MAX_SPLITS = 16  # shares of the vocabulary per block of rows, unless rows are few
@@ -34,7 +34,7 @@ MIN_PROGRAMS = 1024  # several waves on the largest GPUs
 
 
 class Tiles(NamedTuple):
-    """The tile that one program of the forward kernel multiplies at a time, and its launch settings."""
+    """A tile of one program of the forward kernel, and the program's launch settings."""
 
     rows: int
     vocabulary: int

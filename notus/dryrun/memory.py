@@ -165,7 +165,7 @@ def _block_activations(settings: MemorySettings) -> tuple[int, int]:
 
 
 def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int], ...]:
-    """The parameters gathered while a block works, while the head does, and while gradients are reduced.
+    """The bytes gathered for a block, for the head, and while gradients are reduced.
 
     A unit goes through a buffer, and the next one's buffer fills meanwhile.
     """
