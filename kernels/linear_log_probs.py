@@ -26,8 +26,8 @@ from torch.utils.flop_counter import register_flop_formula
 from notus.kernels.reference import multiply_into
 
 # Each chunk reads and writes the weight's complete float32 gradient (V x D) and holds C x V
-# logits. This many rows keep that traffic near a tenth of the products' time on an H200 (by calculation),
-# and the buffer at half the gradient's size at D = 4096.
+# logits. This many rows keep that traffic near a tenth of the products' time on an H200 (by
+# calculation), and the buffer at half the gradient's size at D = 4096.
 CHUNK_ROWS = 2048
 MAX_SPLITS = 16  # shares of the vocabulary per block of rows, unless rows are few
 MIN_PROGRAMS = 1024  # several waves on the largest GPUs
