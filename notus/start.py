@@ -4,6 +4,7 @@
 output_dir have been found usable. `finish` exports the model and closes the run's records.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from notus import build
@@ -24,15 +26,16 @@ from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
-from notus.engine.log import MetricsLog
+from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
+from notus.files import set_aside, writing
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
-from notus.model.peft import export_adapter, merge
-from notus.model.weights import hash_weights, load_weights
+from notus.model.peft import check_fits, export_adapter, merge, read_adapter
+from notus.model.weights import hash_weights, load_weights, open_model
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.reference import Reference, check_start
 
@@ -66,9 +69,10 @@ def open_run(
     setup, data = build.set_up(config, ranks)
     check_predicate(setup)
     setup = find_beginning(setup, lock, resume, model_only)
-    finished = (setup.output / "final").exists()
-    announce(setup, finished)
-    if finished:
+    announce(setup)
+    if holds_final(setup):
+        ranks.say(f"{setup.output / 'final'} holds the model of this run: nothing left to do")
+        complete_records(setup)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
@@ -129,6 +133,9 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
     with agreed():
         settings = build.settings_of(setup.config)
         resuming.check_output_dir(output, settings, resume, build.settings_now)
+    with agreed():
+        resuming.restore_settings(output, settings, build.settings_now)
+    with agreed():
         start = resuming.recorded_start(output, given)
         if resuming.holds_run(output):
             lock.take()
@@ -142,8 +149,8 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
     return replace(setup, checkpoint=found, start=start)
 
 
-def announce(setup: Setup, finished: bool) -> None:
-    """Print the size of the run, what its ranks lack, and what is left of a run that has ended."""
+def announce(setup: Setup) -> None:
+    """Print the size of the run and what its ranks lack."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
@@ -152,11 +159,64 @@ def announce(setup: Setup, finished: bool) -> None:
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
-    if finished:
-        final = setup.output / "final"
-        ranks.say(f"{final} holds the model of this run: nothing left to do")
-        if not (final / "README.md").is_file():  # killed after the export
-            ranks.say(f"its model card is missing: python -m notus.card {setup.output} writes it")
+
+
+def holds_final(setup: Setup) -> bool:
+    """Whether final/ holds the run's model; a damaged one is set aside, to be exported again.
+
+    Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
+    """
+    final, found = setup.output / "final", [False, ""]
+    if setup.ranks.first:
+        found = [os.path.lexists(final), final_damage(setup)]
+    dist.broadcast_object_list(found, 0)
+    there, damage = found
+    if not there or not damage:
+        return there
+    with agreed():
+        if not setup.checkpoint:
+            raise UserError(
+                f"{final} is damaged ({damage}), and no checkpoint is there to export it from; "
+                "restore it, or give it another name to train from the start"
+            )
+        if setup.ranks.first:
+            with writing(final):
+                aside = set_aside(final).name
+            warn(f"{final} is damaged ({damage}): kept as {aside}, and exported again")
+    return False
+
+
+def final_damage(setup: Setup) -> str:
+    """What is wrong with final/, by its files' sizes and headers; "" if nothing is."""
+    final, lora, shape = setup.output / "final", setup.config.model.lora, setup.models.shape
+    if final.is_symlink() or not final.is_dir():
+        return "not a folder"
+    try:
+        if lora is not None:
+            check_fits(read_adapter(final / "adapter"), shape)
+        if (lora is None or lora.merge) and open_model(str(final))[1] != shape:
+            return "its config.json is not this model's"
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def complete_records(setup: Setup) -> None:
+    """Record the end and write the card of a run that was killed after its export. Collective."""
+    final = setup.output / "final"
+    with agreed():
+        history.record_missing_end(setup.output, final.stat().st_mtime)
+    if not (final / "README.md").is_file():
+        write_model_card(setup)
+
+
+def write_model_card(setup: Setup) -> None:
+    """Write final/README.md. Collective. Raises UserError, on every rank."""
+    from notus.card.card import write_card
+
+    with agreed():
+        if setup.ranks.first:
+            setup.ranks.say(f"wrote {write_card(setup.output)}")
 
 
 def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
@@ -305,11 +365,7 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
     with agreed():
         history.record_end(run.output)
     if finished:
-        from notus.card.card import write_card
-
-        with agreed():
-            if run.ranks.first:
-                write_card(run.output)
+        write_model_card(run)
     if unsaved:
         raise UserError(f"the last checkpoint was not saved: {unsaved}")
 
