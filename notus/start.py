@@ -349,7 +349,8 @@ def open_log(run: Run) -> MetricsLog:
     """The run's log files and progress bar. Collective. Raises UserError on every rank."""
     first, done = run.ranks.first, run.progress.step
     with agreed():
-        log = MetricsLog(run.output, step=done, total=run.plan.steps, active=first)
+        every = run.config.log.every
+        log = MetricsLog(run.output, step=done, total=run.plan.steps, active=first, every=every)
     return log
 
 
