@@ -233,10 +233,10 @@ def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int
 
 
 def _reduction(settings: MemorySettings, parameters: int) -> dict[str, int]:
-    """The gradients, their float32 copy and its share; on one rank a full output and a copy."""
-    width, shard = settings.compute_width, settings.shard
-    shared = (4 + width) * parameters + 4 * parameters // shard
-    return {"float32 gradients being reduced": 12 * parameters if shard == 1 else shared}
+    """The gradients, which one rank no longer needs then, their float32 copy and its share."""
+    width = settings.compute_width if settings.shard > 1 else 0
+    share = 4 * parameters // settings.shard
+    return {"float32 gradients being reduced": (width + 4) * parameters + share}
 
 
 def _head(settings: MemorySettings) -> tuple[int, int, int]:

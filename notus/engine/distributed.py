@@ -211,7 +211,7 @@ def shard_model(
     units.append(model)
     for unit in units:
         shard(unit)
-    for unit in units:
+    for unit in units if mesh.size() > 1 else ():  # one rank would divide every gradient by 1
         unit.set_gradient_divide_factor(1.0)
         # Without this, a factor of 1 asks for a premultiplied sum, which gloo does not have.
         unit.set_force_sum_reduction_for_comms(True)
@@ -254,9 +254,15 @@ def accumulate(
     last backward pass has used them: less communication, but 2 bytes of bfloat16 more for every
     parameter of the model.
     """
+    parameter = next(model.parameters())
+    # Where a copy of the model is on one rank, its gradients can wait in float32 for the last
+    # microbatch: they take no more memory than sharded, unless those would be on the host.
+    undivided = parameter.device_mesh["shard"].size() == 1
+    waits = undivided and parameter.device.type == parameter.device_mesh.device_type
     model.set_reshard_after_forward(not keep_gathered)
     for index, batch in enumerate(batches, start=1):
         last = index == count
+        model.set_requires_gradient_sync(last or not waits)
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or not keep_gathered)
         yield batch
