@@ -278,10 +278,6 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
         "reference model": settings.reference_width * (frozen or trainable) // shard,
     }
     gradients = {"gradients (float32)": 4 * trainable // shard}
-    # RMSprop takes the square roots of all its averages at once; AdamW is fused, and with bfloat16
-    # state one parameter is updated after another.
-    at_once = settings.optimizer == "rmsprop" and settings.state_width == 4
-    roots = states if at_once and not (settings.cpu_offload or settings.on_cpu) else 0
     host = 0
     if settings.cpu_offload:
         host = sum(sharded.values()) + sum(gradients.values())
@@ -337,7 +333,7 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
             **gradients,
             **_reduction(settings, trained.root),
         },
-        "optimiser step": {**gradients, "square roots of the averages": roots},
+        "optimiser step": gradients,
         "scoring without gradient": {
             **at_block,
             "activations of one block": 3 * width * (inner + hidden) * settings.scoring_slots,

@@ -191,9 +191,12 @@ def shard_model(
             # Rows differ in length. Compiled for the first length and only then for all, a resumed
             # run would round its first steps differently from the uninterrupted run.
             block.forward = torch.compile(block.forward, dynamic=True)
-    offload = OffloadPolicy()
+    offload, on_gpu = OffloadPolicy(), device.type == "cuda"
     if cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        offload = CPUOffloadPolicy(pin_memory=on_gpu)
+    if cpu_offload and on_gpu:  # the optimiser's step is the CPU's; torchrun sets one thread
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     shard = partial(
         fully_shard,
         mesh=mesh,
