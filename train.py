@@ -66,7 +66,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
         torch.manual_seed(random_seed(config.train.seed, step, ranks.rank))
 
         batches = pack_division(division, run.pairs, ranks.rank, run.rows)
-        for batch in accumulate(policy, batches, len(division.bins), config.parallel.keep_gathered):
+        for batch in accumulate(policy, batches, len(division.bins), run.keep_gathered):
             policy_S = token_log_probs(policy, batch, loss.uses_weights)
             reference_S = reference.of_batch(batch)
             scored = pair_log_probs(policy_S, reference_S, batch.lengths, mean_length)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from notus import build
@@ -18,6 +19,7 @@ from notus.data.dataset import Dataset
 from notus.data.packing import Rows, pack_division
 from notus.data.planning import Plan, idle_text
 from notus.data.tokenization import TokenizedPairs
+from notus.dryrun.estimate import estimate_run, gathering_text, usable
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
@@ -25,6 +27,7 @@ from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog
 from notus.engine.metrics import Meter, Progress, Speed
 from notus.engine.saver import Saver, export_model
+from notus.engine.warmup import fullest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.kernels.dispatch import check_backend
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
@@ -55,6 +58,7 @@ class Run(NamedTuple):
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
     optimizer: Optimizer
+    keep_gathered: bool  # parallel.keep_gathered, with "auto" decided
     progress: Progress
     facts: dict[str, Any]  # for checkpoints: what a resumed run must share, and more
 
@@ -138,7 +142,7 @@ def open_run(
         ranks.say(f"the policy starts from the weights of {begin.start['path']}")
     elif identity and models.reference_is_policy:
         check_first_batch(config, ranks, loss, plan, pairs, policy, references[0])
-    return Run(
+    run = Run(
         config=config,
         ranks=ranks,
         output=output,
@@ -155,6 +159,7 @@ def open_run(
         following=following,
         reference_answers=reference_answers,
         optimizer=optimizer,
+        keep_gathered=decide_gathering(config, ranks, models, loss, pairs, held_out),
         progress=progress,
         facts={
             "common": common,
@@ -166,6 +171,34 @@ def open_run(
             "ranks": ranks.count,
         },
     )
+    if ranks.device.type == "cuda" or build.compiles(config, ranks.device):
+        ranks.say(f"first a row of {run.rows.budget:,} slots: to compile, and to see that it fits")
+        batch = fullest_row(plan, pairs, run.rows)
+        warm_up(policy, batch, ranks, run.keep_gathered, loss.uses_weights)
+    return run
+
+
+def decide_gathering(
+    config: Config,
+    ranks: Ranks,
+    models: Models,
+    loss: Loss,
+    pairs: TokenizedPairs,
+    held_out: TokenizedPairs | None,
+) -> bool:
+    """parallel.keep_gathered; "auto" is what a dry run on these GPUs would choose. Collective.
+
+    Results do not depend on it, so a resumed run may choose otherwise.
+    """
+    wanted = config.parallel.keep_gathered
+    if wanted != "auto" or ranks.device.type == "cpu":
+        return wanted is True
+    memory = torch.tensor(torch.cuda.mem_get_info(ranks.device)[1], device=ranks.device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    estimate = estimate_run(config, ranks.count, models, loss, pairs, held_out, steps=())
+    kept = estimate.gathers_once(usable(int(memory)))
+    ranks.say(gathering_text(kept))
+    return kept
 
 
 def find_beginning(

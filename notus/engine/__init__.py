@@ -15,4 +15,5 @@ saver         saving in the background, and the export of the model
 resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run
 profiling     a trace of some steps
+warmup        the first row, which compiles and shows whether memory is enough
 """
