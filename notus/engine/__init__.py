@@ -1,5 +1,6 @@
 """Everything around the step: ranks, optimiser, measurement, checkpoints.
 
+compilation   settings of torch.compile under which a run repeats
 rendezvous    how restarted ranks find each other
 distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules

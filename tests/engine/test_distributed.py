@@ -16,11 +16,10 @@ from notus.engine.distributed import (
     Ranks,
     accumulate,
     check_host_memory,
-    compile_repeatably,
     shard_model,
 )
 from notus.errors import UserError
-from notus.model.mistral import Block, MistralForCausalLM, rope_tables
+from notus.model.mistral import MistralForCausalLM
 from notus.objective.logprobs import token_log_probs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -76,26 +75,6 @@ def test_a_late_thread_still_finds_python_at_the_end():
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "let go\n"), done.stderr
-
-
-def test_a_first_row_as_long_as_another_dimension_is_no_special_case():
-    """128 slots, hidden numbers and head dimensions: one compilation for this and other lengths."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compile_repeatably()
-    shape = model_shape(layers=1, hidden=128, inner=128, heads=4, vocabulary=8)
-    block = Block(shape)
-    forward = torch.compile(block.forward, dynamic=True, backend=backend)
-    for slots in (128, 256, 384):
-        rope = rope_tables(shape, torch.arange(slots))
-        forward(torch.zeros(slots, 128), rope, torch.ones(slots, slots, dtype=torch.bool).tril())
-    assert len(graphs) == 1
-    torch._dynamo.reset()
 
 
 SHAPE = model_shape(layers=2, hidden=64, inner=192, heads=4, vocabulary=97)
