@@ -146,7 +146,8 @@ class Parallel:
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
     cpu_offload: bool = False  # parameters and optimiser state are kept in the host's memory
-    keep_gathered: bool = False  # the model stays gathered between a step's microbatches
+    # the model stays gathered between a step's microbatches; "auto": on GPUs with the memory for it
+    keep_gathered: Literal["auto", True, False] = "auto"
     # recomputed in the backward pass: nothing, a block's cheap operations, or entire blocks
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA

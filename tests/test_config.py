@@ -77,7 +77,7 @@ def test_defaults(tmp_path: Path) -> None:
             "shard": None,
             "replicate": 1,
             "cpu_offload": False,
-            "keep_gathered": False,
+            "keep_gathered": "auto",
             "activation_checkpointing": "full",
             "compile": "auto",
             "attention": "auto",
