@@ -1,4 +1,4 @@
-"""What each section of the configuration names, built: one function or two for each section.
+"""The objects that the configuration names: one or two functions for each of its sections.
 
 These functions are where the configuration ends: they hand plain arguments to the libraries below.
 After adding a key, pass it on here. `Setup` is what they need of each other.
@@ -212,7 +212,7 @@ def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run consists of before any weights are loaded, found and checked."""
+    """The parts of a run that are found and checked before any weights are loaded."""
 
     config: Config
     ranks: Ranks
@@ -346,7 +346,7 @@ def set_learning_rate(config: Config, plan: Plan, optimizer: Optimizer, step: in
 
 
 def step_work(config: Config, loss: Loss) -> Work:
-    """What a step computes beyond forward and backward passes of the policy, for its FLOPs."""
+    """The work of a step apart from the policy's forward and backward passes, for its FLOPs."""
     online = loss.uses_reference and config.reference.log_probs == "online"
     return Work(
         frozen=config.model.lora is not None,

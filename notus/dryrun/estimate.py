@@ -1,4 +1,4 @@
-"""What a run takes: the rows of its steps, the memory of a GPU, FLOPs and hours.
+"""The cost of a run: the rows of its steps, the memory of a GPU, FLOPs and hours.
 
 Sizes are in bytes, speeds in FLOP/s, times in hours.
 """

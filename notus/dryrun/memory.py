@@ -165,7 +165,7 @@ def _block_activations(settings: MemorySettings) -> tuple[int, int]:
 
 
 def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int], ...]:
-    """What is gathered while a block works, while the head does, and while gradients are reduced.
+    """The bytes gathered for a block, for the head, and while gradients are reduced.
 
     A unit goes through a buffer, and the next one's buffer fills meanwhile.
     """
@@ -210,7 +210,7 @@ def _head(settings: MemorySettings) -> tuple[int, int, int]:
 
 
 def memory_budget(settings: MemorySettings) -> MemoryBudget:
-    """What one rank holds at the fullest moments of a step.
+    """The memory of one rank at the fullest moments of a step.
 
     The moments: the head's backward pass, with all blocks' activations; the last block's, in its
     feed-forward part and when all its gradients are there; the reduction of a block's gradients;
