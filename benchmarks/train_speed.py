@@ -328,7 +328,8 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
         {"prompt": f"{i} ?", "chosen": f"{i} !", "rejected": f"{i} ."} for i in range(len(pairs))
     ]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = SimpleNamespace(pairs=pairs, origins=[""] * len(pairs), counts={})
+    kept = [SimpleNamespace(where="")] * len(pairs)
+    data = SimpleNamespace(pairs=pairs, kept=kept, counts={})
     replaced = (
         (build, "load_data", lambda *arguments: {"train": data}),
         (build, "build_references", timed_reference),
