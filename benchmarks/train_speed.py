@@ -1,23 +1,26 @@
-"""Training speed side by side: train.py and TRL's DPOTrainer, each with its best settings.
+"""Training speed of train.py next to TRL's DPOTrainer, each with its best settings.
 
     pip install -e . && pip install -r benchmarks/requirements.txt
-    python -m benchmarks.train_speed --sweep --json sweep.json    # finds the best settings, slowly
-    python -m benchmarks.train_speed                              # one CUDA GPU: model A, uf
-    python -m benchmarks.train_speed --model B --profile longprompt
+    python -m benchmarks.train_speed --repeats 0 --json parity.json     # one CUDA GPU: model A, uf
+    python -m benchmarks.train_speed --parity parity.json               # in another ten minutes
+    python -m benchmarks.train_speed --sides notus --trace              # where the time goes
+    python -m benchmarks.train_speed --sweep --json sweep.json          # the best settings, slowly
     python -m benchmarks.train_speed --model toy --pairs FILE --tokenizer MODEL     # on a CPU
 
 Both train the same random Mistral from the same weights on the same pairs with the same optimiser:
 `A` has 8 layers of Mistral-7B's width, `B` all 32, `toy` 4 layers of width 256 (and `tiny`, of the
 tests, 2 of 64). Tokens are uniform random, lengths those of a profile (benchmarks/roofline.py, seed
-0), or both come from real text. Every run is a process of its own. First comes parity: two
+0), or both come from real text. Every run is a process of its own. Parity comes first: two
 optimiser steps on the same pairs in the same order, in which every sequence's log-prob, the loss
-and the gradient norm must agree; where they do not, no ratio is printed. Then the runs alternate,
-TRL first, `--repeats` times.
+and the gradient norm must agree; where they do not, the ratio is marked as not valid. The runs then
+alternate, TRL first, `--repeats` times. The report is written after every run; a failed run leaves
+all that it printed in a file next to the report.
 
 What is timed is whole optimiser steps, from the end of one to the end of the next: data, sums over
 ranks, clipping, update and logging. The first `--warm` steps are not counted. Each side sees the
-same pairs in the steps that are timed. notus is train.py's `main`: tokens are handed to it ready,
-as to TRL, and nothing is saved. The pass that computes the reference's log-probs is timed apart.
+same pairs in the steps that are timed. notus is train.py's `main`: it is given tokens, as TRL is,
+hashes no weights and saves nothing. The pass that computes the reference's log-probs is timed
+separately.
 
 TRL gets what it is fastest with: reference log-probs computed beforehand, no gradient
 checkpointing unless memory asks for it, and pairs grouped by length over all steps at once, which
@@ -26,7 +29,7 @@ is at least as good as its own sampler's groups of 50 steps. It pads (`padding_f
 DPOConfig, and train.py's overrides.
 
     pairs/s, real tok/s     pairs and tokens (2 P + C + R) of the timed steps by their duration
-    CPU pairs/s             by the processor time the process used instead: on a busy machine
+    CPU                     pairs by the processor time the process used: on a busy machine
                             of several cores the fairer number, as waiting does not count
     MFU                     model FLOPs (every token once, roofline.py) by time and the data sheet's
                             rate, or, where there is none, that of a matrix product timed here
@@ -38,14 +41,15 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,43 +75,41 @@ from benchmarks.roofline import (
     packed,
     padded,
 )
+from benchmarks.trace import summarize_trace
 from notus.config import Source
 from notus.data.packing import slots_of
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import TokenizedPairs, tokenize_pairs
 from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
+from notus.demo import CHAT_TEMPLATE
+from notus.dryrun.memory import OPTIMIZER_STATES
 from notus.engine.flops import model_flops, peak_flops
 from notus.engine.metrics import peak_memory_bytes
 from notus.errors import UserError
+from notus.files import write_json
 from notus.model.hf_config import ModelShape
-from notus.model.mistral import MistralForCausalLM
+from notus.model.mistral import MistralForCausalLM, count_parameters
+from notus.tables import text_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "numpy")
 PARITY_STEPS = 2
-# Relative differences between the two at parity: of one sequence's log-prob, of loss and norm.
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 1e-2)}
+# Relative differences at parity. The norm in bfloat16: notus rounds the gradients of every
+# microbatch to bfloat16, TRL sums float32 gradients under autocast.
+TOLERANCES = {
+    "float32": {"log_probs": 1e-4, "loss": 1e-3, "grad_norm": 1e-3},
+    "bfloat16": {"log_probs": 2e-2, "loss": 1e-2, "grad_norm": 3e-2},
+}
 TINY = model_shape(layers=2, hidden=64, inner=192, heads=4, vocabulary=512)
 SHAPES = MODELS | {"tiny": TINY}
 FIRST_TOKEN = 3  # random tokens begin here: after padding and the ends of sequences
-
-# Renders as Zephyr's does, for a tokenizer that has no template.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides train: see the options of the command line.
-
-    steps: warm and timed ones together.
-    """
+    """What both sides train. steps: warm and timed ones together."""
 
     model: str
     steps: int
@@ -119,6 +121,23 @@ class Case:
 
 
 # ------------------------------------------------------------------------------- what is trained
+
+
+def hf_config(shape: ModelShape) -> MistralConfig:
+    """The shape as transformers' configuration."""
+    return MistralConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        rms_norm_eps=shape.rms_norm_eps,
+        sliding_window=shape.sliding_window,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        architectures=["MistralForCausalLM"],
+    )
 
 
 def write_policy(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
@@ -148,19 +167,7 @@ def write_policy(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index})
     )
-    MistralConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        rms_norm_eps=shape.rms_norm_eps,
-        sliding_window=shape.sliding_window,
-        tie_word_embeddings=False,
-        pad_token_id=None,
-        architectures=["MistralForCausalLM"],
-    ).save_pretrained(folder)
+    hf_config(shape).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -292,8 +299,11 @@ def notus_overrides(case: Case, settings: Settings, work: Path) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in (values | settings).items()]
 
 
-def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
-    """Train with train.py's own `main`; what it took, and what it logged."""
+def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str, Any]:
+    """Train with train.py's own `main`; what it took, and what it logged.
+
+    trace: profile the third step, which is not timed.
+    """
     import train
     from notus import build, start
     from notus.engine.log import MetricsLog
@@ -336,16 +346,20 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
         (train, "train", train_and_stop),
         (MetricsLog, "write", timed_write),
         (start, "Saver", NotSaved),
+        (start, "hash_weights", lambda path, folder: {"path": path, "sha256": "random"}),
     )
     with ExitStack() as stack:
         for module, name, value in replaced:
             stack.enter_context(patch.object(module, name, value))
         (work / "config.json").write_text("{}")
-        code = train.main([str(work / "config.json"), *notus_overrides(case, settings, work)])
+        words = [str(work / "config.json"), *notus_overrides(case, settings, work)]
+        code = train.main(words + ["--profile", "1"] * trace)
     if code != 0:
         raise UserError(f"train.py ended with code {code}")
     lines = (work / "notus" / "metrics.jsonl").read_text().splitlines()
     logged = [line for line in map(json.loads, lines) if "loss" in line]
+    if trace:
+        found["trace"] = summarize_trace(work / "notus/profile/trace-0.json.gz")
     slots = sum(rows * slots for rows, slots in found["rows"][case.warm :])
     timed = pairs.lengths[case.warm * case.pairs_per_step :]
     return found | {
@@ -356,8 +370,11 @@ def run_notus(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
     }
 
 
-def run_trl(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
-    """Train with DPOTrainer; settings: "grouped", "weights" (a dtype), else DPOConfig's."""
+def run_trl(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str, Any]:
+    """Train with DPOTrainer; settings: "grouped", "weights" (a dtype), else DPOConfig's.
+
+    trace: ignored.
+    """
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -447,14 +464,11 @@ def run_trl(case: Case, settings: Settings, work: Path) -> dict[str, Any]:
         "processed": asdict(padded(batches[case.warm * per_step :], scored)),
         "loss": [entry["loss"] for entry in logged],
         "grad_norm": [entry["grad_norm"] for entry in logged],
-        "arguments": {key: value for key, value in (arguments | settings).items()},
+        "arguments": arguments | settings,
     }
 
 
-RUNNERS: dict[str, Callable[[Case, Settings, Path], dict[str, Any]]] = {
-    "notus": run_notus,
-    "trl": run_trl,
-}
+RUNNERS = {"trl": run_trl, "notus": run_notus}
 
 
 def summarize(
@@ -504,41 +518,60 @@ def summarize(
 def work_on(task: Path) -> None:
     """One run, as a process of its own: reads its task, writes the result beside it."""
     asked = json.loads(task.read_text())
-    case, system, settings = Case(**asked["case"]), asked["system"], asked["settings"]
+    case, side, settings = Case(**asked["case"]), asked["system"], asked["settings"]
     work = task.parent
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run = RUNNERS[system](case, settings, work)
+    run = RUNNERS[side](case, settings, work, asked["trace"])
     pairs = read_pairs(work / "pairs.safetensors")
-    result = {"system": system, "settings": settings, "memory_at_start_bytes": began} | run
-    result |= summarize(case, system, settings, pairs, run)
-    task.with_suffix(".result").write_text(json.dumps(result))
+    result = {"system": side, "settings": settings, "memory_at_start_bytes": began} | run
+    write_json(task.with_suffix(".result"), result | summarize(case, side, settings, pairs, run))
 
 
-def start(
-    case: Case, system: str, settings: Settings, work: Path, pairs: TokenizedPairs, threads: int
-) -> dict[str, Any]:
-    """Run one side in a new process; its result, or {"failed": the last line of what it said}."""
-    folder = Path(tempfile.mkdtemp(dir=work))
-    (folder / "policy").symlink_to(work / "policy")
-    write_pairs(folder / "pairs.safetensors", pairs.select(range(case.steps * case.pairs_per_step)))
-    task = folder / "task.json"
-    task.write_text(json.dumps({"case": asdict(case), "system": system, "settings": settings}))
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    if not torch.cuda.is_available():
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.train_speed", "--task", str(task)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"system": system, "settings": settings, "failed": "\n".join(said[-3:])}
-    return json.loads(task.with_suffix(".result").read_text())
+class Starter:
+    """Starts runs, each in a process and a folder of its own under `work`, which has the policy.
+
+    report: the path of the report; what a failed run printed is put next to it.
+    """
+
+    def __init__(
+        self, work: Path, pairs: TokenizedPairs, report: Path, threads: int, trace: bool
+    ) -> None:
+        self.work, self.pairs, self.report = work, pairs, report
+        self.threads, self.trace, self.failures = str(threads), trace, 0
+
+    def run(self, case: Case, side: str, settings: Settings) -> dict[str, Any]:
+        """One side's result, or {"failed": the last lines and the file of what it printed}."""
+        folder = Path(tempfile.mkdtemp(dir=self.work))
+        (folder / "policy").symlink_to(self.work / "policy")
+        chosen = self.pairs.select(range(case.steps * case.pairs_per_step))
+        write_pairs(folder / "pairs.safetensors", chosen)
+        task, log = folder / "task.json", folder / "log"
+        asked = {"case": asdict(case), "system": side, "settings": settings}
+        write_json(task, asked | {"trace": self.trace and case.steps > PARITY_STEPS})
+        variables = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        # One place for all runs, so that the second need not compile again.
+        compiled = Path(tempfile.gettempdir(), "notus-inductor")
+        variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        if not torch.cuda.is_available():
+            variables |= {"OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}
+        command = [sys.executable, "-m", "benchmarks.train_speed", "--task", str(task)]
+        with log.open("wb") as handle:
+            done = subprocess.run(
+                command, cwd=REPOSITORY, env=variables, stdout=handle, stderr=subprocess.STDOUT
+            )
+        if done.returncode == 0:
+            result = json.loads(task.with_suffix(".result").read_text())
+        else:
+            self.failures += 1
+            kept = self.report.with_suffix(f".failed-{self.failures}.txt")
+            shutil.copy(log, kept)
+            said = [line for line in log.read_text().splitlines() if line.strip()][-3:]
+            words = "\n".join([*said, f"all that it printed: {kept}"])
+            result = {"system": side, "settings": settings, "failed": words}
+        print(result.get("failed") or table([result]), flush=True)
+        return result
 
 
 # ---------------------------------------------------------------------------------- the comparison
@@ -547,34 +580,58 @@ def start(
 def compare_start(ours: Mapping[str, Any], theirs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Parity of two runs over the same steps: the worst relative differences, and the verdict."""
     worst: dict[str, Any] = {}
-    for name in ("log_probs", "loss", "grad_norm"):
+    for name in TOLERANCES[dtype]:
         both = np.array([ours[name], theirs[name]])
         worst[name] = float((np.abs(both[0] - both[1]) / np.abs(both).max(0)).max())
-    sequences, others = TOLERANCES[dtype]
-    worst["holds"] = worst["log_probs"] <= sequences and all(
-        worst[name] <= others for name in ("loss", "grad_norm")
-    )
-    return worst
+    return worst | {"holds": all(worst[name] <= most for name, most in TOLERANCES[dtype].items())}
 
 
-def best(results: Sequence[Mapping[str, Any]], system: str) -> Mapping[str, Any] | None:
+def read_parity(path: Path, case: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """ "parity" and "starts" of an earlier report. Raises UserError if they are of another case."""
+    earlier = json.loads(path.read_text())
+    if earlier["parity"] is None:
+        raise UserError(f"--parity {path}: found no parity of two sides in it")
+    for name in ("model", "pairs_per_step", "dtype", "optimizer", "learning_rate"):
+        if earlier["case"][name] != case[name]:
+            raise UserError(
+                f"--parity {path}: found {name} {earlier['case'][name]}, expected {case[name]}"
+            )
+    if earlier["data"] != data:
+        raise UserError(f"--parity {path}: found data {earlier['data']}, expected {data}")
+    return {name: earlier[name] for name in ("parity", "starts")}
+
+
+def check_memory(case: Case, state_dtype: str, available: int) -> None:
+    """Raise UserError if float32 weights, their gradients and the optimiser's state do not fit."""
+    width = 2 if state_dtype == "bfloat16" else 4
+    count = count_parameters(SHAPES[case.model])
+    needed = (8 + width * OPTIMIZER_STATES[case.optimizer]) * count
+    if needed > available:
+        raise UserError(
+            f"--model {case.model} with {case.optimizer}: weights, gradients and optimiser state "
+            f"take {needed:,} bytes before any activation, the GPU has {available:,}"
+        )
+
+
+def best(results: Sequence[Mapping[str, Any]], side: str) -> Mapping[str, Any] | None:
     """The fastest run of one side: on CUDA by the clock, on the CPU by processor time."""
     rate = "pairs_per_second" if torch.cuda.is_available() else "cpu_pairs_per_second"
-    runs = [run for run in results if run["system"] == system and "failed" not in run]
+    runs = [run for run in results if run["system"] == side and "failed" not in run]
     return max(runs, key=lambda run: run[rate], default=None)
 
 
-def pooled(results: Sequence[Mapping[str, Any]], system: str, name: str) -> float | None:
-    """The median of a value over all repeats of one side."""
-    values = [run[name] for run in results if run["system"] == system and "failed" not in run]
-    return statistics.median(values) if values else None
-
-
 def ratios(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Ours by TRL's, medians over the repeats."""
-    names = ("pairs_per_second", "cpu_pairs_per_second", "peak_memory_bytes")
-    found = {name: [pooled(results, side, name) for side in ("notus", "trl")] for name in names}
-    return {name: ours / theirs for name, (ours, theirs) in found.items() if ours and theirs}
+    """notus by TRL, medians over the repeats."""
+    found = {}
+    for name in ("pairs_per_second", "cpu_pairs_per_second", "peak_memory_bytes"):
+        sides = [
+            [run[name] for run in results if run["system"] == side and "failed" not in run]
+            for side in ("notus", "trl")
+        ]
+        if all(sides):
+            ours, theirs = map(statistics.median, sides)
+            found[name] = ours / theirs
+    return found
 
 
 def sweep_points(model: str) -> list[tuple[str, Settings]]:
@@ -645,25 +702,26 @@ def gpu_clock() -> str | None:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each run."""
-    lines = [
-        f"{'':<6}{'step s':>8}{'IQR':>7}{'pairs/s':>9}{'CPU':>8}{'real tok/s':>11}"
-        f"{'processed':>10}{'MFU':>6}{'HFU':>6}{'peak GiB':>9}{'ref s':>7}  settings"
-    ]
-    for run in results:
-        settings = " ".join(f"{key}={value}" for key, value in run["settings"].items())
-        if "failed" in run:
-            lines.append(f"{run['system']:<6} failed: {run['failed'].splitlines()[-1]}  {settings}")
-            continue
+    """One line for each run that did not fail."""
+    header = "side|step s|IQR|pairs/s|CPU|real tok/s|processed|MFU|HFU|peak GiB|ref s|settings"
+    rows = []
+    for run in (run for run in results if "failed" not in run):
         mfu, hfu = (run[f] if run[f] is not None else run[f"{f}_of_matmul"] for f in ("mfu", "hfu"))
-        lines.append(
-            f"{run['system']:<6}{run['median_seconds']:>8.3g}{run['iqr_seconds']:>7.2g}"
-            f"{run['pairs_per_second']:>9.3g}{run['cpu_pairs_per_second']:>8.3g}"
-            f"{run['real_tokens_per_second']:>11,.0f}{run['processed_tokens_per_second']:>10,.0f}"
-            f"{mfu:>6.0%}{hfu:>6.0%}{run['peak_memory_bytes'] / 2**30:>9.2f}"
-            f"{run.get('reference_seconds', 0.0):>7.1f}  {settings}"
+        names = ("median_seconds", "iqr_seconds", "pairs_per_second", "cpu_pairs_per_second")
+        rates = ("real_tokens_per_second", "processed_tokens_per_second")
+        rows.append(
+            [
+                run["system"],
+                *(run[name] for name in names),
+                *(round(run[name]) for name in rates),
+                mfu,
+                hfu,
+                run["peak_memory_bytes"] / 2**30,
+                run.get("reference_seconds"),
+                " ".join(f"{key}={value}" for key, value in run["settings"].items()),
+            ]
         )
-    return "\n".join(lines)
+    return text_table(header.split("|"), rows)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -681,6 +739,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=list(SHAPES), default="A" if cuda else "toy")
+    parser.add_argument("--sides", choices=[*RUNNERS, "both"], help="default: both, if TRL is here")
     parser.add_argument("--profile", choices=list(PROFILES), default="uf")
     parser.add_argument("--pairs", help="a preference file, instead of a profile")
     parser.add_argument("--format", help="of --pairs, as data.train[].format; default: detected")
@@ -688,16 +747,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs-per-step", type=int, default=64 if cuda else 8)
     parser.add_argument("--warm", type=int, help="steps before those that are timed")
     parser.add_argument("--steps", type=int, help="steps that are timed")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each side; 0: parity only")
+    parser.add_argument("--parity", type=Path, help="an earlier report to take parity from")
+    parser.add_argument("--trace", action="store_true", help="profile a warm step of notus")
     parser.add_argument("--sweep", action="store_true", help="look for each side's best settings")
     parser.add_argument("--optimizer", choices=["adamw", "rmsprop"], help="default: B rmsprop")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU")
     parser.add_argument("--trl", nargs="+", type=assignment, default=[], metavar="KEY=VALUE")
     parser.add_argument("--notus", nargs="+", type=assignment, default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path, help="write every value here")
+    parser.add_argument("--json", type=Path, default=Path("train_speed.json"), help="the report")
     parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    whole = options.model == "B"
+    if options.sides is None:
+        options.sides = "notus" if find_spec("trl") is None else "both"
+    if options.warm is None:
+        options.warm = 5 if options.trace else (3 if whole else 5) if cuda else 1
+    if options.steps is None:
+        options.steps = (6 if whole else 15) if cuda else 4
+    if (options.pairs is None) != (options.tokenizer is None):
+        parser.error("--pairs and --tokenizer: found one of them, expected both or neither")
+    if options.trace and options.warm < 4:
+        parser.error(f"--trace takes the third step: found --warm {options.warm}, expected 4")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -705,107 +778,117 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.task is not None:
         work_on(options.task)
         return 0
-    if (options.pairs is None) != (options.tokenizer is None):
-        raise UserError("--pairs and --tokenizer: found one of them, expected both or neither")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    warm, steps = options.warm, options.steps
-    if warm is None:
-        warm = (3 if options.model == "B" else 5) if cuda else 1
-    if steps is None:
-        steps = (6 if options.model == "B" else 15) if cuda else 4
     case = Case(
         model=options.model,
-        steps=warm + steps,
-        warm=warm,
+        steps=options.warm + options.steps,
+        warm=options.warm,
         pairs_per_step=options.pairs_per_step,
         dtype="bfloat16" if cuda else "float32",
         optimizer=options.optimizer or ("rmsprop" if options.model == "B" else "adamw"),
         learning_rate=options.learning_rate,
     )
-    parity_case = Case(**asdict(case) | {"steps": PARITY_STEPS, "warm": 0})
-    sides = ["notus"] if find_spec("trl") is None else ["trl", "notus"]
+    given = {"trl": dict(options.trl), "notus": dict(options.notus)}
+    data = options.pairs or options.profile
+    report: dict[str, Any] = {
+        "environment": environment(device, PACKAGES),
+        "threads": None if cuda else options.threads,
+        "case": asdict(case),
+        "data": data,
+        "seed": SEED,
+        "shape": asdict(SHAPES[case.model]),
+        "parity": None,
+        "sweep": [],
+        "starts": {},
+        "results": [],
+        "ratios": {},
+    }
+    if options.parity is not None:
+        report |= read_parity(options.parity, report["case"], data)
+    if cuda:
+        state_dtype = given["notus"].get("optimizer.state_dtype", "float32")
+        check_memory(case, state_dtype, torch.cuda.get_device_properties(0).total_memory)
     shape, count = SHAPES[case.model], max(case.steps, PARITY_STEPS) * case.pairs_per_step
     if options.pairs is None:
         pairs = random_pairs(options.profile, count, shape.vocab_size)
     else:
         pairs = real_pairs(options.pairs, options.format, options.tokenizer, count, SEED)
         assert pairs.tokens.max() < shape.vocab_size, "a tokenizer larger than the model"
-
-    chosen = best_known(case.model)
-    given = {"trl": dict(options.trl), "notus": dict(options.notus)}
-    parity, swept, results = None, [], []
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
         weights = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
-        write_policy(work / "policy", shape, weights)
-
-        def measure(what: Case, side: str, settings: Settings) -> dict[str, Any]:
-            run = start(what, side, settings, work, pairs, options.threads)
-            print(run.get("failed") or table([run]), flush=True)  # the machine may be taken away
-            return run
-
-        if options.sweep:
-            for side, settings in sweep_points(case.model):
-                if side in sides:
-                    merged = chosen[side] | settings | given[side]
-                    swept.append(measure(case, side, merged))
-            for side in sides:
-                winner = best(swept, side)
-                if winner is not None:
-                    chosen[side] = dict(winner["settings"])
-        chosen = {side: chosen[side] | given[side] for side in sides}
-        starts = {side: measure(parity_case, side, chosen[side]) for side in sides}
-        if len(sides) == 2 and not any("failed" in run for run in starts.values()):
-            parity = compare_start(starts["notus"], starts["trl"], case.dtype)
-        for _ in range(options.repeats):
-            results += [measure(case, side, chosen[side]) for side in sides]
-
-    report = {
-        "environment": environment(device, PACKAGES),
-        "threads": None if cuda else options.threads,
-        "gpu_at_end": gpu_clock(),
-        "case": asdict(case),
-        "data": options.pairs or options.profile,
-        "seed": SEED,
-        "shape": asdict(shape),
-        "parity": parity,
-        "sweep": swept,
-        "starts": starts,
-        "results": results,
-        "ratios": ratios(results) if parity and parity["holds"] else None,
-    }
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if swept:
-        print(f"\nsweep\n{table(swept)}")
-    print(f"\n{report['environment']}\n{case}, {report['data']}\n\n{table(results)}")
-    return verdict(report, sides)
+        write_policy(Path(folder, "policy"), shape, weights)
+        starter = Starter(Path(folder), pairs, options.json, options.threads, options.trace)
+        for _ in measure(case, options, given, starter.run, report):
+            write_json(options.json, report)  # the machine may be taken away
+    write_json(options.json, report | {"gpu_at_end": gpu_clock()})
+    print(f"\n{report['environment']}\n{case}, {data}\n")
+    if report["sweep"]:
+        print(f"sweep\n{table(report['sweep'])}\n")
+    print(table(report["results"]))
+    return verdict(report, options.sides == "both")
 
 
-def verdict(report: Mapping[str, Any], sides: Sequence[str]) -> int:
+def measure(
+    case: Case,
+    options: argparse.Namespace,
+    given: Mapping[str, Settings],
+    run: Callable[[Case, str, Settings], dict[str, Any]],
+    report: dict[str, Any],
+) -> Iterator[None]:
+    """All runs, of which the report is told; yields after each. given: settings of each side."""
+    sides = list(RUNNERS) if options.sides == "both" else [options.sides]
+    chosen = best_known(case.model)
+    if options.sweep:
+        for side, settings in sweep_points(case.model):
+            if side in sides:
+                report["sweep"].append(run(case, side, chosen[side] | settings | given[side]))
+                yield
+        for side in sides:
+            if (winner := best(report["sweep"], side)) is not None:
+                chosen[side] = dict(winner["settings"])
+    chosen = {side: chosen[side] | given[side] for side in sides}
+    if len(sides) == 2 and options.parity is None:
+        two_steps = replace(case, steps=PARITY_STEPS, warm=0)
+        starts = report["starts"]
+        for side in sides:
+            starts[side] = run(two_steps, side, chosen[side])
+            yield
+        if not any("failed" in start for start in starts.values()):
+            report["parity"] = compare_start(starts["notus"], starts["trl"], case.dtype)
+    for _ in range(options.repeats):
+        for side in sides:
+            report["results"].append(run(case, side, chosen[side]))
+            report["ratios"] = ratios(report["results"])
+            yield
+
+
+def verdict(report: Mapping[str, Any], compared: bool) -> int:
     """Print parity and ratios; the exit code, 1 if a run failed or parity does not hold."""
     failed = any("failed" in run for run in (*report["starts"].values(), *report["results"]))
-    parity = report["parity"]
-    if len(sides) < 2:
-        print("TRL is not installed: nothing to compare with")
+    for run in report["results"]:
+        if "trace" in run:
+            print(f"a step of {run['system']} took {run['trace']['words']}")
+        if "failed" not in run:
+            mfu = run["mfu"] if run["mfu"] is not None else run["mfu_of_matmul"]
+            print(f"{run['system']}: {run['pairs_per_second']:.3g} pairs/s, MFU {mfu:.1%}")
+    if not compared:
         return int(failed)
-    if parity is None:
-        print("parity: a run failed, no ratio")
-        return 1
-    differences = ", ".join(f"{name} {parity[name]:.1e}" for name in list(parity)[:3])
-    print(f"parity over {PARITY_STEPS} steps: {differences}")
-    if not parity["holds"]:
-        print("parity does not hold: no ratio")
-        return 1
-    found = report["ratios"]
-    if "pairs_per_second" in found:
-        print(
+    parity, found = report["parity"], report["ratios"]
+    held = "parity unknown: a run failed"
+    if parity is not None:
+        worst = ", ".join(f"{name} {parity[name]:.1e}" for name in TOLERANCES["float32"])
+        held = f"parity {'holds' if parity['holds'] else 'DOES NOT HOLD'} ({worst})"
+    words = "no ratio"
+    if found:
+        words = (
             f"notus / TRL: {found['pairs_per_second']:.2f} x pairs/s, "
             f"{found['cpu_pairs_per_second']:.2f} x per processor second, "
             f"{found['peak_memory_bytes']:.2f} x peak memory"
         )
-    return int(failed)
+    valid = parity is not None and parity["holds"]
+    print(f"{words}; {held}" if valid or not found else f"NOT VALID: {words}; {held}")
+    return int(failed or not valid)
 
 
 if __name__ == "__main__":
