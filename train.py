@@ -24,10 +24,9 @@ from notus.data.packing import pack_division
 from notus.data.planning import random_seed
 from notus.engine import distributed
 from notus.engine.distributed import accumulate
-from notus.engine.evaluation import evaluate
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
-from notus.engine.metrics import Meter, Verdict
+from notus.engine.metrics import Meter, Verdict, all_log_probs, evaluate, nonfinite_pairs
 from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts
@@ -35,7 +34,7 @@ from notus.errors import UserError
 from notus.generate.result import show_result
 from notus.generate.samples import record_samples
 from notus.objective.logprobs import pair_log_probs, score, token_log_probs
-from notus.objective.loss import Coupled, couple_step
+from notus.objective.loss import Coupled, couple
 from notus.objective.reference import follow
 from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 
@@ -108,7 +107,8 @@ def couple_pairs(run: Run, chosen: np.ndarray) -> Coupled:
     """A loss that couples the step's pairs, made additive by a pass without gradient."""
     policy = score(run.policy, run.pairs, chosen, run.rows, run.loss.uses_weights)
     reference = run.reference.of_pairs(chosen)
-    return couple_step(run.loss, policy, reference, run.pairs, chosen)
+    scored = all_log_probs(policy, reference, run.pairs.select(chosen))
+    return couple(run.loss, scored, torch.from_numpy(chosen).to(policy.device))
 
 
 def report_skipped(
@@ -118,7 +118,7 @@ def report_skipped(
 
     Collective. Raises UserError after train.max_nonfinite such steps in a row.
     """
-    pairs = meter.nonfinite_pairs() or sorted(chosen.tolist())
+    pairs = nonfinite_pairs(meter.last_seen) or sorted(chosen.tolist())
     path = run.output / NONFINITE_FILE
     values = {"loss": f"{verdict.loss:g}", "grad_norm": f"{verdict.grad_norm:g}"}
     what = " and ".join(f"{name} {value}" for name, value in values.items())

@@ -451,9 +451,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [row["method"] for row in report.get("results", []) if row.get("wrong")]
     if "results" in report and (last := report["results"][-1]).keys() >= {"forward"}:
         rates = [rows[0][label]["seconds"] / last[label]["seconds"] for label in PASSES]
-        print(
-            f"{last['method']}: {rates[0]:.0%} of the matrix product's rate, {rates[1]:.0%} with backward"
-        )
+        shares = f"forward {rates[0]:.0%}, with backward {rates[1]:.0%}"
+        print(f"{last['method']}: {shares} of the matrix products' rate")
     if wrong:
         print(f"error: wrong results from {', '.join(dict.fromkeys(wrong))}", file=sys.stderr)
     return int(bool(wrong))

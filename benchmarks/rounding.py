@@ -25,26 +25,27 @@ from benchmarks.train_speed import TINY, hf_config, random_pairs
 from notus.data.packing import Rows
 from notus.data.tokenization import TokenizedPairs
 from notus.files import write_json
+from notus.model.hf_config import ModelShape
 from notus.model.mistral import MistralForCausalLM
 from notus.objective.logprobs import response_sums, score
 from notus.objective.rounding import compare
 
-LOGITS_DEVIATION = 2.4  # about a trained model's
+LOGITS_DEVIATION = 2.4
 
 
-def random_model(model: MistralForCausalLM, device: torch.device, dtype: torch.dtype) -> None:
-    """Give weights: products keep the scale of what they multiply, logits deviate by 2.4."""
-    model.to_empty(device=device).to(dtype)
+def random_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> MistralForCausalLM:
+    """Products keep the scale of what they multiply; logits deviate by LOGITS_DEVIATION."""
+    with torch.device("meta"):
+        model = MistralForCausalLM(shape).to(dtype)
+    model.to_empty(device=device)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 1:
-                weight.fill_(1.0)
-            elif name.startswith("model.embed_tokens"):
-                weight.normal_()
-            else:
-                scale = LOGITS_DEVIATION if name.startswith("lm_head") else 1.0
-                weight.normal_(0.0, scale / weight.shape[1] ** 0.5)
+    for weight in model.state_dict().values():
+        if weight.dim() == 1:
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, weight.shape[1] ** -0.5)
+    model.state_dict()["lm_head.weight"].mul_(LOGITS_DEVIATION)
+    return model
 
 
 @torch.no_grad()
@@ -75,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = TINY if options.toy else MODELS["A"]
     pairs = random_pairs("uf", options.pairs, shape.vocab_size)
     lengths = torch.from_numpy(pairs.lengths[:, 1:])
-    with torch.device("meta"):
-        model = MistralForCausalLM(shape)
-    random_model(model, device, dtype)
+    model = random_model(shape, device, dtype)
 
     def packed(order: np.ndarray, budget: int) -> Tensor:
         flat = score(model, pairs, order, Rows(budget, True, device)).cpu()

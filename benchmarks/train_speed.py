@@ -54,7 +54,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
@@ -83,8 +83,7 @@ from notus.data.tokenization import TokenizedPairs, tokenize_pairs
 from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
 from notus.demo import CHAT_TEMPLATE
 from notus.dryrun.memory import OPTIMIZER_STATES
-from notus.engine.flops import model_flops, peak_flops
-from notus.engine.metrics import peak_memory_bytes
+from notus.engine.flops import model_flops, peak_flops, peak_memory_bytes
 from notus.errors import UserError
 from notus.files import write_json
 from notus.model.hf_config import ModelShape
@@ -125,48 +124,29 @@ class Case:
 
 def hf_config(shape: ModelShape) -> MistralConfig:
     """The shape as transformers' configuration."""
-    return MistralConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        rms_norm_eps=shape.rms_norm_eps,
-        sliding_window=shape.sliding_window,
-        tie_word_embeddings=False,
-        pad_token_id=None,
-        architectures=["MistralForCausalLM"],
-    )
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "sliding_window")
+    same = {name: getattr(shape, name) for name in names}
+    return MistralConfig(pad_token_id=None, architectures=["MistralForCausalLM"], **same)
 
 
 def write_policy(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
-    """A random model as a Hugging Face folder, one file per block, with a tokenizer of few words.
+    """A random model as a Hugging Face folder, with a tokenizer of few words.
 
     Weights are normal with deviation 0.02, as transformers initialises them; norms are 1.
     """
     folder.mkdir(parents=True)
-    with torch.device("meta"):
-        meta = MistralForCausalLM(shape).state_dict()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(SEED)
-
-    def value(name: str) -> torch.Tensor:
+    with torch.device("meta"):
+        tensors = MistralForCausalLM(shape).state_dict()
+    for name, weight in tensors.items():
         if name.endswith("norm.weight"):
-            return torch.ones(meta[name].shape, dtype=dtype)
-        drawn = torch.empty(meta[name].shape, dtype=dtype, device=device)
-        return drawn.normal_(0.0, 0.02, generator=generator).cpu()
-
-    files: dict[str, list[str]] = {}
-    for name in meta:
-        part = name.split(".")[2] if ".layers." in name else "rest"
-        files.setdefault(f"model-{part}.safetensors", []).append(name)
-    for file, names in files.items():
-        save_file({name: value(name) for name in names}, folder / file, metadata={"format": "pt"})
-    index = {name: file for file, names in files.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index})
-    )
+            tensors[name] = torch.ones(weight.shape, dtype=dtype)
+        else:
+            drawn = torch.empty(weight.shape, dtype=dtype, device=device)
+            tensors[name] = drawn.normal_(0.0, 0.02, generator=generator).cpu()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     hf_config(shape).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -251,33 +231,22 @@ def grouped_order(lengths: np.ndarray, case: Case) -> np.ndarray:
 # ------------------------------------------------------------------------------- one measured run
 
 
-class Clock:
-    """When each optimiser step ended: wall clock and this process's processor time, in seconds."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
-
-    def mark(self) -> None:
-        self.marks.append((time.perf_counter(), time.process_time()))
+def clock() -> tuple[float, float]:
+    """Wall clock and this process's processor time, in seconds."""
+    return time.perf_counter(), time.process_time()
 
 
-class NotSaved:
-    """In place of checkpoint.Saver: a benchmark leaves no checkpoints."""
+def timed(function: Callable[..., Any], found: dict[str, Any]) -> Callable[..., Any]:
+    """A function that notes down how long it takes, as that of the reference pass."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        pass
+    def call(*arguments: Any) -> Any:
+        began = clock()
+        result = function(*arguments)
+        wall, processor = (now - then for now, then in zip(clock(), began, strict=True))
+        found.update(reference_seconds=wall, reference_cpu_seconds=processor)
+        return result
 
-    def __enter__(self) -> "NotSaved":
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        pass
-
-    def save(self, *arguments: Any) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
+    return call
 
 
 def notus_overrides(case: Case, settings: Settings, work: Path) -> list[str]:
@@ -309,12 +278,14 @@ def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[s
     from notus.engine.log import MetricsLog
 
     pairs = read_pairs(work / "pairs.safetensors")
-    clock, found = Clock(), {}
-    loop, reference, write = train.train, build.build_references, MetricsLog.write
+    marks, found = [], {}
+    loop, write = train.train, MetricsLog.write
+    saver = MagicMock()  # nothing is saved
+    saver.return_value.__exit__.return_value = saver.return_value.wait.return_value = None
 
     def timed_write(log: MetricsLog, step: int, metrics: Mapping[str, float]) -> None:
         write(log, step, metrics)
-        clock.mark()  # step 0 too, before the first one begins
+        marks.append(clock())  # step 0 too, before the first one begins
 
     def train_and_stop(run: Any, *others: Any) -> bool:
         if case.steps == PARITY_STEPS:
@@ -327,13 +298,6 @@ def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[s
         loop(run, *others)
         return False  # as a signal would end it: nothing is exported
 
-    def timed_reference(*arguments: Any) -> Any:
-        began = time.perf_counter(), time.process_time()
-        result = reference(*arguments)
-        found["reference_seconds"] = time.perf_counter() - began[0]
-        found["reference_cpu_seconds"] = time.process_time() - began[1]
-        return result
-
     # Rows that only name the pairs: what they become is given.
     rows = [
         {"prompt": f"{i} ?", "chosen": f"{i} !", "rejected": f"{i} ."} for i in range(len(pairs))
@@ -342,10 +306,10 @@ def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[s
     data = SimpleNamespace(pairs=pairs, origins=[""] * len(pairs), counts={})
     replaced = (
         (build, "load_data", lambda *arguments: {"train": data}),
-        (build, "build_references", timed_reference),
+        (build, "build_references", timed(build.build_references, found)),
         (train, "train", train_and_stop),
         (MetricsLog, "write", timed_write),
-        (start, "Saver", NotSaved),
+        (start, "Saver", saver),
         (start, "hash_weights", lambda path, folder: {"path": path, "sha256": "random"}),
     )
     with ExitStack() as stack:
@@ -361,10 +325,9 @@ def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[s
     if trace:
         found["trace"] = summarize_trace(work / "notus/profile/trace-0.json.gz")
     slots = sum(rows * slots for rows, slots in found["rows"][case.warm :])
-    timed = pairs.lengths[case.warm * case.pairs_per_step :]
     return found | {
-        "marks": clock.marks,
-        "processed": asdict(packed(timed, slots)),
+        "marks": marks,
+        "processed": asdict(packed(pairs.lengths[case.warm * case.pairs_per_step :], slots)),
         "loss": [line["loss"] for line in logged],
         "grad_norm": [line["grad_norm"] for line in logged],
     }
@@ -391,18 +354,14 @@ def run_trl(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str
     for index in order:
         for column, part in zip(columns.values(), pairs.parts(index), strict=True):
             column.append(pairs.tokens[part].tolist())
-    clock, batches, found = Clock(), [], {}
+    marks, batches, found = [], [], {}
 
     class TimedTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
             return dataset
 
         def _precompute_ref_logps(self, *arguments: Any) -> Any:
-            began = time.perf_counter(), time.process_time()
-            result = super()._precompute_ref_logps(*arguments)
-            found["reference_seconds"] = time.perf_counter() - began[0]
-            found["reference_cpu_seconds"] = time.process_time() - began[1]
-            return result
+            return timed(super()._precompute_ref_logps, found)(*arguments)
 
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             batches.append(list(inputs["input_ids"].shape))
@@ -410,11 +369,11 @@ def run_trl(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str
 
     class Marks(TrainerCallback):
         def on_train_begin(self, *arguments: Any, **options: Any) -> None:
-            clock.mark()
+            marks.append(clock())
 
         def on_log(self, *arguments: Any, **options: Any) -> None:
-            if len(clock.marks) <= case.steps:  # not the summary at the end
-                clock.mark()
+            if len(marks) <= case.steps:  # not the summary at the end
+                marks.append(clock())
 
     cuda = torch.cuda.is_available()
     microbatch = min(settings.pop("per_device_train_batch_size", 8), case.pairs_per_step)
@@ -460,7 +419,7 @@ def run_trl(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str
     per_step = case.pairs_per_step // microbatch
     scored = float(pairs.lengths[case.warm * case.pairs_per_step :, 1:].sum())
     return found | {
-        "marks": clock.marks,
+        "marks": marks,
         "processed": asdict(padded(batches[case.warm * per_step :], scored)),
         "loss": [entry["loss"] for entry in logged],
         "grad_norm": [entry["grad_norm"] for entry in logged],
@@ -529,49 +488,39 @@ def work_on(task: Path) -> None:
     write_json(task.with_suffix(".result"), result | summarize(case, side, settings, pairs, run))
 
 
-class Starter:
-    """Starts runs, each in a process and a folder of its own under `work`, which has the policy.
+def start(
+    case: Case, side: str, settings: Settings, work: Path, pairs: TokenizedPairs,
+    options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Run one side in a new process; its result, or {"failed": the last lines that it printed}.
 
-    report: the path of the report; what a failed run printed is put next to it.
+    work: holds the policy. All that a failed run printed is kept next to the report.
     """
-
-    def __init__(
-        self, work: Path, pairs: TokenizedPairs, report: Path, threads: int, trace: bool
-    ) -> None:
-        self.work, self.pairs, self.report = work, pairs, report
-        self.threads, self.trace, self.failures = str(threads), trace, 0
-
-    def run(self, case: Case, side: str, settings: Settings) -> dict[str, Any]:
-        """One side's result, or {"failed": the last lines and the file of what it printed}."""
-        folder = Path(tempfile.mkdtemp(dir=self.work))
-        (folder / "policy").symlink_to(self.work / "policy")
-        chosen = self.pairs.select(range(case.steps * case.pairs_per_step))
-        write_pairs(folder / "pairs.safetensors", chosen)
-        task, log = folder / "task.json", folder / "log"
-        asked = {"case": asdict(case), "system": side, "settings": settings}
-        write_json(task, asked | {"trace": self.trace and case.steps > PARITY_STEPS})
-        variables = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        # One place for all runs, so that the second need not compile again.
-        compiled = Path(tempfile.gettempdir(), "notus-inductor")
-        variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
-        if not torch.cuda.is_available():
-            variables |= {"OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}
-        command = [sys.executable, "-m", "benchmarks.train_speed", "--task", str(task)]
-        with log.open("wb") as handle:
-            done = subprocess.run(
-                command, cwd=REPOSITORY, env=variables, stdout=handle, stderr=subprocess.STDOUT
-            )
-        if done.returncode == 0:
-            result = json.loads(task.with_suffix(".result").read_text())
-        else:
-            self.failures += 1
-            kept = self.report.with_suffix(f".failed-{self.failures}.txt")
-            shutil.copy(log, kept)
-            said = [line for line in log.read_text().splitlines() if line.strip()][-3:]
-            words = "\n".join([*said, f"all that it printed: {kept}"])
-            result = {"system": side, "settings": settings, "failed": words}
-        print(result.get("failed") or table([result]), flush=True)
-        return result
+    folder = Path(tempfile.mkdtemp(prefix=f"failed-{side}-", dir=work))
+    (folder / "policy").symlink_to(work / "policy")
+    write_pairs(folder / "pairs.safetensors", pairs.select(range(case.steps * case.pairs_per_step)))
+    task, log = folder / "task.json", folder / "log"
+    asked = {"case": asdict(case), "system": side, "settings": settings}
+    write_json(task, asked | {"trace": options.trace and case.steps > PARITY_STEPS})
+    variables = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    # One place for all runs, so that the second need not compile again.
+    compiled = Path(tempfile.gettempdir(), "notus-inductor")
+    variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    if not torch.cuda.is_available():
+        threads = str(options.threads)
+        variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "benchmarks.train_speed", "--task", str(task)]
+    with log.open("wb") as handle:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=variables, stdout=handle, stderr=subprocess.STDOUT
+        )
+    if done.returncode == 0:
+        return json.loads(task.with_suffix(".result").read_text())
+    kept = options.json.with_name(f"{options.json.stem}.{folder.name}.txt")
+    shutil.copy(log, kept)
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    words = "\n".join([*said[-3:], f"all that it printed: {kept}"])
+    return {"system": side, "settings": settings, "failed": words}
 
 
 # ---------------------------------------------------------------------------------- the comparison
@@ -586,18 +535,15 @@ def compare_start(ours: Mapping[str, Any], theirs: Mapping[str, Any], dtype: str
     return worst | {"holds": all(worst[name] <= most for name, most in TOLERANCES[dtype].items())}
 
 
-def read_parity(path: Path, case: Mapping[str, Any], data: str) -> dict[str, Any]:
+def read_parity(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """ "parity" and "starts" of an earlier report. Raises UserError if they are of another case."""
     earlier = json.loads(path.read_text())
+    for name, value in expected.items():
+        found = (earlier["case"] | earlier)[name]
+        if found != value:
+            raise UserError(f"--parity {path}: {name}: found {found}, expected {value}")
     if earlier["parity"] is None:
-        raise UserError(f"--parity {path}: found no parity of two sides in it")
-    for name in ("model", "pairs_per_step", "dtype", "optimizer", "learning_rate"):
-        if earlier["case"][name] != case[name]:
-            raise UserError(
-                f"--parity {path}: found {name} {earlier['case'][name]}, expected {case[name]}"
-            )
-    if earlier["data"] != data:
-        raise UserError(f"--parity {path}: found data {earlier['data']}, expected {data}")
+        raise UserError(f"--parity {path}: it holds no parity of two sides")
     return {name: earlier[name] for name in ("parity", "starts")}
 
 
@@ -634,71 +580,51 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def sweep_points(model: str) -> list[tuple[str, Settings]]:
-    """Settings of both sides that may be the best, and TRL's defaults."""
-    size = "per_device_train_batch_size"
-    defaults = {
-        "grouped": False,
-        "gradient_checkpointing": True,
-        "precompute_ref_log_probs": False,
-    }
-    if model in ("toy", "tiny"):
-        points = [*(("trl", {size: count}) for count in (1, 2, 4)), ("trl", defaults)]
-        return points + [
-            ("notus", {"data.tokens_per_microbatch": tokens}) for tokens in (2048, 4096, 8192)
-        ]
-    return [
-        *(("trl", {size: count}) for count in (4, 8, 16, 32)),
-        ("trl", {size: 8, "gradient_checkpointing": True}),
-        ("trl", {size: 8, "attn_implementation": "flex_attention"}),
-        ("trl", {size: 8, "torch_compile": True}),
-        ("trl", {size: 8, "use_liger_kernel": True}),
-        ("trl", {size: 8, "weights": "bfloat16"}),
-        ("trl", defaults),
+# What each side gets where there was no sweep: the best of the sweeps in RESULTS.md.
+WHOLE = {
+    "trl": "per_device_train_batch_size=8 gradient_checkpointing=true",
+    "notus": "parallel.activation_checkpointing=selective",
+}
+PART = {
+    "trl": "per_device_train_batch_size=8",
+    "notus": "parallel.activation_checkpointing=none",
+}
+SMALL = {
+    "trl": "per_device_train_batch_size=2",
+    "notus": "parallel.activation_checkpointing=none data.tokens_per_microbatch=8192",
+}
+KNOWN = {"A": PART, "B": WHOLE, "toy": SMALL, "tiny": SMALL}
+TRL_DEFAULTS = "grouped=false gradient_checkpointing=true precompute_ref_log_probs=false"
+# What a sweep tries on top of that: settings that may be the best, and TRL's defaults.
+SWEEP_SMALL = {
+    "trl": [*(f"per_device_train_batch_size={count}" for count in (1, 2, 4)), TRL_DEFAULTS],
+    "notus": [f"data.tokens_per_microbatch={slots}" for slots in (2048, 4096, 8192)],
+}
+SWEEP = {
+    "trl": [
+        *(f"per_device_train_batch_size={count}" for count in (4, 8, 16, 32)),
+        "gradient_checkpointing=true",
+        "attn_implementation=flex_attention",
+        "torch_compile=true",
+        "use_liger_kernel=true",
+        "weights=bfloat16",
+        TRL_DEFAULTS,
+    ],
+    "notus": [
         *(
-            (
-                "notus",
-                {"parallel.activation_checkpointing": mode, "data.tokens_per_microbatch": tokens},
-            )
+            f"parallel.activation_checkpointing={mode} data.tokens_per_microbatch={slots}"
             for mode in ("none", "selective")
-            for tokens in (8192, 16384)
+            for slots in (8192, 16384)
         ),
-        ("notus", {"parallel.attention": "varlen"}),
-        (
-            "notus",
-            {"parallel.activation_checkpointing": "none", "parallel.keep_gathered": True},
-        ),
-    ]
+        "parallel.attention=varlen",
+        "parallel.activation_checkpointing=none parallel.keep_gathered=true",
+    ],
+}
 
 
-def best_known(model: str) -> dict[str, Settings]:
-    """Each side's settings where there was no sweep: those of the sweeps in RESULTS.md."""
-    if model in ("toy", "tiny"):
-        return {
-            "trl": {"per_device_train_batch_size": 2},
-            "notus": {
-                "data.tokens_per_microbatch": 8192,
-                "parallel.activation_checkpointing": "none",
-            },
-        }
-    whole = model == "B"
-    return {
-        "trl": {"per_device_train_batch_size": 8, "gradient_checkpointing": whole},
-        "notus": {"parallel.activation_checkpointing": "selective" if whole else "none"},
-    }
-
-
-def gpu_clock() -> str | None:
-    """The GPU's clocks, temperature and power now, as nvidia-smi gives them."""
-    if not torch.cuda.is_available():
-        return None
-    query = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
+def settings_in(words: str) -> Settings:
+    """ "key=value key=value" as settings."""
+    return dict(map(assignment, words.split()))
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -706,21 +632,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     header = "side|step s|IQR|pairs/s|CPU|real tok/s|processed|MFU|HFU|peak GiB|ref s|settings"
     rows = []
     for run in (run for run in results if "failed" not in run):
-        mfu, hfu = (run[f] if run[f] is not None else run[f"{f}_of_matmul"] for f in ("mfu", "hfu"))
         names = ("median_seconds", "iqr_seconds", "pairs_per_second", "cpu_pairs_per_second")
         rates = ("real_tokens_per_second", "processed_tokens_per_second")
-        rows.append(
-            [
-                run["system"],
-                *(run[name] for name in names),
-                *(round(run[name]) for name in rates),
-                mfu,
-                hfu,
-                run["peak_memory_bytes"] / 2**30,
-                run.get("reference_seconds"),
-                " ".join(f"{key}={value}" for key, value in run["settings"].items()),
-            ]
-        )
+        row = [run["system"], *(run[name] for name in names), *(round(run[name]) for name in rates)]
+        row += [run[f] if run[f] is not None else run[f"{f}_of_matmul"] for f in ("mfu", "hfu")]
+        row += [run["peak_memory_bytes"] / 2**30, run.get("reference_seconds")]
+        rows.append([*row, " ".join(f"{key}={value}" for key, value in run["settings"].items())])
     return text_table(header.split("|"), rows)
 
 
@@ -805,7 +722,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ratios": {},
     }
     if options.parity is not None:
-        report |= read_parity(options.parity, report["case"], data)
+        same = ("model", "pairs_per_step", "dtype", "optimizer", "learning_rate")
+        expected = {name: report["case"][name] for name in same} | {"data": data}
+        report |= read_parity(options.parity, expected)
     if cuda:
         state_dtype = given["notus"].get("optimizer.state_dtype", "float32")
         check_memory(case, state_dtype, torch.cuda.get_device_properties(0).total_memory)
@@ -818,10 +737,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         weights = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
         write_policy(Path(folder, "policy"), shape, weights)
-        starter = Starter(Path(folder), pairs, options.json, options.threads, options.trace)
-        for _ in measure(case, options, given, starter.run, report):
+
+        def run(case: Case, side: str, settings: Settings) -> dict[str, Any]:
+            result = start(case, side, settings, Path(folder), pairs, options)
+            print(result.get("failed") or table([result]), flush=True)
+            return result
+
+        for _ in measure(case, options, given, run, report):
             write_json(options.json, report)  # the machine may be taken away
-    write_json(options.json, report | {"gpu_at_end": gpu_clock()})
     print(f"\n{report['environment']}\n{case}, {data}\n")
     if report["sweep"]:
         print(f"sweep\n{table(report['sweep'])}\n")
@@ -838,11 +761,13 @@ def measure(
 ) -> Iterator[None]:
     """All runs, of which the report is told; yields after each. given: settings of each side."""
     sides = list(RUNNERS) if options.sides == "both" else [options.sides]
-    chosen = best_known(case.model)
+    known = KNOWN[case.model]
+    chosen = {side: settings_in(known[side]) for side in sides}
     if options.sweep:
-        for side, settings in sweep_points(case.model):
-            if side in sides:
-                report["sweep"].append(run(case, side, chosen[side] | settings | given[side]))
+        for side in sides:
+            for words in (SWEEP_SMALL if known is SMALL else SWEEP)[side]:
+                settings = chosen[side] | settings_in(words) | given[side]
+                report["sweep"].append(run(case, side, settings))
                 yield
         for side in sides:
             if (winner := best(report["sweep"], side)) is not None:

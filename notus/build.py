@@ -25,7 +25,7 @@ from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.errors import UserError, agreed
-from notus.generate.prompts import Prompt, check_prompts, read_prompt_set
+from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
@@ -205,7 +205,8 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
         if config.evaluation.samples is not None:
-            check_prompts(config.evaluation.samples.prompts, models.tokenizer)
+            path = config.evaluation.samples.prompts
+            check_template(read_prompt_set(path).prompts, path, tokenizer)
     wanted = config.data.eval
     holdout = wanted if isinstance(wanted, Holdout) else None
     datasets = load_datasets(

@@ -22,9 +22,10 @@ from notus.data.tokenization import TokenizedPairs
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
+from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog
-from notus.engine.metrics import Meter, Progress, Speed
+from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.errors import UserError, agreed
 from notus.kernels.dispatch import check_backend
@@ -137,7 +138,7 @@ def open_run(
         plan=plan,
         rows=rows,
         pairs=pairs,
-        origins=data["train"].origins,
+        origins=[pair.where for pair in data["train"].kept],
         held_out=held_out,
         policy=policy,
         reference=references[0],

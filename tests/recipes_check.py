@@ -5,19 +5,26 @@ Not a test itself: tests/test_docs.py runs it there, `python recipes_check.py CO
 
 import json
 import math
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import train
-from notus.data.packing import Layout
+from notus.data.packing import CHOSEN, Layout
 from notus.data.planning import Plan
-from notus.model.attention import may_attend
+from notus.dryrun.memory import block_bytes_kept, unit_sizes
+from notus.engine.metrics import pair_metrics
+from notus.model.attention import build_mask, may_attend
 from notus.model.hf_config import read_shape
-from notus.model.mistral import Block
+from notus.model.mistral import Block, MistralForCausalLM
+from notus.objective.logprobs import hidden_similarity
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
 
@@ -36,6 +43,15 @@ pairs = PairLogProbs(
 )
 expected = [math.log(2), -math.log(0.5 + math.atan(0.2 * 1.5) / math.pi)]
 torch.testing.assert_close(loss(pairs), torch.tensor(expected, dtype=torch.float64))
+
+# The metric: all chosen log-probs, divided by all of their tokens.
+top, bottom = pair_metrics(loss(pairs), pairs, loss)["logps/chosen_per_token"]
+assert top / bottom == (0.0 + 1.5) / (2 + 2)
+
+# The loss on hidden states: the cosine of the mean states of two tokens and of one, by hand.
+states = torch.tensor([[1.0, 0.0], [1.0, 2.0], [3.0, 0.0]])  # mean of the first two: (1, 1)
+cosine = hidden_similarity(states, torch.tensor([[2, 1]]))
+torch.testing.assert_close(cosine, torch.tensor([1 / math.sqrt(2)]))
 
 # The order: from short to long in the first epoch, every pair once; not so in the second.
 lengths = np.random.default_rng(0).integers(10, 90, 50)
@@ -99,8 +115,65 @@ block.input_layernorm, block.post_attention_layernorm = nn.Identity(), nn.Identi
 x_TD = torch.randn(3, 4)
 torch.testing.assert_close(block(x_TD, None, None), 6 * x_TD)
 
+# The architecture: a causal row, through a block that computes one part after the other.
+parallel = Block.forward
+
+
+def one_after_the_other(self: Block, x_TD: Tensor, *others: object) -> Tensor:
+    x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), *others)
+    return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+Block.forward = one_after_the_other
+torch.manual_seed(0)
+theirs = transformers.Qwen3ForCausalLM(
+    transformers.Qwen3Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.15,
+    )
+).eval()
+for name, parameter in theirs.named_parameters():
+    if "norm" in name:  # ones would hide an error
+        nn.init.normal_(parameter, mean=1.0, std=0.2)
+theirs.save_pretrained(output / "qwen3")
+shape = read_shape(output / "qwen3")
+ours = MistralForCausalLM(shape)
+ours.load_state_dict(theirs.state_dict())
+tokens, slots = torch.randint(0, 97, (23,)), torch.arange(23)
+same = torch.zeros(23, dtype=torch.int32)
+layout = Layout(document=same, branch=same + CHOSEN, position=slots, hidden=same.bool())
+logits, _ = ours(tokens, slots, build_mask(layout, None, "dense"), slots, None)
+torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], rtol=1e-5, atol=1e-5)
+# The dry run knows both architectures; per slot q/k norm keeps three float32 copies of its input.
+mistral = read_shape(Path(policy))
+assert unit_sizes(shape).block - unit_sizes(replace(shape, qk_norm=False)).block == 2 * 32
+assert not mistral.qk_norm and unit_sizes(mistral)
+kept = [block_bytes_kept(replace(shape, qk_norm=norm), 4, "none", False) for norm in (True, False)]
+assert kept[0] - kept[1] == 3 * 4 * (4 + 2) * 32
+
 # With all diffs at once a run still trains, and the loss starts at its documented value.
-keys = ["loss.name=cauchy", "loss.beta=0.2", f"output_dir={output}"]
-assert train.main([str(configuration), *keys]) == 0
-first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
-assert abs(first["eval_loss"] - math.log(2)) < 1e-5, first
+Block.forward = parallel
+runs = []
+for budget in (1024, 256):
+    folder = output / str(budget)
+    keys = ["loss.name=cauchy", "loss.beta=0.2", f"data.tokens_per_microbatch={budget}"]
+    assert train.main([str(configuration), *keys, f"output_dir={folder}"]) == 0
+    runs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+start, first, _ = runs[0]
+assert abs(start["eval_loss"] - math.log(2)) < 1e-5, start
+# The loss on hidden states starts between 0 and its weight, and does not depend on the packing.
+assert 1e-3 < first["loss"] - math.log(2) < 0.1, first
+for name in ("loss", "grad_norm", "logps/chosen_per_token"):
+    assert math.isclose(first[name], runs[1][1][name], rel_tol=1e-4), (name, runs)
+
+# The log of single tokens: the last step's.
+board = EventAccumulator(str(output / "1024/tensorboard")).Reload()
+(event,) = board.Tensors("tokens/text_summary")
+lines = event.tensor_proto.string_val[0].decode().splitlines()
+assert event.step == 2 and all(re.match(r"`[+-]\d+\.\d{3} .+`", line) for line in lines), lines

@@ -1,12 +1,12 @@
-"""The documents say what the code says: diffs apply, commands run, messages exist."""
+"""The documents match the code: diffs apply, commands run, messages exist."""
 
 import ast
-import importlib
 import importlib.util
 import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def script(name: str) -> ModuleType:
-    """docs/<name>.py, which belongs to no package."""
+    """The module docs/<name>.py, which is in no package."""
     specification = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -45,11 +45,11 @@ def test_the_picture_of_a_row_is_generated():
 def test_the_configuration_page_is_generated():
     written = (ROOT / "docs/configuration.md").read_text()
     assert written == script("generate").configuration(), "run python docs/generate.py"
-    assert not re.findall(r"^.*\|\s+\|$", written, re.M)  # a key without a word of its meaning
+    assert not re.findall(r"^.*\|\s+\|$", written, re.M)  # a key without a meaning
 
 
 def test_the_hardware_page_is_generated():
-    """One GPU of the table, which one H200 is enough for."""
+    """One row of the table; for the H200 a single GPU is enough, which is quick to compute."""
     generate = script("generate")
     row = generate.hardware_row(generate.notus_estimate(), gpu_named("h200"))
     written = (ROOT / "docs/hardware.md").read_text()
@@ -65,7 +65,7 @@ def test_the_readme_says_what_the_hardware_page_says():
 
 
 def test_lengths_of_the_hardware_page():
-    """Drawn pairs have the stated quantiles, but for what is cut: no pair is over 1,024 tokens."""
+    """Drawn pairs have the stated quantiles, except where they are cut to 1,024 tokens."""
     generate = script("generate")
     lengths = generate.ultrafeedback_like(20_000, 1024).lengths
     assert (lengths[:, 0] + lengths[:, 1:].max(1)).max() == 1024
@@ -83,7 +83,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_messages_that_troubleshooting_quotes_exist():
-    """Each `quoted` symptom that is a message; "..." stands for what varies."""
+    """Each `quoted` symptom of several words is a message, in which "..." is what varies."""
     constants = {
         node.value
         for path in (*ROOT.glob("notus/**/*.py"), ROOT / "train.py")
@@ -104,13 +104,13 @@ OVERRIDE = r"[a-z_]+(\.\w+)+=.*"
 
 
 def spans(page: Path) -> list[str]:
-    """What stands between single backquotes outside of code blocks, each on one line."""
+    """The texts between single backquotes outside of code blocks, each on one line."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
 def words_of(span: str) -> list[str]:
-    """A span as a shell reads it, without variables set in front; nothing if it is no command."""
+    """The words of a span as a shell reads it, without leading assignments; [] if it cannot."""
     try:
         words = shlex.split(span)
     except ValueError:  # an apostrophe
@@ -122,7 +122,7 @@ SPANS = [(page, span) for page in [*PAGES, RESULTS] for span in dict.fromkeys(sp
 
 
 def options_in(*files: Path) -> set[str]:
-    """All --options that stand in the sources."""
+    """All --options in the string constants of the sources."""
     found = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -132,9 +132,9 @@ def options_in(*files: Path) -> set[str]:
 
 
 def script_of(words: list[str]) -> Path | None:
-    """The file that a command starts, None if it starts no Python of this project.
+    """The file that a command starts; None if it starts no Python of this project.
 
-    torchrun's own options must be ones that it knows.
+    Exits for an option that torchrun does not know.
     """
     program, *arguments = words
     if program == "torchrun":
@@ -160,13 +160,12 @@ COMMANDS_WITHIN = [
     ("page", "span"), COMMANDS_WITHIN, ids=lambda value: getattr(value, "name", value)
 )
 def test_a_command_in_a_sentence_can_be_given(page, span):
-    """Its file is there and knows its options."""
+    """Its file exists and knows its options."""
     words = words_of(span)
     script = script_of(words)
     assert script is not None and script.is_file(), span
-    known = options_in(
-        script, *((ROOT / "notus").rglob("*.py") if script.name == "eval.py" else ())
-    )
+    package = {"eval.py": ROOT / "notus", "__init__.py": script.parent}.get(script.name)
+    known = options_in(script, *(package.rglob("*.py") if package else ()))
     known |= set(get_args_parser()._option_string_actions) if words[0] == "torchrun" else set()
     assert not {word for word in words if word.startswith("--")} - known - {"--help"}, span
 
@@ -187,7 +186,7 @@ def test_options_in_a_sentence_exist():
 
 
 def test_overrides_in_a_sentence_are_accepted():
-    """Together, by the configuration that stands beside them, or the recipe's."""
+    """All overrides of a span together, by the configuration that it names or the recipe's."""
     checked = 0
     for _, span in SPANS:
         words = words_of(span)
@@ -210,7 +209,7 @@ def test_extras_in_a_sentence_exist():
 
 @pytest.mark.slow
 def test_recipes_apply_and_do_what_they_say(small, tmp_path):
-    """All diffs of docs/recipes.md on a copy of the sources; recipes_check.py looks at it."""
+    """All diffs of docs/recipes.md on a copy of the sources, which recipes_check.py then checks."""
     copy = tmp_path / "copy"
     ignored = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(ROOT / "notus", copy / "notus", ignore=ignored)
@@ -218,9 +217,9 @@ def test_recipes_apply_and_do_what_they_say(small, tmp_path):
     for file in (ROOT / "train.py", ROOT / "tests/recipes_check.py"):
         shutil.copy(file, copy)
     diffs = re.findall(r"```diff\n(.+?)```", (ROOT / "docs/recipes.md").read_text(), re.S)
-    assert len(diffs) == 4
+    assert len(diffs) == 8
     for diff in diffs:
-        # No repository around the copy: the diffs must fit the files, whatever is committed.
+        # The copy is in no repository, so git compares the diffs with the files only.
         done = subprocess.run(
             ["git", "apply", "--verbose", "-"], cwd=copy, input=diff, text=True, capture_output=True
         )
@@ -243,7 +242,7 @@ def test_recipes_apply_and_do_what_they_say(small, tmp_path):
 # ------------------------------------------------------------------------------------ the commands
 
 PROGRAMS = ("python", "torchrun", "srun", "pip", "pytest", "mkdir")
-# Every command of the documents that is not run here, and why.
+# The commands of the documents that are not run here, and why.
 NOT_RUN = {
     "pip install -e .": ".ci/run does",
     "pip install -e '.[test]'": ".ci/run does",
@@ -255,7 +254,6 @@ NOT_RUN = {
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
 SUBSTITUTED = {"alpaca_eval": "alpaca_eval.jsonl", "mt_bench": "mt_bench.jsonl"}
-MAIN = {"notus.card": "notus.card.card", "notus.curation": "notus.curation.curate"}  # of folders
 SHORT_ANSWERS = ["--max-new-tokens", "4"]  # where something is generated
 
 
@@ -296,7 +294,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def small(demo, tmp_path_factory):
-    """A folder where the documents' paths and hub ids are small files, models and data."""
+    """A folder in which the documents' paths and hub ids are small models and data."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "configs").mkdir()
     for path in (ROOT / "configs").glob("*.json"):
@@ -307,7 +305,7 @@ def small(demo, tmp_path_factory):
     shutil.copytree(demo / "sft", folder / "alignment-handbook/zephyr-7b-sft-full")
     (folder / "openbmb/UltraFeedback").mkdir(parents=True)
     shutil.copy(demo / "preferences.jsonl", folder / "openbmb/UltraFeedback/train.jsonl")
-    # Absolute paths, for the recipes' check runs elsewhere.
+    # Absolute paths, because the recipes' check runs in another folder.
     pairs = folder / "argilla/ultrafeedback-binarized-preferences"
     assert curate.main([str(demo / "preferences.jsonl"), "--out", str(pairs)]) == 0
     notus = json.loads((folder / "configs/notus.json").read_text())
@@ -346,18 +344,21 @@ def small(demo, tmp_path_factory):
 
 
 def call(words: list[str]) -> int:
-    """Run a documented command in this process, torchrun's as a single one; its exit code."""
+    """Run a documented command in this process, those of torchrun as one rank; its exit code."""
     words = words[1:] if words[0] == "srun" else words
     program, *arguments = words
     if program == "mkdir":
         Path(arguments[-1]).mkdir(parents=True, exist_ok=True)
         return 0
     if program == "torchrun":
-        options = get_args_parser().parse_args(arguments)  # exits for what torchrun does not know
+        options = get_args_parser().parse_args(arguments)  # exits for an unknown option
         arguments = [options.training_script, *options.training_script_args]
     if arguments[0] == "-m":
-        module = MAIN.get(arguments[1], arguments[1])
-        return importlib.import_module(module).main(arguments[2:])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", arguments[1:])
+            patch.delitem(sys.modules, arguments[1], raising=False)  # imported by another test
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return ended.value.code
     script, *arguments = arguments
     if script == "eval.py":
         if arguments[0] in ("generate", "samples"):
@@ -402,4 +403,6 @@ def test_documented_commands_run(command, trained, monkeypatch):
     output = Path("runs/notus-7b-v1")
     if "train.py" in words and "--dry-run" not in words and output.exists():
         words.append(f"output_dir=runs/again-{COMMANDS.index(command)}")
+    if "--gpu" in words:
+        words.append("parallel.device=auto")  # the dry run of a GPU refuses the small one's "cpu"
     assert call(words) == 0, command

@@ -174,9 +174,6 @@ def pack(
     for start in range(cursor, slots, PADDING_SEGMENT):
         segments.append((NO_SLOTS, slice(start, min(start + PADDING_SEGMENT, slots))))
 
-    def joined(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts))
-
     indices = np.asarray(chosen_pairs, dtype=np.int64)
     return Microbatch(
         tokens=torch.from_numpy(tokens),
@@ -185,8 +182,8 @@ def pack(
             segments=None if hidden.any() else _join(segments, slots),
         ),
         pairs=torch.from_numpy(indices),
-        rows=joined(rows),
-        targets=joined(targets),
+        rows=torch.from_numpy(np.concatenate(rows)),
+        targets=torch.from_numpy(np.concatenate(targets)),
         lengths=torch.from_numpy(pairs.lengths[indices, 1:].reshape(-1, 2)),
     )
 

@@ -3,9 +3,8 @@
 rendezvous    how restarted ranks find each other
 distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
-flops         FLOPs of a step, and the known GPUs
-metrics       what a run measures
-evaluation    metrics over held-out pairs
+flops         FLOPs of a step, the known GPUs, speed
+metrics       what a run measures, in training and on held-out pairs
 log           metrics.jsonl, TensorBoard, progress on the console
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir

@@ -14,11 +14,10 @@ import train
 from faults import no_space_for_adapters
 from notus import build
 from notus.config import load_config
-from notus.data.planning import pairs_of_step
 from notus.model.lora import adapter_parameters, adapters_off
 from notus.model.weights import load_weights
 from ranks import run_ranks
-from runs import base_config, metrics, pairs_of, run, stored
+from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
 
 LORA = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
 SCALING = 2.0
@@ -448,5 +447,5 @@ def test_an_adapter_of_another_base_is_named(demo, tmp_path, capfd, options):
     arguments = [str(tmp_path / "config.json"), f"output_dir={output}", *options]
     assert train.main(arguments) == 2
     printed = capfd.readouterr().err
-    assert "q_proj.lora_A.weight has shape (2, 16), expected (2, 32)" in printed, printed
+    assert "q_proj.lora_A.weight: found (2, 16), expected (2, 32)" in printed, printed
     assert "made for another base" in printed and not output.exists()

@@ -9,6 +9,7 @@ import transformers
 from notus.errors import UserError
 from notus.model.hf_config import Llama3Rope, ModelShape, read_shape
 from notus.model.mistral import count_parameters
+from notus.strict import parse
 
 BASE = {
     "vocab_size": 97,
@@ -40,7 +41,7 @@ def test_a_recorded_shape_is_read_back(tmp_path):
     for changes in ({}, {"rope_scaling": LLAMA3, "rope_theta": 5e5, "sliding_window": 7}):
         shape = read(tmp_path, **changes)
         recorded = json.loads(json.dumps(asdict(shape)))
-        assert ModelShape.from_dict(recorded) == shape
+        assert parse(recorded, ModelShape) == shape
     assert shape.rope_scaling == Llama3Rope(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
     )
@@ -51,11 +52,11 @@ def test_a_shape_recorded_before_a_field_existed_has_its_default(tmp_path):
     recorded = asdict(shape)
     for later in ("mlp_bias", "rope_scaling", "sliding_window"):
         del recorded[later]
-    assert ModelShape.from_dict(recorded) == shape
+    assert parse(recorded, ModelShape) == shape
     with pytest.raises(UserError, match="^model_shape.q_norm: unknown key"):
-        ModelShape.from_dict(recorded | {"q_norm": True})
+        parse(recorded | {"q_norm": True}, ModelShape, "model_shape")
     with pytest.raises(UserError, match='^start.hidden_size: found "64", expected an integer'):
-        ModelShape.from_dict(recorded | {"hidden_size": "64"}, "start")
+        parse(recorded | {"hidden_size": "64"}, ModelShape, "start")
 
 
 def test_defaults_of_a_config_file(tmp_path):
