@@ -43,26 +43,26 @@ PARTS = (
     Part("tests", 180, "-m pytest -q -x -m gpu", "-m pytest -q tests/integration/test_cuda.py"),
     Part(
         "rounding",
-        60,
+        50,
         "-m benchmarks.rounding --json {json}",
         "-m benchmarks.rounding --toy --pairs 8 --json {json}",
     ),
     Part(
         "head",
-        70,
+        60,
         "-m benchmarks.head --usual --methods eager compile plain triton --json {json}",
         "-m benchmarks.head --toy --methods eager plain --json {json}",
     ),
     Part(
         "speed",
-        130,
-        "-m benchmarks.train_speed --model A --sides notus --trace --json {json}",
+        160,
+        "-m benchmarks.train_speed --model A --sides notus --steps 8 --trace --json {json}",
         "-m benchmarks.train_speed --model tiny --sides notus --trace --pairs-per-step 2 "
         "--steps 2 --json {json}",
     ),
     Part(
         "memory",
-        100,
+        90,
         "-m benchmarks.memory --json {json}",
         "-m benchmarks.memory --toy --ranks 1 --json {json}",
     ),
@@ -101,7 +101,7 @@ def run_part(part: Part, toy: bool, folder: Path) -> dict[str, str | float]:
         "part": part.name,
         "seconds": time.monotonic() - began,
         "outcome": outcome,
-        "last line": last[-1].strip()[:160] if last else "",
+        "last line": last[-1].strip()[:200] if last else "",
     }
 
 

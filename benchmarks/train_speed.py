@@ -303,7 +303,7 @@ def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[s
         {"prompt": f"{i} ?", "chosen": f"{i} !", "rejected": f"{i} ."} for i in range(len(pairs))
     ]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = SimpleNamespace(pairs=pairs, origins=[""] * len(pairs), counts={})
+    data = SimpleNamespace(pairs=pairs, kept=[SimpleNamespace(where="")] * len(pairs), counts={})
     replaced = (
         (build, "load_data", lambda *arguments: {"train": data}),
         (build, "build_references", timed(build.build_references, found)),
@@ -536,7 +536,7 @@ def compare_start(ours: Mapping[str, Any], theirs: Mapping[str, Any], dtype: str
 
 
 def read_parity(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """ "parity" and "starts" of an earlier report. Raises UserError if they are of another case."""
+    """What is known of parity from an earlier report. Raises UserError if its case is another."""
     earlier = json.loads(path.read_text())
     for name, value in expected.items():
         found = (earlier["case"] | earlier)[name]
@@ -623,7 +623,7 @@ SWEEP = {
 
 
 def settings_in(words: str) -> Settings:
-    """ "key=value key=value" as settings."""
+    """Settings from words, each key=value."""
     return dict(map(assignment, words.split()))
 
 
@@ -745,6 +745,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for _ in measure(case, options, given, run, report):
             write_json(options.json, report)  # the machine may be taken away
+    write_json(options.json, report)
     print(f"\n{report['environment']}\n{case}, {data}\n")
     if report["sweep"]:
         print(f"sweep\n{table(report['sweep'])}\n")
@@ -791,12 +792,10 @@ def measure(
 def verdict(report: Mapping[str, Any], compared: bool) -> int:
     """Print parity and ratios; the exit code, 1 if a run failed or parity does not hold."""
     failed = any("failed" in run for run in (*report["starts"].values(), *report["results"]))
-    for run in report["results"]:
-        if "trace" in run:
-            print(f"a step of {run['system']} took {run['trace']['words']}")
-        if "failed" not in run:
-            mfu = run["mfu"] if run["mfu"] is not None else run["mfu_of_matmul"]
-            print(f"{run['system']}: {run['pairs_per_second']:.3g} pairs/s, MFU {mfu:.1%}")
+    for run in (run for run in report["results"] if "failed" not in run):
+        mfu = run["mfu"] if run["mfu"] is not None else run["mfu_of_matmul"]
+        traced = f"; traced: a step of {run['trace']['words']}" if "trace" in run else ""
+        print(f"{run['system']}: {run['pairs_per_second']:.3g} pairs/s, MFU {mfu:.1%}{traced}")
     if not compared:
         return int(failed)
     parity, found = report["parity"], report["ratios"]
