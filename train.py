@@ -152,7 +152,7 @@ def show_samples(run: Run, log: MetricsLog, done: int) -> None:
     """Show the policy's current answers next to the reference's: samples.md and TensorBoard."""
     if run.config.evaluation.samples is None:
         return
-    answers = answer_samples(run.config, run.ranks, run.policy, run.source)
+    answers = answer_samples(run, run.policy)
     if run.ranks.first:
         prompts = sample_prompts(run.config)
         texts = run.reference_answers, answers
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config, ranks, lock, resume=options.resume, model_only=options.model_only
             )
             if run is not None and run_to_end(run, options.profile):
-                source, output = run.source, run.output
+                source, output = run.models.source, run.output
                 del run  # its models need the memory that the answering ones take
                 show_result(config, ranks, source, output)
     except UserError as error:

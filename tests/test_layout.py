@@ -19,6 +19,7 @@ ORDER = """
     data.tokenizer data.special_tokens data.token_arrays data.tokenization
     data.planning data.packing data.dataset
     kernels
+    model.intervals
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.reference_cache

@@ -185,7 +185,7 @@ def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -
       prompt's text, so neither the order of the rows nor other rows change it.
     - "lowest": the first with the lowest score.
     - "zephyr": drawn among all the others, equal scores included, by Python's `random`, seeded
-      for every row: HuggingFaceH4/ultrafeedback_binarized as it was first published.
+      for every row: the first published HuggingFaceH4/ultrafeedback_binarized.
 
     Completions without a score are ignored. Raises UserError if a rating is out of range.
     """

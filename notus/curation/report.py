@@ -106,7 +106,7 @@ def _draw(path: Path, title: str, values: Mapping[str, Sequence[float]]) -> None
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     edges = np.arange(low, high + 1.5 * width, width)
-    axes.hist(list(values.values()), edges, label=list(values))
+    axes.hist(list(values.values()), edges, align="left", label=list(values))
     axes.set(ylabel="count", title=title)
     figure.legend(loc="outside right upper")
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""What a run takes: the rows of its steps, the memory of a GPU, FLOPs and hours.
+"""The cost of a run: the rows of its steps, the memory of a GPU, FLOPs and hours.
 
 Sizes are in bytes, speeds in FLOP/s, times in hours.
 """
@@ -11,23 +11,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.build import build_plan
+from notus.build import build_plan, step_work
 from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import MemoryBudget, MemorySettings, ParameterCounts, memory_budget
-from notus.engine.flops import GIB, GPU, Work, forward_flops, hardware_flops, model_flops
+from notus.engine.flops import GIB, GPU, forward_flops, hardware_flops, model_flops
 from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
 
-# The part of a GPU's memory that tensors cannot have: CUDA's context, NCCL's buffers and the
-# workspaces of matrix products take about a fixed amount, and the allocator's gaps a share.
-# Estimates.
+# The part of a GPU's memory that tensors cannot have, an estimate: CUDA's context, NCCL's buffers
+# and the workspaces of matrix products take about a fixed amount, and the allocator's gaps a share.
 RESERVED = int(1.5 * GIB)
 USABLE_SHARE = 0.95
-# Share of the data-sheet peak at which all the FLOPs of a run are assumed to be done, whether they
-# count for the MFU or not. An assumption: published 7B trainings are between the outer two.
+# Share of the data-sheet peak at which all FLOPs are assumed to be done, whether they count for the
+# MFU or not: published 7B trainings are between the outer two.
 UTILISATION = (0.35, 0.45, 0.55)
 MOST_GPUS = 256  # tried
 SHORTEST_ROW = 1024  # slots: below, matrix products wait for the weights to be gathered
@@ -41,17 +40,13 @@ def usable(gpu: GPU) -> int:
 
 
 class RowCounts(NamedTuple):
-    """The rows of all steps, for one number of ranks and one token budget.
+    """The rows of all steps, for one number of ranks and one token budget."""
 
-    slots, scored: of the longest row and the most scored tokens of any. total: slots of all rows of
-    all ranks. microbatches: of all steps, on one rank; most: of one step.
-    """
-
-    slots: int
-    scored: int
-    total: int
-    microbatches: int
-    most: int
+    slots: int  # of the longest row
+    scored: int  # the most scored tokens of any row
+    total: int  # slots of all rows of all ranks
+    microbatches: int  # of all steps, on one rank
+    most: int  # microbatches of one step
 
 
 def count_rows(plan: Plan, pairs: TokenizedPairs, steps: Sequence[np.ndarray]) -> RowCounts:
@@ -159,11 +154,9 @@ class Estimate:
     @property
     def evaluations(self) -> int:
         """How often the held-out pairs are scored: at the start, when due, and at the end."""
-        if self.held_out is None:
-            return 0
-        steps, every = len(self.steps), self.config.evaluation.every
-        due = range(every, steps, every) if every else ()
-        return 2 + len(due)
+        every = self.config.evaluation.every
+        due = range(every, len(self.steps), every) if every else ()
+        return 0 if self.held_out is None else 2 + len(due)
 
     @property
     def flops(self) -> dict[str, float]:
@@ -173,14 +166,11 @@ class Estimate:
         reference, scoring the pairs first for a loss that couples them. reference: the pass for
         cached log-probs. evaluation: the held-out pairs, by the policy and an online reference.
         """
-        shape, held_out = self.shape, 0.0
+        shape, online = self.shape, self.reference == "online"
         trained = self.pairs.lengths[np.concatenate(self.steps)]
-        online, frozen = self.reference == "online", self.counts.frozen > 0
-        recomputed = self.config.parallel.activation_checkpointing == "full"
-        work = Work(frozen, recomputed, scorings=online + self.loss.couples_pairs * (1 + online))
-        model = model_flops(shape, trained, frozen)
-        if self.held_out is not None:
-            held_out = sum(forward_flops(shape, self.held_out.lengths))
+        work = step_work(self.config, self.loss)
+        model = model_flops(shape, trained, work.frozen)
+        held_out = sum(forward_flops(shape, self.held_out.lengths)) if self.held_out else 0.0
         once = held_out + sum(forward_flops(shape, self.pairs.lengths))
         return {
             "model": model,
@@ -200,11 +190,9 @@ def fewest_gpus(estimate: Estimate, gpu: GPU) -> Estimate | None:
     None if these are more than MOST_GPUS.
     """
     gpus = estimate.config.parallel.replicate
-    while gpus <= MOST_GPUS:
-        if (found := estimate.on_gpus(gpus)).fits(gpu):
-            return found
+    while gpus <= MOST_GPUS and not estimate.on_gpus(gpus).fits(gpu):
         gpus *= 2
-    return None
+    return estimate.on_gpus(gpus) if gpus <= MOST_GPUS else None
 
 
 def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:
@@ -214,20 +202,20 @@ def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:
     by itself; the last is the fewest GPUs on which the run fits.
     """
     config = estimate.config
-    changes: list[tuple[str, Any]] = [
-        ("parallel.keep_gathered", False),
-        ("parallel.activation_checkpointing", "full"),
-        ("optimizer.state_dtype", "bfloat16"),
-        ("parallel.cpu_offload", True),
-    ]
+    fixed = estimate.reference == "online" and config.reference.sync_every is None
     longest = slots_of(estimate.pairs.lengths, config.data.prefix_sharing).max()
-    if (half := config.data.tokens_per_microbatch // 2) >= max(longest, SHORTEST_ROW):
-        changes.insert(2, ("data.tokens_per_microbatch", half))
-    if estimate.reference == "online" and config.reference.sync_every is None:
-        changes.insert(0, ("reference.log_probs", "cached"))
-    for key, value in changes:
+    half = config.data.tokens_per_microbatch // 2
+    changes: list[tuple[str, Any, bool]] = [
+        ("reference.log_probs", "cached", fixed),
+        ("parallel.keep_gathered", False, True),
+        ("parallel.activation_checkpointing", "full", True),
+        ("data.tokens_per_microbatch", half, half >= max(longest, SHORTEST_ROW)),
+        ("optimizer.state_dtype", "bfloat16", True),
+        ("parallel.cpu_offload", True, True),
+    ]
+    for key, value, possible in changes:
         changed = estimate.with_setting(key, value)
-        if changed.config != config:
+        if possible and changed.config != config:
             yield f"{key}={value if isinstance(value, str) else json.dumps(value)}", changed
     if found := fewest_gpus(estimate, gpu):
         shard = f" parallel.shard={found.shard}" if config.parallel.shard else ""

@@ -73,9 +73,14 @@ _warn_once = cache(warn)
 class _Lines:
     """Standard error as a file for tqdm, in which each state of a bar is a line of its own."""
 
+    _last = ""
+
     def write(self, text: str) -> None:
-        if state := text.strip():  # without the carriage return
+        state = text.strip()  # without the carriage return
+        place = state.split(" of ")[0]
+        if place and place != self._last:  # closing the bar repeats a state that was due
             print(state, file=sys.stderr)
+            self._last = place
 
     def flush(self) -> None:
         sys.stderr.flush()

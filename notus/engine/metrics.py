@@ -1,4 +1,4 @@
-"""What a run measures: exact means over all pairs, in training and on held-out ones."""
+"""The measurements of a run: exact means over all pairs, in training and on held-out ones."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from notus.build import build_model, build_rows, find_models, load_data, make_loss
+from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset
-from notus.data.tokenization import TokenizedPairs
 from notus.engine import distributed
-from notus.engine.distributed import Ranks
 from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
@@ -92,12 +90,12 @@ def run(options: argparse.Namespace) -> None:
     ranks = distributed.start(options.device)
     with agreed():
         open_model(options.model)  # refuses an adapter, which would have to be merged
-        models = find_models(config, weights=True)
-    data = load_data(config, models, ranks)["train"]
-    policy = log_probs(config, ranks, models.source, data.pairs, loss.uses_weights)
+    setup, datasets = set_up(config, ranks)
+    data = datasets["train"]
+    policy = log_probs(setup, setup.models.source, loss.uses_weights)
     reference = no_reference(data.pairs, ranks.device).flat
     if referenced:
-        reference = log_probs(config, ranks, models.reference, data.pairs)
+        reference = log_probs(setup, setup.models.reference)
     scored = all_log_probs(policy, reference, data.pairs)
     scores = [score.cpu().numpy() for score in log_ratios(scored)]
     margin = (loss.beta if referenced else 1.0) * (scores[0] - scores[1])
@@ -131,15 +129,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"\n{report}\nwrote {options.out}")
 
 
-def log_probs(
-    config: Config, ranks: Ranks, folder: Path, pairs: TokenizedPairs, sum_squares: bool = False
-) -> torch.Tensor:
+def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
     """The log-probs of all response tokens under the model in `folder`, flat; see `score`."""
-    mesh = distributed.make_mesh(ranks, None, 1)
-    model = build_model(config, read_shape(folder), mesh, ranks, frozen=True)
+    model = build_model(setup, read_shape(folder), frozen=True)
     with agreed():
         load_weights(model, folder)
-    return score(model, pairs, range(len(pairs)), build_rows(config, ranks), sum_squares)
+    return score(model, setup.pairs, range(len(setup.pairs)), setup.rows, sum_squares)
 
 
 def as_markdown(

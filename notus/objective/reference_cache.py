@@ -46,7 +46,7 @@ def cache_identity(
     shape: ModelShape,
     compute_dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What log-probs are computed from: caches of one identity are equal up to rounding."""
+    """The inputs of log-probs: caches of one identity are equal up to rounding."""
     return {
         "reference_sha256": reference["sha256"],
         "reference_shape": asdict(shape),

@@ -130,7 +130,7 @@ STEPPED = 3 * PRODUCTS * 128 / 60 + 3.5 * ATTENTION + 4 * HEAD  # a row is at le
             },
         ),
         (  # both factors of attention's products are activations
-            ["parallel.activation_checkpointing=none"],
+            ["parallel.activation_checkpointing=none", 'model.lora={"rank":8,"alpha":8}'],
             {"counts": ParameterCounts(1000, PARAMETERS, 0)},
             {
                 "model": 2 * (PRODUCTS + HEAD) + 3 * ATTENTION,

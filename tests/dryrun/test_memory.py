@@ -9,7 +9,7 @@ from notus.dryrun.estimate import usable
 from notus.dryrun.memory import (
     TRITON_CHUNK_ROWS,
     ParameterCounts,
-    block_bytes_kept,
+    block_bytes,
     memory_budget,
     parameter_counts,
     unit_sizes,
@@ -78,7 +78,7 @@ def test_compiled_blocks_keep_what_is_predicted(mode):
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(x * 1, rope, mask)
     sizes = [size for size, tensor in kept.values() if tensor.dtype != torch.uint8]  # random state
-    assert sum(sizes) == slots * block_bytes_kept(shape, 2, mode, compiled=True)
+    assert sum(sizes) == slots * block_bytes(shape, 2, mode, compiled=True)[0]
 
 
 def mistral(ranks: int, **settings):

@@ -1,4 +1,4 @@
-"""Whole runs of train.py on a GPU beside the same on the CPU: NOTUS_TEST_GPU=1 pytest -m gpu."""
+"""Attention and whole runs of train.py on a GPU: NOTUS_TEST_GPU=1 pytest -m gpu."""
 
 import json
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 
 import train
+from benchmarks.flex_tiles import spills
+from conftest import random_pairs
+from notus.data.packing import PADDING, pack
 from notus.demo import write_demo
+from notus.model import attention
+from notus.model.attention import attend, build_mask, may_attend
 from runs import base_config, metrics
 
 pytestmark = [
@@ -79,3 +84,62 @@ def test_runs_repeat_to_the_bit(wide_demo, tmp_path):
         assert {n: v for n, v in ours.items() if n not in timed} == {
             n: v for n, v in theirs.items() if n not in timed
         }
+
+
+def attention_case(hide: float):
+    """A row of 8,192 slots, bfloat16, 8 query heads and 2 key and value heads of 128."""
+    pairs = random_pairs(12, hide=hide, prompt=(50, 400), response=(20, 250))
+    layout = pack(pairs, range(12), 8192, True).to(torch.device("cuda")).layout
+    generator = torch.Generator("cuda").manual_seed(0)
+    *qkv, weight = (
+        torch.randn(8192, heads, 128, generator=generator, device="cuda").bfloat16()
+        for heads in (8, 2, 2, 8)
+    )
+    weight[(layout.document == PADDING) | layout.hidden] = 0
+    return layout, [x.requires_grad_() for x in qkv], weight
+
+
+def with_gradients(qkv, weight, mask) -> list[torch.Tensor]:
+    out = attend(*qkv, mask)
+    return [out * weight, *torch.autograd.grad(out, qkv, weight.to(out.dtype))]
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen", "dense"])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("hide", [0.0, 0.05])
+def test_wide_heads_of_a_long_row(hide, window, backend):
+    """Output and gradients against the dense mask in float32, within bfloat16's rounding."""
+    layout, qkv, weight = attention_case(hide)
+    found = with_gradients(qkv, weight, build_mask(layout, window, backend))
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    expected = with_gradients(wide, weight, build_mask(layout, window, "dense"))
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = (ours.float() - theirs.float()).abs()
+        assert difference.max() <= 2e-2 * theirs.abs().max()
+        assert difference.norm() <= 1e-2 * theirs.norm()
+
+
+def test_an_edited_predicate_reaches_the_kernel(monkeypatch):
+    layout, qkv, weight = attention_case(0.05)
+
+    def sinks(layout, query, key, window):
+        first = may_attend(layout, query, key, None) & (layout.position[key] < 4)
+        return may_attend(layout, query, key, window) | first
+
+    monkeypatch.setattr(attention, "may_attend", sinks)
+    flex, dense = (
+        with_gradients(qkv, weight, build_mask(layout, 100, backend))
+        for backend in ("flex", "dense")
+    )
+    for ours, theirs in zip(flex, dense, strict=True):
+        assert (ours - theirs).float().norm() <= 1e-2 * theirs.float().norm()
+
+
+def test_attention_kernels_keep_their_registers():
+    """As PyTorch chooses its tiles, the backward kernel spills hundreds of a thread's registers."""
+    torch.compiler.reset()
+    attention._compiled_flex_attention.cache_clear()
+    layout, qkv, weight = attention_case(0.05)
+    with_gradients(qkv, weight, build_mask(layout, 300, "flex"))
+    found = spills()
+    assert len(found) >= 2 and max(found) <= 16

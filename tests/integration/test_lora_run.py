@@ -279,7 +279,7 @@ def observed(demo, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
 
     def open_run(config, ranks, *others, **keys):
-        found.run, found.ranks = original_open(config, ranks, *others, **keys), ranks
+        found.run = original_open(config, ranks, *others, **keys)
         return found.run
 
     def clip(parameters, *others):
@@ -291,9 +291,8 @@ def observed(demo, tmp_path_factory):
         found.frozen = {n: p.full_tensor() for n, p in run.policy.named_parameters()}
         with adapters_off(run.policy):
             found.off = train.score(run.policy, run.pairs, range(9), run.rows)
-        mesh = train.distributed.make_mesh(found.ranks, None, 1)
-        base = build.build_model(run.config, run.policy.shape, mesh, run.ranks, frozen=True)
-        load_weights(base, run.source)
+        base = build.build_model(run, run.policy.shape, frozen=True)
+        load_weights(base, run.models.source)
         found.base = train.score(base, run.pairs, range(9), run.rows)
         original_finish(run, *others)
 
