@@ -1,13 +1,13 @@
-"""What to run first on a GPU: tests, rounding, head, training speed and memory in nine minutes.
+"""What to run first on a GPU: tests, rounding, speed, memory, attention's tiles; nine minutes.
 
     python -m benchmarks.first_gpu [--folder first_gpu]
     python -m benchmarks.first_gpu --toy            # the same parts at toy size on the CPU
 
-Every part is a process with a time limit, so that one that fails or hangs hides no other; the
-limits sum to nine minutes. Its report is <part>.json, what it printed <part>.out and <part>.err,
-and report.json holds the outcomes after every part. The table at the end shows each part's last
-line, which is the number that matters or the error. Exit code: 1 if a part failed or was cut off, 2
-without a GPU.
+Every part is a process with a time limit, so that one that fails or hangs hides no other. The
+limits sum to nine minutes, and what one part leaves of its time the next may use. A part's report
+is <part>.json, what it printed <part>.out and <part>.err; report.json holds the outcomes after
+every part. The table at the end shows each part's last line, which is the number that matters, or
+its error. Exit code: 1 if a part failed or was cut off, 2 without a GPU.
 """
 
 import argparse
@@ -31,7 +31,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Part(NamedTuple):
-    """Something to run. limit: seconds. command, toy: Python's arguments on a GPU, on the CPU."""
+    """Something to run. limit: seconds. command, toy: Python's arguments on a GPU, on the CPU.
+
+    An empty toy: the part needs a GPU.
+    """
 
     name: str
     limit: int
@@ -43,7 +46,7 @@ PARTS = (
     Part("tests", 180, "-m pytest -q -x -m gpu", "-m pytest -q tests/integration/test_cuda.py"),
     Part(
         "rounding",
-        50,
+        40,
         "-m benchmarks.rounding --json {json}",
         "-m benchmarks.rounding --toy --pairs 8 --json {json}",
     ),
@@ -55,22 +58,23 @@ PARTS = (
     ),
     Part(
         "speed",
-        160,
+        140,
         "-m benchmarks.train_speed --model A --sides notus --steps 8 --trace --json {json}",
         "-m benchmarks.train_speed --model tiny --sides notus --trace --pairs-per-step 2 "
         "--steps 2 --json {json}",
     ),
     Part(
         "memory",
-        90,
+        60,
         "-m benchmarks.memory --json {json}",
         "-m benchmarks.memory --toy --ranks 1 --json {json}",
     ),
+    Part("tiles", 60, "-m benchmarks.flex_tiles --seconds 0.2 --json {json}", ""),
 )
 
 
-def run_part(part: Part, toy: bool, folder: Path) -> dict[str, str | float]:
-    """Run a part to its end or its limit; seconds, outcome and its last line or error."""
+def run_part(part: Part, toy: bool, folder: Path, limit: float) -> dict[str, str | float]:
+    """Run a part to its end, or for `limit` seconds; what the table shows of it."""
     report = folder / f"{part.name}.json"
     words = [word.replace("{json}", str(report)) for word in (part[2 + toy]).split()]
     out, err = (folder / f"{part.name}.{stream}" for stream in ("out", "err"))
@@ -86,7 +90,7 @@ def run_part(part: Part, toy: bool, folder: Path) -> dict[str, str | float]:
             start_new_session=True,
         )
         try:
-            code = process.wait(part.limit)
+            code = process.wait(limit)
             outcome = "ok" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
             outcome = "cut off"
@@ -116,9 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"torch": torch.__version__, "parts": []}
-    for part in PARTS:
-        print(f"{part.name}: at most {part.limit} s", flush=True)
-        report["parts"].append(run_part(part, options.toy, folder))
+    began, limits = time.monotonic(), 0
+    for part in (part for part in PARTS if part.toy or not options.toy):
+        limits += part.limit
+        limit = began + limits - time.monotonic()
+        print(f"{part.name}: at most {limit:.0f} s", flush=True)
+        report["parts"].append(run_part(part, options.toy, folder, limit))
         write_json(folder / "report.json", report)
     rows = [list(part.values()) for part in report["parts"]]
     print(text_table(list(report["parts"][0]), rows, digits=0))

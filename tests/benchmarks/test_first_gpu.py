@@ -11,10 +11,11 @@ SLEEP = "__import__('time').sleep(60)"
 
 
 def test_every_part_is_run_and_told_of(tmp_path, monkeypatch, capsys):
-    failing = Part("failing", 30, "", "-c print('begun');raise(ValueError('odd'))")
+    failing = Part("failing", 6, "", "-c print('begun');raise(ValueError('odd'))")
     hanging = Part("hanging", 1, "", f"-c print(6);{SLEEP}")
+    on_gpu = Part("on a GPU", 0, "-c raise(ValueError)", "")
     fine = Part("fine", 30, "", "-c print('{json}'[-9:]);print(7)")
-    monkeypatch.setattr(first_gpu, "PARTS", (failing, hanging, fine))
+    monkeypatch.setattr(first_gpu, "PARTS", (failing, hanging, on_gpu, fine))
     assert first_gpu.main(["--toy", "--folder", str(tmp_path / "first")]) == 1
     parts = json.loads((tmp_path / "first/report.json").read_text())["parts"]
     assert [(part["outcome"], part["last line"]) for part in parts] == [
