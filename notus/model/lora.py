@@ -86,7 +86,7 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
     The model may be on any device and must not be sharded yet. The base keeps its dtype (call
     `model.to(torch.bfloat16)` first to hold it in 2 bytes); adapters are float32, zero until
     `initialize_adapters`. Raises UserError for a target that names no linear layer, with the names
-    that exist.
+    that exist, and a rank above both sizes of a layer.
     """
     linears = {n: module for n, module in model.named_modules() if type(module) is nn.Linear}
     targets = settings.target_modules
@@ -104,6 +104,12 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
         chosen += named
     model.requires_grad_(False)
     for name in dict.fromkeys(chosen):
+        widest = max(linears[name].weight.shape)
+        if settings.rank > widest:
+            raise UserError(
+                f"model.lora.rank: found {settings.rank}, expected at most the size of each layer "
+                f"that it adapts; {name} has {widest}"
+            )
         model.set_submodule(name, LoraLinear(linears[name], settings))
 
 
