@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from notus.errors import UserError
+from notus.model.hf_config import Size
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import local_rows
-from notus.strict import Count, FractionBelowOne, Positive, Text
+from notus.strict import FractionBelowOne, Positive, Text
 
 ALL_LINEAR = "all-linear"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -36,7 +37,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 class LoraSettings:
     """Low-rank adapters: only they are trained, and the base is kept in compute_dtype."""
 
-    rank: Count  # of a layer's change B A: rows of A, columns of B
+    rank: Size  # of a layer's change B A: rows of A, columns of B
     alpha: Positive  # the adapters' product is scaled by alpha / rank
     # probability that an entry of an adapter's input is dropped in training
     dropout: FractionBelowOne = 0.0
@@ -86,7 +87,7 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
     The model may be on any device and must not be sharded yet. The base keeps its dtype (call
     `model.to(torch.bfloat16)` first to hold it in 2 bytes); adapters are float32, zero until
     `initialize_adapters`. Raises UserError for a target that names no linear layer, with the names
-    that exist, and a rank above both sizes of a layer.
+    that exist.
     """
     linears = {n: module for n, module in model.named_modules() if type(module) is nn.Linear}
     targets = settings.target_modules
@@ -104,12 +105,6 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
         chosen += named
     model.requires_grad_(False)
     for name in dict.fromkeys(chosen):
-        widest = max(linears[name].weight.shape)
-        if settings.rank > widest:
-            raise UserError(
-                f"model.lora.rank: found {settings.rank}, expected at most the size of each layer "
-                f"that it adapts; {name} has {widest}"
-            )
         model.set_submodule(name, LoraLinear(linears[name], settings))
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError, agreed
 from notus.files import PARTIAL, new_folder, read_object, write_json, writing
-from notus.model.hf_config import ModelShape
+from notus.model.hf_config import ModelShape, Size
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
@@ -35,7 +35,7 @@ from notus.model.weights import (
     save_tensors,
     stored_tensors,
 )
-from notus.strict import Count, Positive, keys_of, parse_part
+from notus.strict import Positive, keys_of, parse_part
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -45,7 +45,7 @@ WEIGHTS = "adapter_model.safetensors"
 class PeftConfig:
     """The entries of adapter_config.json that are used, under PEFT's names."""
 
-    r: Count
+    r: Size
     lora_alpha: Positive
     use_rslora: bool = False
     base_model_name_or_path: str | None = None
