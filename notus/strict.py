@@ -169,11 +169,13 @@ class _UnknownKey(Exception):
 
 
 def _reject_malformed(node: Any, key: str) -> None:
-    """Raise Invalid for repeated keys, NaN and infinities anywhere in the tree."""
+    """Raise Invalid for repeated keys, NaN, infinities and broken text anywhere in the tree."""
     if node is _REPEATED:
         raise Invalid(key, "occurs twice in one object, expected once")
     if isinstance(node, float) and not math.isfinite(node):
         raise Invalid(key, f"found {show(node)}, expected a finite number")
+    if isinstance(node, str) and re.search("[\0\ud800-\udfff]", node):  # no path or UTF-8 text
+        raise Invalid(key, f"found {node!a}, expected text without NUL and lone surrogates")
     if isinstance(node, Mapping | list | tuple):
         for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
             _reject_malformed(child, _join(key, name))

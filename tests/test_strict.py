@@ -82,6 +82,7 @@ def test_an_object_becomes_a_dataclass_and_back() -> None:
         (10**400, float, "found 1000000"),
         (float("nan"), float, "found NaN, expected a finite number"),
         ({"a": [float("-inf")]}, dict[str, Any], "a.0: found -Infinity, expected a finite number"),
+        ({"a": ["x\0"]}, dict[str, Any], "a.0: found 'x\\x00', expected text without NUL and lone"),
         (0, Positive, "found 0.0, expected a number above 0"),
         ([], tuple[int, ...], "found [], expected a list of one or more values, each an integer"),
         ([1], tuple[int, int], "found [1], expected a list of 2 values, each an integer"),
