@@ -6,6 +6,7 @@ output_dir have been found usable. `finish` exports the model and closes the run
 
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
+from notus.engine.signals import Interrupts, Stopped
 from notus.engine.warmup import fullest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
@@ -60,17 +62,29 @@ class Run(Setup):
 
 
 def open_run(
-    config: Config, ranks: Ranks, lock: OutputLock, *, resume: str, model_only: bool
+    config: Config, ranks: Ranks, lock: OutputLock, interrupts: Interrupts, options: Namespace
 ) -> Run | None:
-    """Check and open everything; None if there is nothing to train.
+    """Check and open everything; None if there is nothing to train, or a signal asks to stop.
 
-    model_only: a new run whose policy starts from the weights of the checkpoint `resume`.
-    Collective. Raises UserError, on every rank, for what a user can get wrong; nothing but caches
-    is written before data, models and output_dir have been found usable.
+    options: resume and model_only of the command line. Collective. Raises UserError, on every rank,
+    for what a user can get wrong; nothing but caches is written before data, models and output_dir
+    have been found usable.
     """
+    try:
+        return _open_run(config, ranks, lock, interrupts, options)
+    except Stopped:
+        ranks.say("stopped by a signal before the first step; the same command resumes the run")
+        return None
+
+
+def _open_run(
+    config: Config, ranks: Ranks, lock: OutputLock, interrupts: Interrupts, options: Namespace
+) -> Run | None:
     setup, data = build.set_up(config, ranks)
+    setup = replace(setup, interrupts=interrupts)
+    interrupts.obey_stop()
     check_predicate(setup)
-    setup = find_beginning(setup, lock, resume, model_only)
+    setup = find_beginning(setup, lock, options.resume, options.model_only)
     announce(setup)
     if holds_final(setup):
         ranks.say(f"{setup.output / 'final'} holds the model of this run: nothing left to do")
@@ -87,7 +101,13 @@ def open_run(
     policy = load_policy(setup)
     claim_output_dir(setup, facts["settings"], lock, data)
 
-    references, model = build.build_references(setup, policy, facts["reference"])
+    try:
+        references, model = build.build_references(setup, policy, facts["reference"])
+        interrupts.obey_stop()
+    except Stopped:
+        with agreed():
+            history.record_end(setup.output)
+        raise
     answers = []
     if config.evaluation.samples is not None:
         with adapters_off(policy):

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from notus.console import emit
 from notus.files import set_aside, write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
@@ -76,7 +77,8 @@ def _step_of(line: bytes) -> int | None:
 
 def warn(text: str) -> None:
     """Print a warning to standard error, on its own line even below a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    with tqdm.external_write_mode(sys.stderr):
+        emit(f"warning: {text}", sys.stderr)
 
 
 _warn_once = cache(warn)
@@ -91,11 +93,11 @@ class _Lines:
         state = text.strip()  # without the carriage return
         place = state.split(" of ")[0]
         if place and place != self._last:  # closing the bar repeats a state that was due
-            print(state, file=sys.stderr)
+            emit(state, sys.stderr)
             self._last = place
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        pass
 
 
 def progress(total: int, initial: int, unit: str) -> tqdm:

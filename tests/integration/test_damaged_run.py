@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from notus import start
 from notus.card import card
 from notus.engine.history import read_history
-from runs import base_config, metrics
+from notus.objective import reference_cache
+from runs import base_config, checkpoints, metrics
 
 STEPS = 3
 
@@ -165,3 +168,67 @@ def test_a_damaged_model_without_checkpoints_is_left_alone(run, capfd):
     said = again(capfd, code=2)
     assert "run/final is damaged (" in said and "no checkpoint is there to export it from" in said
     assert (run / "final/config.json").is_file()
+
+
+# Signals at other times than in the loop
+
+
+def signalled(monkeypatch, module: object, name: str, number: int, call: int = 1) -> None:
+    """The signal arrives just before the call of a function."""
+    function, calls = getattr(module, name), iter(range(1, 99))
+
+    def first(*arguments: object, **options: object) -> object:
+        if next(calls) == call:
+            signal.raise_signal(number)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, first)
+
+
+@pytest.fixture
+def fresh(run, monkeypatch) -> Path:
+    """The same before its first start; the reference pass writes every 8 pairs."""
+    shutil.rmtree(run)
+    monkeypatch.setattr(reference_cache, "PART", 8)
+    return run
+
+
+def test_a_stop_in_the_reference_pass_keeps_its_parts(ended, fresh, capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        signalled(patch, reference_cache, "_append", signal.SIGTERM, call=2)
+        said = again(capfd)
+    assert "stopped by a signal before the first step" in said
+    (parts,) = (fresh / "reference").iterdir()
+    assert parts.suffix == ".parts" and parts.stat().st_size > 64
+    assert [event["event"] for event in read_history(fresh)] == ["start", "end"]
+    assert (fresh / "lock").read_text() == "" and not (fresh / "metrics.jsonl").exists()
+    with monkeypatch.context() as patch:
+        begun = []
+        append = reference_cache._append
+        patch.setattr(reference_cache, "_append", lambda *a: (begun.append(a[1]), append(*a)))
+        again(capfd)
+    assert begun[0] == 16  # after two parts
+    for one, other in zip(metrics(fresh), metrics(ended / "run"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["set_up", "load_policy"])
+def test_a_stop_before_the_reference_pass(fresh, capfd, monkeypatch, name):
+    module = {"set_up": start.build, "load_policy": start}[name]
+    signalled(monkeypatch, module, name, signal.SIGTERM)
+    assert "stopped by a signal before the first step" in again(capfd)
+    assert fresh.exists() == (name != "set_up") and not (fresh / "final").exists()
+
+
+def test_a_save_that_was_asked_for_before_the_loop(fresh, capfd, monkeypatch):
+    signalled(monkeypatch, start.build, "set_up", signal.SIGUSR1)
+    again(capfd, "checkpoint.every=null", "checkpoint.keep=9")
+    assert checkpoints(fresh) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_during_the_export(fresh, capfd, monkeypatch, number):
+    signalled(monkeypatch, start, "export", number)
+    again(capfd)
+    assert (fresh / "final/README.md").is_file()
+    assert read_history(fresh)[-1]["event"] == "end"
