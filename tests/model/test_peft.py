@@ -136,7 +136,7 @@ def write_adapter(folder, base, changes=None, keep=lambda key: True, **tensors):
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"not_yet_invented": 3}, "not_yet_invented is 3"),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which changes the base'),
-        ({"r": 0}, "adapter_config.json: r: found 0, expected an integer of at least 1"),
+        ({"r": 0}, "adapter_config.json: r: found 0, expected an integer from 1 to 1048576"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path: found 5, expected a string"),
         ({"r": 10**400}, "r: found 10{56}.*, expected an integer from 1 to 1048576"),
         ({"lora_alpha": "8"}, 'lora_alpha: found "8", expected a number above 0'),
