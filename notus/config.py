@@ -226,9 +226,6 @@ INERT: tuple[Rule, ...] = (
 
 # (key, do the settings contradict each other?, what was found and expected)
 CONFLICTS: tuple[Rule, ...] = (
-    ("output_dir",
-     lambda c: c.output_dir.startswith("~"),
-     'found "{0.output_dir}", expected a path: no user of that name has a home folder'),
     ("model.lora",
      lambda c: c.model.lora is not None and c.reference.sync_every is not None,
      "found with reference.sync_every {0.reference.sync_every}, expected only one of them: the "
@@ -289,6 +286,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = parse(tree, Config)
         config = replace(config, output_dir=os.path.expanduser(config.output_dir))
+        if config.output_dir.startswith("~"):
+            problem = f"found {show(config.output_dir)}, expected a path: no such home folder"
+            raise Invalid("output_dir", problem)
         for key, contradicts, problem in CONFLICTS:
             if contradicts(config):
                 raise Invalid(key, problem.format(config))

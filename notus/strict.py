@@ -67,8 +67,8 @@ def parse(value: Any, annotation: Any, key: str = "") -> Any:
     the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked. A
     function as the annotation gives a dict of all its keyword-only parameters.
     """
-    _reject_malformed(value, key)
     try:
+        _reject_malformed(value, key)
         if inspect.isfunction(annotation):
             keys = keys_of(annotation)
             given = _parse_keys(value, keys, key)
@@ -77,6 +77,8 @@ def parse(value: Any, annotation: Any, key: str = "") -> Any:
     except _UnknownKey as unknown:
         nearest = _nearest(unknown.key, list(dict.fromkeys(_valid_keys(annotation, key))))
         raise Invalid(unknown.key, f"unknown key; {nearest}") from None
+    except RecursionError:
+        raise Invalid(key, "nested too deeply") from None
 
 
 def parse_part(value: Mapping[str, Any], build: Callable[..., Built], where: object) -> Built:

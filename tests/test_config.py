@@ -165,6 +165,15 @@ def test_output_dir_may_be_below_the_home_folder(given, found, tmp_path, monkeyp
     assert config.output_dir == (given if found is None else f"{tmp_path}{found}")
 
 
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path) -> None:
+    path, deep = write(tmp_path, MINIMAL), "[" * 100_000
+    with pytest.raises(UserError, match=r'data.max_length: found "\[\[\[.*, expected an integer'):
+        load_config(path, [f"data.max_length={deep}"])
+    Path(path).write_text(deep)
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_config(path)
+
+
 # A change to the minimal file, and everything after the file's name in the message.
 WRONG_FILES = [
     ({"model": {}}, "model.policy: missing, expected a non-empty string"),
@@ -172,8 +181,7 @@ WRONG_FILES = [
     ({"model": "sft"}, 'model: found "sft", expected an object with the keys policy, reference, '),
     (
         {"output_dir": "~nobody-has-this-name/x"},
-        'output_dir: found "~nobody-has-this-name/x", expected a path: no user of that name has a '
-        "home folder",
+        'output_dir: found "~nobody-has-this-name/x", expected a path: no such home folder',
     ),
     (
         {"output_dir": "a\0b"},

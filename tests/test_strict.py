@@ -149,3 +149,11 @@ def test_a_dataclass_among_other_keys() -> None:
 def test_integers_too_long_to_be_read_are_floats() -> None:
     assert read_json("[1, -9223372036854775808]") == [1, float(-(2**63))]
     assert read_json("1" * 5000) == float("inf")
+
+
+def test_values_that_are_nested_too_deeply() -> None:
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(Invalid, match="^top: nested too deeply"):
+        parse(value, Any, "top")

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -203,14 +202,7 @@ def _read(
                 if len(log_probs) == tokens:
                     own.with_suffix(".parts").unlink(missing_ok=True)  # killed before `_write` did
                     return path, log_probs
-        except (
-            FileNotFoundError,
-            ValueError,
-            SafetensorError,
-            KeyError,
-            TypeError,
-            RecursionError,
-        ):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             continue
     for path in sorted(unusable):
         say(f"{path}: incomplete, damaged or without a checksum; its log-probs are computed again")
