@@ -13,20 +13,19 @@ def emit(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
-        _discard_at_exit()
+        _register()
 
 
 @cache
-def _discard_at_exit() -> None:
-    """Let Python's own last flush of what was refused not fail: the exit code would be 120."""
+def _register() -> None:
+    atexit.register(_discard)
 
-    def discard() -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                with suppress(OSError, ValueError):
-                    os.dup2(nowhere, stream.fileno())
 
-    atexit.register(discard)
+def _discard() -> None:
+    """Drop what is still refused: Python's own last flush would fail, and exit with code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -70,25 +70,18 @@ def open_run(
     for what a user can get wrong; nothing but caches is written before data, models and output_dir
     have been found usable.
     """
-    try:
-        return _open_run(config, ranks, lock, interrupts, options)
-    except Stopped:
-        ranks.say("stopped by a signal before the first step; the same command resumes the run")
-        return None
-
-
-def _open_run(
-    config: Config, ranks: Ranks, lock: OutputLock, interrupts: Interrupts, options: Namespace
-) -> Run | None:
     setup, data = build.set_up(config, ranks)
     setup = replace(setup, interrupts=interrupts)
-    interrupts.obey_stop()
     check_predicate(setup)
     setup = find_beginning(setup, lock, options.resume, options.model_only)
     announce(setup)
     if holds_final(setup):
-        ranks.say(f"{setup.output / 'final'} holds the model of this run: nothing left to do")
-        complete_records(setup)
+        final = setup.output / "final"
+        ranks.say(f"{final} holds the model of this run: nothing left to do")
+        with agreed():
+            history.record_end(setup.output, final.stat().st_mtime)
+        if not (final / "README.md").is_file():  # killed after the export
+            write_model_card(setup)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
@@ -102,12 +95,14 @@ def _open_run(
     claim_output_dir(setup, facts["settings"], lock, data)
 
     try:
+        interrupts.obey_stop()
         references, model = build.build_references(setup, policy, facts["reference"])
         interrupts.obey_stop()
     except Stopped:
+        ranks.say("stopped by a signal before the first step; the same command resumes the run")
         with agreed():
             history.record_end(setup.output)
-        raise
+        return None
     answers = []
     if config.evaluation.samples is not None:
         with adapters_off(policy):
@@ -212,10 +207,9 @@ def holds_final(setup: Setup) -> bool:
 
     Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
     """
-    final, found = setup.output / "final", [False, ""]
-    if setup.ranks.first:
-        found = [os.path.lexists(final), final_damage(setup)]
-    dist.broadcast_object_list(found, 0)
+    final = setup.output / "final"
+    found = [os.path.lexists(final), final_damage(setup)]
+    dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
     there, damage = found
     if not there or not damage:
         return there
@@ -245,15 +239,6 @@ def final_damage(setup: Setup) -> str:
     except UserError as error:
         return str(error)
     return ""
-
-
-def complete_records(setup: Setup) -> None:
-    """Record the end and write the card of a run that was killed after its export. Collective."""
-    final = setup.output / "final"
-    with agreed():
-        history.record_missing_end(setup.output, final.stat().st_mtime)
-    if not (final / "README.md").is_file():
-        write_model_card(setup)
 
 
 def write_model_card(setup: Setup) -> None:

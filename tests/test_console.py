@@ -29,7 +29,7 @@ class Refusing(io.StringIO):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE, errno.EIO])
 def test_lines_warnings_and_progress_that_are_refused_are_lost(number, monkeypatch):
     refusing = Refusing(number)
-    monkeypatch.setattr(console, "_discard_at_exit", lambda: None)
+    monkeypatch.setattr(console, "_register", lambda: None)
     monkeypatch.setattr(sys, "stdout", refusing)
     monkeypatch.setattr(sys, "stderr", refusing)
     Ranks(0, 1, None).say("a line")
@@ -41,7 +41,7 @@ def test_lines_warnings_and_progress_that_are_refused_are_lost(number, monkeypat
 
 
 def test_a_closed_stream(monkeypatch):
-    monkeypatch.setattr(console, "_discard_at_exit", lambda: None)
+    monkeypatch.setattr(console, "_register", lambda: None)
     stream = io.StringIO()
     stream.close()
     console.emit("text", stream)
@@ -49,13 +49,11 @@ def test_a_closed_stream(monkeypatch):
 
 def test_what_is_refused_does_not_fail_again_at_the_end(tmp_path, monkeypatch):
     """Python flushes standard output once more when it ends, and exits with 120 if that fails."""
-    kept = []
-    monkeypatch.setattr(console.atexit, "register", kept.append)
-    console._discard_at_exit.cache_clear()
+    monkeypatch.setattr(console, "_register", lambda: None)
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         console.emit("text")
-        (discard,) = kept
-        discard()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        console._discard()
         full.flush()
-    console._discard_at_exit.cache_clear()

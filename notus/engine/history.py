@@ -23,7 +23,7 @@ from notus.errors import UserError
 from notus.files import set_aside, write_whole, writing
 
 NAME = "history.jsonl"
-START_KEYS = ("continues", "command", "ranks", "device", "versions", "data", "local")
+START_KEYS = {"continues", "command", "ranks", "device", "versions", "data", "local"}
 PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -59,16 +59,17 @@ def record_start(
         )
 
 
-def record_end(folder: Path) -> None:
-    """Record the end of the last start, on rank 0 only. Raises UserError as above."""
+def record_end(folder: Path, missing: float | None = None) -> None:
+    """Record the end of the last start, on rank 0 only. Raises UserError as above.
+
+    missing: the time since 1970 of an end that is recorded only if none was.
+    """
     if dist.get_rank() == 0:
-        _append(folder, "end", {})
-
-
-def record_missing_end(folder: Path, seconds: float) -> None:
-    """Record the end of the last start, at this time since 1970, unless that has been done."""
-    if dist.get_rank() == 0 and [e["event"] for e in _events(folder)][-1:] == ["start"]:
-        _append(folder, "end", {}, datetime.fromtimestamp(seconds, UTC))
+        last = (_events(folder) or [None])[-1]
+        if missing is None:
+            _append(folder, "end", {})
+        elif last and last["event"] == "start":
+            _append(folder, "end", {}, datetime.fromtimestamp(missing, UTC))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -128,14 +129,14 @@ def _events(folder: Path) -> list[dict[str, Any] | None]:
     except OSError:
         return [None]
     for line in lines:
+        event = None
         with suppress(ValueError, KeyError, TypeError, RecursionError):
-            event = json.loads(line)
-            datetime.fromisoformat(event["time"])
-            keys = START_KEYS if event["event"] == "start" else ()
-            if keys or (event["event"] == "end" and any(events)):
-                events.append(event if event.keys() >= set(keys) else None)
-                continue
-        events.append(None)
+            found = json.loads(line.decode())
+            datetime.fromisoformat(found["time"])
+            complete = found["event"] == "start" and found.keys() >= START_KEYS
+            if complete or (found["event"] == "end" and any(events)):
+                event = found
+        events.append(event)
     return events
 
 
