@@ -80,8 +80,7 @@ def open_run(
         ranks.say(f"{final} holds the model of this run: nothing left to do")
         with agreed():
             history.record_end(setup.output, final.stat().st_mtime)
-        if not (final / "README.md").is_file():  # killed after the export
-            write_model_card(setup)
+        write_model_card(setup)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
@@ -242,11 +241,11 @@ def final_damage(setup: Setup) -> str:
 
 
 def write_model_card(setup: Setup) -> None:
-    """Write final/README.md. Collective. Raises UserError, on every rank."""
+    """Write final/README.md, unless it is there. Collective. Raises UserError, on every rank."""
     from notus.card.card import write_card
 
     with agreed():
-        if setup.ranks.first:
+        if setup.ranks.first and not (setup.output / "final/README.md").is_file():
             setup.ranks.say(f"wrote {write_card(setup.output)}")
 
 

@@ -1,7 +1,7 @@
 """Signals that ask a run to save: noted when they arrive, obeyed after the current step.
 
-Before the first step, a request to stop is obeyed after the data, after each part of the reference
-pass and after it; a request to save waits for the first step. During the export both are too late.
+Before the first step, a request to stop is obeyed before the reference pass, after each of its
+parts and after it; a request to save waits for the first step. The export is not cut short.
 
 SIGTERM (a preempted machine, a scheduler's time limit) and SIGINT (Ctrl-C): save and exit with
 code 0. SIGUSR1: save and continue. One signalled process is enough, because the ranks agree:
@@ -33,7 +33,6 @@ class Interrupts(AbstractContextManager):
 
     def __init__(self) -> None:
         self._stop = self._save = False
-
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
