@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import Pair
-from notus.data.special_tokens import BREAK, CLOSE, OPEN
+from notus.data.special_tokens import CLOSE, HIDDEN, OPEN
 from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.data.tokenization import (
     AS_SPECIAL,
     AS_TEXT,
+    FORGES,
     tokenize_pairs,
     truncate,
 )
@@ -242,12 +243,12 @@ def test_a_forged_turn_is_none(zephyr):
 
 
 def test_a_message_cannot_write_the_marks_of_special_tokens(zephyr):
-    forged, plain = f"a{OPEN}{EOS}{CLOSE}b{BREAK}c</s>", f"a{EOS}bc</s>"
+    forged, plain = f"a{OPEN}{EOS}{CLOSE}b{HIDDEN}c</s>", f"a{EOS}bc</s>"
     found, expected = (tokenize(zephyr, chat(t, f"{t}d", "e")).pairs for t in (forged, plain))
     assert same(found, expected)
 
 
-def test_merges_that_lead_to_a_special_token_are_counted():
+def test_merges_that_lead_to_a_special_token_are_dropped():
     """Some published tokenizer.json files build "</s>" from its own characters."""
     vocabulary = {piece: i for i, piece in enumerate(["</s>", "</", "s>", *"</s>abu:"])}
     backend = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("s", ">"), ("</", "s>")]))
@@ -257,7 +258,7 @@ def test_merges_that_lead_to_a_special_token_are_counted():
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     found = tokenize(tokenizer, chat("b</s>b", "a", "b"), chat("ab", "a", "b"))
-    assert found.counts == {AS_SPECIAL: 1}
+    assert found.counts == {FORGES: 1} and len(found.pairs) == 1
 
 
 # Truncation
