@@ -302,5 +302,5 @@ def render(
     # A template may refuse roles or their order, or compute anything that the values do not allow.
     except Exception as error:
         reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise UserError(f"{where}: the chat template refuses this row: {reason}") from None
+        raise UserError(f"{where}: the chat template refuses this conversation: {reason}") from None
     return text

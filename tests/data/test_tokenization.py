@@ -533,7 +533,9 @@ def test_an_implied_prompt_ends_where_the_tokens_part(zephyr, prompt, responses)
 def test_template_that_refuses_the_row(folder):
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = "{{ raise_exception('Only user turns, please') }}"
-    with pytest.raises(UserError, match="rows.jsonl:7: .*refuses this row: Only user turns"):
+    with pytest.raises(
+        UserError, match="rows.jsonl:7: .*refuses this conversation: Only user turns"
+    ):
         tokenize(tokenizer, chat("Hi", "yes", "no"))
 
 
