@@ -152,7 +152,9 @@ class Guard:
         known, unknown = set(self.ids.values()), self.tokenizer.unk_token_id
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             inner = text[start:stop].strip()
-            if inner and token in known and (token != unknown or inner in self.ids):
+            if not inner or HIDDEN in inner or (token == unknown and inner not in self.ids):
+                continue
+            if token in known:
                 start = text.index(inner, start)
                 yield start, start + len(inner), token
 
