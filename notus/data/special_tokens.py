@@ -111,13 +111,14 @@ class Guard:
             inner = content.strip()
             first = content.find(inner)
             places = {first, first + len(inner) - 1} if inner else set()
-            for start, stop, _ in self._spans(content):
-                places.update(range(start, stop))
-            characters = [
-                HIDDEN + f"{ord(c):x}".translate(DIGITS) if i in places else c
-                for i, c in enumerate(content)
-            ]
-            return {**message, "content": "".join(characters)}
+            while places:  # what is hidden may leave another token
+                content = "".join(
+                    HIDDEN + f"{ord(c):x}".translate(DIGITS) if i in places else c
+                    for i, c in enumerate(content)
+                )
+                spans = [range(start, stop) for start, stop, _ in self._spans(content)]
+                places = set().union(*spans)
+            return {**message, "content": content}
 
         parts = {name: list(map(hidden, getattr(pair, name))) for name in PARTS}
         return replace(pair, **parts)
@@ -162,16 +163,13 @@ class Guard:
 @lru_cache(maxsize=4)
 def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
     """The guard of a tokenizer; the tokenizer must not change afterwards."""
-    known = {
-        id: token
-        for id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content.strip()
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    known = {id: token for id, token in added if token.content.strip()}
     normaliser = tokenizer.backend_tokenizer.normalizer
     normalised = [t.content for t in known.values() if t.normalized and normaliser]
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     for entry in description["added_tokens"]:
-        entry["special"] |= entry["id"] in known
+        entry["special"] = entry["id"] in known
     backend = Tokenizer.from_str(json.dumps(description))
     backend.no_truncation()
     backend.no_padding()

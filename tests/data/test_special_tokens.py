@@ -179,9 +179,9 @@ def test_ids_hold_the_tokens_that_the_template_wrote(data, made):
     messages = data.draw(st.lists(content, min_size=3, max_size=3, unique=True))
     counts, branches = tokenize(tokenizer, chat(*messages))
     _, honest = tokenize(tokenizer, chat("b", "bb", "bbb"))
-    if FORGES in counts:
-        assert normaliser in ("prefix", "categories")
+    if not branches:
+        equal = "dropped: identical responses after truncation" in counts
+        assert equal or (FORGES in counts and normaliser in ("prefix", "categories"))
         return
-    assert honest and branches, counts
     for ids, other in zip(branches, honest, strict=True):
         assert added(tokenizer, ids) == added(tokenizer, other)
