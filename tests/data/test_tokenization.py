@@ -530,12 +530,26 @@ def test_an_implied_prompt_ends_where_the_tokens_part(zephyr, prompt, responses)
     assert zephyr(prompt + responses[0])["input_ids"][: len(found[0])] == found[0]
 
 
-def test_template_that_refuses_the_row(folder):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Only user turns,\n please') }}", "Only user turns, please$"),
+        ("{{ messages + 1 }}", "can only concatenate"),
+        ("{{ 1 // 0 }}", ".*division"),
+        ("{{ messages[0].content.index('z') }}", "substring not found"),
+        ("{{ 10 ** 400 * 1.0 }}", "int too large"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion"),
+        ("{{ '\\ud800' }}", "'utf-8' codec"),
+        ("{% if", "unexpected"),
+        ({"one": "a", "two": "b"}, "This model has multiple chat templates"),
+        (5, ""),
+    ],
+)
+def test_template_that_refuses_the_row(folder, template, reason):
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = "{{ raise_exception('Only user turns, please') }}"
-    with pytest.raises(
-        UserError, match="rows.jsonl:7: .*refuses this conversation: Only user turns"
-    ):
+    tokenizer.chat_template = template
+    expected = f"rows.jsonl:7: the chat template refuses this conversation: {reason}"
+    with pytest.raises(UserError, match=expected):
         tokenize(tokenizer, chat("Hi", "yes", "no"))
 
 
