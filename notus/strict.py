@@ -147,10 +147,7 @@ def show(value: Any) -> str:
 
 
 def read_json(text: str) -> Any:
-    """JSON for `parse`, which rejects a key that one object holds twice.
-
-    Raises JSONDecodeError, also for more than `DEPTH` lists and objects in each other.
-    """
+    """JSON for `parse`, which rejects a key that one object holds twice. Raises JSONDecodeError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
@@ -160,21 +157,8 @@ def read_json(text: str) -> Any:
     def integer(digits: str) -> int | float:
         return int(digits) if len(digits) < 20 else float(digits)
 
-    too_deep = json.JSONDecodeError(f"nested more than {DEPTH} levels deep", text, 0)
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_int=integer)
-    except RecursionError:
-        raise too_deep from None
-    level = [value]
-    for _ in range(DEPTH):  # `parse` and `show` recur, and must not meet Python's limit
-        containers = [node for node in level if isinstance(node, dict | list)]
-        level = [x for c in containers for x in (c.values() if isinstance(c, dict) else c)]
-    if level:
-        raise too_deep
-    return value
+    return json.loads(text, object_pairs_hook=unique, parse_int=integer)
 
-
-DEPTH = 100  # of lists and objects in a JSON file of a user
 
 _REPEATED = object()  # the value of a repeated key, until `parse` knows its dotted key
 
