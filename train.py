@@ -14,6 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# Rows differ in length from step to step: with segments of fixed sizes, memory that was freed soon
+# lies in pieces that no other row fits into. PyTorch reads this when it first allocates on a GPU.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -57,7 +61,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
         torch.manual_seed(random_seed(config.train.seed, step, ranks.rank))
 
         batches = pack_division(division, run.pairs, ranks.rank, run.rows)
-        for batch in accumulate(policy, batches, len(division.bins), config.parallel.keep_gathered):
+        for batch in accumulate(policy, batches, len(division.bins), run.keep_gathered):
             policy_S = token_log_probs(policy, batch, loss.uses_weights)
             reference_S = reference.of_batch(batch)
             scored = pair_log_probs(policy_S, reference_S, batch.lengths, mean_length)

@@ -323,8 +323,10 @@ def build_references(
 
 def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
     """The configured optimiser over the policy's trained parameters, sharded and float32."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    offloaded = config.parallel.cpu_offload
     return make_optimizer(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        trained,
         name=config.optimizer.name,
         learning_rate=config.optimizer.learning_rate,
         weight_decay=config.optimizer.weight_decay,
@@ -332,6 +334,8 @@ def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
         alpha=config.optimizer.alpha,
         eps=config.optimizer.eps,
         state_dtype=getattr(torch, config.optimizer.state_dtype),
+        offloaded=offloaded,
+        compiled=compiles(config, trained[0].device) and not offloaded,
     )
 
 

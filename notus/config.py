@@ -7,9 +7,10 @@ effect under other settings.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +147,8 @@ class Parallel:
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
     cpu_offload: bool = False  # parameters and optimiser state are kept in the host's memory
-    keep_gathered: bool = False  # the model stays gathered between a step's microbatches
+    # the model stays gathered between a step's microbatches; "auto": on GPUs with the memory for it
+    keep_gathered: Literal["auto", True, False] = "auto"
     # recomputed in the backward pass: nothing, a block's cheap operations, or entire blocks
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
@@ -198,7 +200,7 @@ class Config:
     evaluation: Evaluation
     log: Log
     checkpoint: Checkpoint
-    output_dir: Text  # relative to the working directory
+    output_dir: Text  # relative to the working directory; "~" is the home folder
 
 
 # (key, has it no effect?, why): giving the key is an error, and `to_dict` leaves it out.
@@ -270,7 +272,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = read_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # not UTF-8 either, or nested too deeply
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {show(tree)}, expected an object of sections")
@@ -283,6 +285,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply_override(tree, override, origins)
     try:
         config = parse(tree, Config)
+        config = replace(config, output_dir=os.path.expanduser(config.output_dir))
+        if config.output_dir.startswith("~"):
+            problem = f"found {show(config.output_dir)}, expected a path: no such home folder"
+            raise Invalid("output_dir", problem)
         for key, contradicts, problem in CONFLICTS:
             if contradicts(config):
                 raise Invalid(key, problem.format(config))
@@ -317,7 +323,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]
         raise UserError(f'command line: found "{override}", expected section.key=value')
     try:
         value = read_json(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         value = text
 
     node: Any = tree

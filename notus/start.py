@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from notus import build
@@ -27,6 +28,7 @@ from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
+from notus.engine.warmup import fullest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
@@ -50,6 +52,7 @@ class Run(Setup):
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
     optimizer: Optimizer
+    keep_gathered: bool  # parallel.keep_gathered, with "auto" decided
     facts: Plain  # for checkpoints: what a resumed run must share, and more
     progress: Progress = Progress(step=0, totals={}, skipped=0)
 
@@ -95,13 +98,37 @@ def open_run(
         following=model if config.reference.sync_every else None,
         reference_answers=answers,
         optimizer=build.build_optimizer(config, policy),
+        keep_gathered=decide_gathering(setup),
         facts=facts,
     )
     if run.checkpoint or run.start:
-        return load_beginning(run)
-    if facts["reference"] and run.models.reference_is_policy:
+        run = load_beginning(run)
+    elif facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
+    if ranks.device.type == "cuda" or build.compiles(config, ranks.device):
+        ranks.say(f"first a row of {run.rows.budget:,} slots: to compile, and to see that it fits")
+        batch = fullest_row(run.plan, run.pairs, run.rows)
+        warm_up(policy, batch, ranks, run.keep_gathered, run.loss.uses_weights)
     return run
+
+
+def decide_gathering(setup: Setup) -> bool:
+    """parallel.keep_gathered; "auto" is what a dry run on these GPUs would choose. Collective.
+
+    Results do not depend on it, so a resumed run may choose otherwise.
+    """
+    config, ranks, wanted = setup.config, setup.ranks, setup.config.parallel.keep_gathered
+    if wanted != "auto" or ranks.device.type == "cpu":
+        return wanted is True
+    from notus.dryrun.estimate import estimate_run, gathering_text, usable
+
+    memory = torch.tensor(torch.cuda.mem_get_info(ranks.device)[1], device=ranks.device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    sets = setup.pairs, setup.held_out
+    estimate = estimate_run(config, ranks.count, setup.models, setup.loss, *sets, steps=())
+    kept = estimate.gathers_once(usable(int(memory)))
+    ranks.say(gathering_text(kept))
+    return kept
 
 
 def check_predicate(setup: Setup) -> None:

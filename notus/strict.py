@@ -67,8 +67,8 @@ def parse(value: Any, annotation: Any, key: str = "") -> Any:
     the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked. A
     function as the annotation gives a dict of all its keyword-only parameters.
     """
-    _reject_malformed(value, key)
     try:
+        _reject_malformed(value, key)
         if inspect.isfunction(annotation):
             keys = keys_of(annotation)
             given = _parse_keys(value, keys, key)
@@ -77,6 +77,8 @@ def parse(value: Any, annotation: Any, key: str = "") -> Any:
     except _UnknownKey as unknown:
         nearest = _nearest(unknown.key, list(dict.fromkeys(_valid_keys(annotation, key))))
         raise Invalid(unknown.key, f"unknown key; {nearest}") from None
+    except RecursionError:
+        raise Invalid(key, "nested too deeply") from None
 
 
 def parse_part(value: Mapping[str, Any], build: Callable[..., Built], where: object) -> Built:
@@ -169,11 +171,13 @@ class _UnknownKey(Exception):
 
 
 def _reject_malformed(node: Any, key: str) -> None:
-    """Raise Invalid for repeated keys, NaN and infinities anywhere in the tree."""
+    """Raise Invalid for repeated keys, NaN, infinities and broken text anywhere in the tree."""
     if node is _REPEATED:
         raise Invalid(key, "occurs twice in one object, expected once")
     if isinstance(node, float) and not math.isfinite(node):
         raise Invalid(key, f"found {show(node)}, expected a finite number")
+    if isinstance(node, str) and re.search("[\0\ud800-\udfff]", node):  # no path or UTF-8 text
+        raise Invalid(key, f"found {node!a}, expected text without NUL and lone surrogates")
     if isinstance(node, Mapping | list | tuple):
         for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
             _reject_malformed(child, _join(key, name))

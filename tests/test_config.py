@@ -77,7 +77,7 @@ def test_defaults(tmp_path: Path) -> None:
             "shard": None,
             "replicate": 1,
             "cpu_offload": False,
-            "keep_gathered": False,
+            "keep_gathered": "auto",
             "activation_checkpointing": "full",
             "compile": "auto",
             "attention": "auto",
@@ -158,15 +158,43 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert load_config(path, ["train.seed=8", "train.seed=9"]).train.seed == 9
 
 
+@pytest.mark.parametrize(("given", "found"), [("~", ""), ("~/x", "/x"), ("a/~", None)])
+def test_output_dir_may_be_below_the_home_folder(given, found, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(write(tmp_path, MINIMAL), [f"output_dir={given}"])
+    assert config.output_dir == (given if found is None else f"{tmp_path}{found}")
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path) -> None:
+    path, deep = write(tmp_path, MINIMAL), "[" * 100_000
+    with pytest.raises(UserError, match=r'data.max_length: found "\[\[\[.*, expected an integer'):
+        load_config(path, [f"data.max_length={deep}"])
+    Path(path).write_text(deep)
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_config(path)
+
+
 # A change to the minimal file, and everything after the file's name in the message.
 WRONG_FILES = [
     ({"model": {}}, "model.policy: missing, expected a non-empty string"),
     ({"model": {"policy": ""}}, 'model.policy: found "", expected a non-empty string'),
     ({"model": "sft"}, 'model: found "sft", expected an object with the keys policy, reference, '),
+    (
+        {"output_dir": "~nobody-has-this-name/x"},
+        'output_dir: found "~nobody-has-this-name/x", expected a path: no such home folder',
+    ),
+    (
+        {"output_dir": "a\0b"},
+        "output_dir: found 'a\\x00b', expected text without NUL and lone surrogates",
+    ),
+    (
+        {"data": {"train": [{"path": "a"}], "system_prompt": "\ud800"}},
+        "data.system_prompt: found '\\ud800', expected text without NUL and lone surrogates",
+    ),
     ({"model": {"policy": "a", "lora": {"alpha": 1}}}, "model.lora.rank: missing, expected an int"),
     (
         {"model": {"policy": "a", "lora": {"rank": 0, "alpha": 1}}},
-        "model.lora.rank: found 0, expected an integer of at least 1",
+        "model.lora.rank: found 0, expected an integer from 1 to 1048576",
     ),
     (
         {"model": {"policy": "a", "lora": {"rank": 1, "alpha": 0}}},
@@ -380,7 +408,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 COUNT = st.integers(1, 2**40)
 RATE = st.floats(0, 1) | st.integers(0, 1)
-TEXT = st.text(min_size=1)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0~"), min_size=1)
 CURATION = st.fixed_dictionaries(
     {"rule": st.sampled_from(["mean-rating", "overall-score-fixed", "rating"])},
     optional={
@@ -422,7 +450,7 @@ DATA = st.fixed_dictionaries(
     },
 )
 LORA = st.fixed_dictionaries(
-    {"rank": COUNT, "alpha": st.floats(1e-3, 1e3)},
+    {"rank": st.integers(1, 2**20), "alpha": st.floats(1e-3, 1e3)},
     optional={
         "dropout": st.floats(0, 0.99),
         "target_modules": st.just("all-linear") | st.lists(TEXT, min_size=1, max_size=3),

@@ -23,9 +23,9 @@ ORDER = """
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.reference_cache
-    engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
+    engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
-    engine.resume engine.history engine.profiling
+    engine.resume engine.history engine.profiling engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     build

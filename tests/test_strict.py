@@ -82,6 +82,7 @@ def test_an_object_becomes_a_dataclass_and_back() -> None:
         (10**400, float, "found 1000000"),
         (float("nan"), float, "found NaN, expected a finite number"),
         ({"a": [float("-inf")]}, dict[str, Any], "a.0: found -Infinity, expected a finite number"),
+        ({"a": ["x\0"]}, dict[str, Any], "a.0: found 'x\\x00', expected text without NUL and lone"),
         (0, Positive, "found 0.0, expected a number above 0"),
         ([], tuple[int, ...], "found [], expected a list of one or more values, each an integer"),
         ([1], tuple[int, int], "found [1], expected a list of 2 values, each an integer"),
@@ -148,3 +149,11 @@ def test_a_dataclass_among_other_keys() -> None:
 def test_integers_too_long_to_be_read_are_floats() -> None:
     assert read_json("[1, -9223372036854775808]") == [1, float(-(2**63))]
     assert read_json("1" * 5000) == float("inf")
+
+
+def test_values_that_are_nested_too_deeply() -> None:
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(Invalid, match="^top: nested too deeply"):
+        parse(value, Any, "top")

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.build import build_plan, step_work
+from notus.build import Models, build_plan, step_work
 from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
-from notus.dryrun.memory import MemoryBudget, MemorySettings, ParameterCounts, memory_budget
+from notus.dryrun.memory import (
+    MemoryBudget,
+    MemorySettings,
+    ParameterCounts,
+    memory_budget,
+    parameter_counts,
+)
 from notus.engine.flops import GIB, GPU, forward_flops, hardware_flops, model_flops
 from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
@@ -34,9 +40,9 @@ SHORTEST_ROW = 1024  # slots: below, matrix products wait for the weights to be 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
 
 
-def usable(gpu: GPU) -> int:
-    """Bytes of the GPU's memory that tensors can have."""
-    return int(USABLE_SHARE * gpu.memory) - RESERVED
+def usable(gpu: GPU | int) -> int:
+    """Bytes of the GPU's memory (or of so many bytes) that tensors can have."""
+    return int(USABLE_SHARE * (gpu if isinstance(gpu, int) else gpu.memory)) - RESERVED
 
 
 class RowCounts(NamedTuple):
@@ -118,7 +124,23 @@ class Estimate:
     @property
     def memory(self) -> MemoryBudget:
         """The memory of one rank, on the CPU if parallel.device says so."""
-        config, parallel, rows = self.config, self.config.parallel, self.rows
+        return self.memory_with(self.rows.slots, self.rows.scored)
+
+    def gathers_once(self, limit: int) -> bool:
+        """parallel.keep_gathered; "auto" is on where rows of the full budget fit `limit` with it.
+
+        limit: bytes of a GPU that tensors can have.
+        """
+        wanted, slots = self.config.parallel.keep_gathered, self.config.data.tokens_per_microbatch
+        if wanted != "auto":
+            return wanted
+        kept = self.with_setting("parallel.keep_gathered", True)
+        on_cpu = self.config.parallel.device == "cpu"
+        return not on_cpu and kept.memory_with(slots, slots).peak <= limit
+
+    def memory_with(self, slots: int, scored: int) -> MemoryBudget:
+        """The memory of one rank whose longest row has so many slots and scored tokens."""
+        config, parallel = self.config, self.config.parallel
         on_cpu = parallel.device == "cpu"
         width = WIDTHS[config.model.compute_dtype]
         resident = self.reference == "online" and not self.reference_is_base
@@ -131,8 +153,8 @@ class Estimate:
                 shard=self.shard,
                 counts=self.counts,
                 compute_width=width,
-                slots=rows.slots,
-                scored=rows.scored,
+                slots=slots,
+                scored=scored,
                 scoring_slots=config.data.tokens_per_microbatch,
                 optimizer=config.optimizer.name,
                 state_width=WIDTHS[config.optimizer.state_dtype],
@@ -140,7 +162,7 @@ class Estimate:
                 reference_width=reference_width if resident else 0,
                 kept_log_probs=0 if self.reference == "online" else responses,
                 cpu_offload=parallel.cpu_offload,
-                keep_gathered=parallel.keep_gathered,
+                keep_gathered=parallel.keep_gathered is True,
                 compiled=parallel.compile is True or (parallel.compile == "auto" and not on_cpu),
                 triton=parallel.kernels != "plain" and not on_cpu,
                 on_cpu=on_cpu,
@@ -184,6 +206,38 @@ class Estimate:
         return sum(self.flops.values()) / (self.gpus * gpu.peak_flops * utilisation) / 3600
 
 
+def estimate_run(
+    config: Config,
+    gpus: int,
+    models: Models,
+    loss: Loss,
+    pairs: TokenizedPairs,
+    held_out: TokenizedPairs | None,
+    steps: Sequence[np.ndarray],
+) -> Estimate:
+    """The estimate of the configured run on so many GPUs; see Estimate."""
+    counts = parameter_counts(models.shape, config.model.lora)
+    # An adapter given as the policy is merged into its base, which is then another model.
+    merged = models.adapter is not None and config.model.reference is not None
+    return Estimate(
+        config=config,
+        gpus=gpus,
+        shape=models.shape,
+        counts=counts,
+        loss=loss,
+        reference_is_base=counts.frozen > 0 and models.reference_is_policy and not merged,
+        pairs=pairs,
+        held_out=held_out,
+        steps=steps,
+    )
+
+
+def gathering_text(kept: bool) -> str:
+    """What "auto" means for parallel.keep_gathered in a run, and why."""
+    found = "on, because rows of the full budget fit" if kept else "off: the memory is not enough"
+    return f"parallel.keep_gathered: {found}"
+
+
 def fewest_gpus(estimate: Estimate, gpu: GPU) -> Estimate | None:
     """The run on the fewest GPUs on which it fits, in powers of two times the replicas.
 
@@ -207,7 +261,7 @@ def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:
     half = config.data.tokens_per_microbatch // 2
     changes: list[tuple[str, Any, bool]] = [
         ("reference.log_probs", "cached", fixed),
-        ("parallel.keep_gathered", False, True),
+        ("parallel.keep_gathered", False, config.parallel.keep_gathered is True),
         ("parallel.activation_checkpointing", "full", True),
         ("data.tokens_per_microbatch", half, half >= max(longest, SHORTEST_ROW)),
         ("optimizer.state_dtype", "bfloat16", True),

@@ -182,10 +182,10 @@ def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int
 
 
 def _reduction(settings: MemorySettings, parameters: int) -> dict[str, int]:
-    """The gradients, their float32 copy and its share; on one rank a full output and a copy."""
-    width, shard = settings.compute_width, settings.shard
-    shared = (4 + width) * parameters + 4 * parameters // shard
-    return {"float32 gradients being reduced": 12 * parameters if shard == 1 else shared}
+    """The gradients, which one rank no longer needs then, their float32 copy and its share."""
+    width = settings.compute_width if settings.shard > 1 else 0
+    share = 4 * parameters // settings.shard
+    return {"float32 gradients being reduced": (width + 4) * parameters + share}
 
 
 def _head(settings: MemorySettings) -> tuple[int, int, int]:
@@ -227,10 +227,6 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
         "reference model": settings.reference_width * (frozen or trainable) // shard,
     }
     gradients = {"gradients (float32)": 4 * trainable // shard}
-    # RMSprop takes the square roots of all its averages at once; AdamW is fused, and with bfloat16
-    # state one parameter is updated after another.
-    at_once = settings.optimizer == "rmsprop" and settings.state_width == 4
-    roots = states if at_once and not (settings.cpu_offload or settings.on_cpu) else 0
     host = 0
     if settings.cpu_offload:
         host = sum(resident.values()) + sum(gradients.values())
@@ -287,7 +283,7 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
             **gradients,
             **_reduction(settings, trained.root),
         },
-        "optimiser step": {**gradients, "square roots of the averages": roots},
+        "optimiser step": gradients,
         "scoring without gradient": {
             **at_block,
             "activations of one block": 3 * width * (inner + hidden) * settings.scoring_slots,

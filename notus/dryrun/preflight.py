@@ -21,11 +21,12 @@ from notus.dryrun.estimate import (
     USABLE_SHARE,
     UTILISATION,
     Estimate,
+    estimate_run,
     fewest_gpus,
+    gathering_text,
     remedies,
     usable,
 )
-from notus.dryrun.memory import parameter_counts
 from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint, resume
 from notus.engine.distributed import Ranks
@@ -71,21 +72,10 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         checkpoint.check_sound(Path(options.resume))
     else:
         checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
-    counts = parameter_counts(models.shape, config.model.lora)
-    # An adapter given as the policy is merged into its base, which is then another model.
-    merged = models.adapter is not None and config.model.reference is not None
-    plan = build_plan(config, data["train"].pairs, gpus)
-    estimate = Estimate(
-        config=config,
-        gpus=gpus,
-        shape=models.shape,
-        counts=counts,
-        loss=make_loss(config),
-        reference_is_base=counts.frozen > 0 and models.reference_is_policy and not merged,
-        pairs=data["train"].pairs,
-        held_out=data["eval"].pairs if "eval" in data else None,
-        steps=[plan.pairs_of(step) for step in range(plan.steps)],
-    )
+    pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
+    plan = build_plan(config, pairs, gpus)
+    steps = [plan.pairs_of(step) for step in range(plan.steps)]
+    estimate = estimate_run(config, gpus, models, make_loss(config), pairs, held_out, steps)
     ranks.say(preflight(estimate, gpu, options.price))
     return 0 if gpu is None or estimate.fits(gpu) else 1
 
@@ -97,10 +87,15 @@ def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
     """
     on_cpu = estimate.config.parallel.device == "cpu"
     kind = "CPU" if on_cpu else "GPU" if gpu is None else gpu.name
+    chosen = []
+    if gpu is not None and estimate.config.parallel.keep_gathered == "auto":
+        kept = estimate.gathers_once(usable(gpu))
+        estimate = estimate.with_setting("parallel.keep_gathered", kept)
+        chosen = ["  " + gathering_text(kept)]
     memory = f"memory of one rank, on {estimate.gpus} x {kind}"
     parts = [*plan_text(estimate), "", memory, *memory_text(estimate)]
     if gpu is not None:
-        parts += [*verdict_text(estimate, gpu), "", *time_text(estimate, gpu, price)]
+        parts += [*chosen, *verdict_text(estimate, gpu), "", *time_text(estimate, gpu, price)]
     elif not on_cpu:
         parts += ["", *table_text(estimate)]
     return "\n".join(parts)

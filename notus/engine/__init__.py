@@ -1,5 +1,6 @@
 """Everything around the step: ranks, optimiser, measurement, checkpoints.
 
+compilation   settings of torch.compile under which a run repeats
 rendezvous    how restarted ranks find each other
 distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
@@ -14,4 +15,5 @@ saver         saving in the background, and the export of the model
 resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run
 profiling     a trace of some steps
+warmup        the first row, which compiles and shows whether memory is enough
 """

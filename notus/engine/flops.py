@@ -160,6 +160,9 @@ class Speed:
             "perf/packing": counts["filled"] / counts["slots"],
             "perf/peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
+        if self.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            report["perf/reserved_memory_gib"] = reserved / 2**30
         peak = peak_flops(self.device)
         if peak is not None:
             report["perf/mfu"] = counts["needed"] / seconds / (peak * self.ranks)

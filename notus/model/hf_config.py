@@ -6,10 +6,17 @@ from typing import Annotated
 
 from notus.errors import UserError
 from notus.files import read_object
-from notus.strict import Bound, Count, Positive, keys_of, parse_part
+from notus.strict import Bound, Positive, keys_of, parse_part
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
-Even = Annotated[int, Bound("an even number of at least 2", lambda x: x >= 2 and x % 2 == 0)]
+# Far above every model; within them no product of three sizes overflows, and a model without
+# storage is built in seconds.
+Size = Annotated[int, Bound("an integer from 1 to 1048576", lambda x: 1 <= x <= 2**20)]
+Layers = Annotated[int, Bound("an integer from 1 to 1024", lambda x: 1 <= x <= 1024)]
+Span = Annotated[int, Bound("an integer from 1 to 2147483647", lambda x: 1 <= x < 2**31)]
+Even = Annotated[
+    int, Bound("an even number from 2 to 1048576", lambda x: 2 <= x <= 2**20 and x % 2 == 0)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +26,7 @@ class Llama3Rope:
     factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
-    original_max_position_embeddings: Count
+    original_max_position_embeddings: Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +37,17 @@ class ModelShape:
     which the decoder computes what it did before: shapes recorded without the field then have it.
     """
 
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count  # in config.json by default num_attention_heads
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size  # in config.json by default num_attention_heads
     head_dim: Even  # in config.json by default hidden_size / num_attention_heads
     rms_norm_eps: Positive
     rope_theta: Positive = 10000.0
     rope_scaling: Llama3Rope | None = None
-    sliding_window: Count | None = None
+    sliding_window: Span | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False

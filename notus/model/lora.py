@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from notus.errors import UserError
+from notus.model.hf_config import Size
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import local_rows
-from notus.strict import Count, FractionBelowOne, Positive, Text
+from notus.strict import FractionBelowOne, Positive, Text
 
 ALL_LINEAR = "all-linear"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -36,7 +37,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 class LoraSettings:
     """Low-rank adapters: only they are trained, and the base is kept in compute_dtype."""
 
-    rank: Count  # of a layer's change B A: rows of A, columns of B
+    rank: Size  # of a layer's change B A: rows of A, columns of B
     alpha: Positive  # the adapters' product is scaled by alpha / rank
     # probability that an entry of an adapter's input is dropped in training
     dropout: FractionBelowOne = 0.0

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError, agreed
 from notus.files import PARTIAL, new_folder, read_object, write_json, writing
-from notus.model.hf_config import ModelShape
+from notus.model.hf_config import ModelShape, Size
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
@@ -35,7 +35,7 @@ from notus.model.weights import (
     save_tensors,
     stored_tensors,
 )
-from notus.strict import Count, Positive, keys_of, parse_part
+from notus.strict import Positive, keys_of, parse_part
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -43,11 +43,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """The entries of adapter_config.json that say what the adapters compute, under PEFT's names."""
+    """The entries of adapter_config.json that are used, under PEFT's names."""
 
-    r: Count
+    r: Size
     lora_alpha: Positive
     use_rslora: bool = False
+    base_model_name_or_path: str | None = None
 
 
 # Other entries that change no result. Any further one that is set (use_dora, modules_to_save,
@@ -55,7 +56,6 @@ class PeftConfig:
 # Which layers have an adapter is read from the weights.
 KNOWN_KEYS = {
     "auto_mapping",
-    "base_model_name_or_path",
     "exclude_modules",
     "inference_mode",
     "init_lora_weights",
@@ -112,8 +112,7 @@ def read_adapter(folder: Path) -> Adapter:
             )
     theirs = parse_part(config, PeftConfig, path)
     scaling = LoraSettings(theirs.r, theirs.lora_alpha, rslora=theirs.use_rslora).scaling
-    base_name = config.get("base_model_name_or_path")
-    return Adapter(theirs.r, scaling, base_name, folder / WEIGHTS)
+    return Adapter(theirs.r, scaling, theirs.base_model_name_or_path, folder / WEIGHTS)
 
 
 def _peft_name(name: str) -> str:

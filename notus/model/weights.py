@@ -5,6 +5,7 @@ that every rank writes one file and none ever holds the entire model.
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names of those that weights may have
 # Buffers that old checkpoints carry; the decoder computes them.
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -69,9 +71,9 @@ def model_folder(path: str, weights: bool = True) -> Path:
     weights: False if only config.json and the tokenizer are needed.
     Raises UserError when `path` is neither a folder nor an accessible repository.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # unlike pathlib's, False for a name that no file can have
         return Path(path)
-    if Path(path).exists():
+    if os.path.exists(path):
         raise UserError(f"{path}: found a file, expected the folder of a model")
     wanted = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
     if weights:
@@ -88,7 +90,7 @@ def model_folder(path: str, weights: bool = True) -> Path:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model folder by name, read only from the files' headers.
 
-    Raises UserError for missing, truncated or unreadable files.
+    Raises UserError for missing, truncated or unreadable files, and those of another folder.
     """
     if (folder / INDEX).is_file():
         files = read_object(folder / INDEX).get("weight_map")
@@ -102,21 +104,36 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     tensors = {}
     for name in files:
         file = folder / name
+        if "/" in name or not name.isprintable():
+            raise UserError(f"{folder / INDEX}: found {name!r}, expected a file of this folder")
         tensors |= {key: Stored(file, shape) for key, shape in header_shapes(file).items()}
     return tensors
 
 
 def header_shapes(file: Path) -> dict[str, Shape]:
-    """The shape of every tensor in a safetensors file. Raises UserError if it is unreadable."""
+    """The shape of every tensor in a safetensors file.
+
+    Raises UserError if it is unreadable, and names a tensor that does not hold DTYPES.
+    """
     try:
+        file.open("rb").close()  # safetensors takes every refusal for a missing file
         with safe_open(file, framework="pt") as handle:
-            names = handle.keys()  # a list: the handle is no mapping
-            return {name: tuple(handle.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            dtypes = {name: found.get_dtype() for name, found in slices.items()}
+            shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
         raise UserError(
             f"{file}: found no complete safetensors file ({error}); expected one; copy or "
             "download it again"
         ) from None
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{file}: tensor {name}: found {dtype}, expected one of {', '.join(DTYPES)}"
+            )
+    return shapes
 
 
 def check_shapes(
@@ -229,8 +246,11 @@ def hash_weights(path: str, folder: Path) -> dict[str, str]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. Raises OSError, which names it, when the file system refuses."""
+    path.touch()
+    mode = path.stat().st_mode  # of a new file, by the umask; safetensors makes it the owner's only
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # what safetensors makes of an OSError, without the path
         raise OSError(0, str(error), str(path)) from None
 

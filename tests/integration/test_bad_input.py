@@ -359,15 +359,15 @@ def yarn() -> None:
         ),
         (
             lambda: edit("policy/config.json", hidden_size=None),
-            ("policy/config.json: hidden_size: missing, expected an integer of at least 1",),
+            ("policy/config.json: hidden_size: missing, expected an integer from 1 to 1048576",),
         ),
         (
             lambda: edit("policy/config.json", hidden_size="32"),
-            ('policy/config.json: hidden_size: found "32", expected an integer of at least 1',),
+            ('policy/config.json: hidden_size: found "32", expected an integer from 1 to 1048576',),
         ),
         (
             lambda: edit("policy/config.json", sliding_window=0),
-            ("policy/config.json: sliding_window: found 0, expected an integer of at least 1",),
+            ("policy/config.json: sliding_window: found 0, expected an integer from 1 to 2147",),
         ),
         (
             lambda: edit("policy/config.json", num_key_value_heads=3),
@@ -417,7 +417,19 @@ def yarn() -> None:
         (lambda: write(INDEX, "[]"), (f"{INDEX}: expected a JSON object, found list",)),
         (
             lambda: write(INDEX, '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'),
-            ("policy/model-1.safetensors: found no complete safetensors file (No such file",),
+            ("policy/model-1.safetensors: cannot be read (No such file",),
+        ),
+        (
+            lambda: edit("policy/config.json", num_hidden_layers=10**9),
+            ("policy/config.json: num_hidden_layers: found 1000000000, expected an integer from",),
+        ),
+        (
+            lambda: edit_tensors({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+            ("policy/model.safetensors: tensor model.norm.weight: found I8, expected one of F64",),
+        ),
+        (
+            lambda: write(INDEX, '{"weight_map": {"lm_head.weight": "../model.safetensors"}}'),
+            (f"{INDEX}: found '../model.safetensors', expected a file of this folder",),
         ),
         (
             lambda: shrink_vocabulary("policy", 400),

@@ -1,6 +1,11 @@
 """Attention and whole runs of train.py on a GPU: NOTUS_TEST_GPU=1 pytest -m gpu."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from notus.data.packing import PADDING, pack
 from notus.demo import write_demo
 from notus.model import attention
 from notus.model.attention import attend, build_mask, may_attend
-from runs import base_config, metrics
+from runs import base_config, metrics, stored
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,10 +85,63 @@ def test_runs_repeat_to_the_bit(wide_demo, tmp_path):
     settings = ("parallel.device=cuda", "model.compute_dtype=bfloat16")
     once, again = (run_steps(wide_demo, tmp_path / name, *settings) for name in ("once", "again"))
     for ours, theirs in zip(once, again, strict=True):
-        timed = {name for name in ours if name.startswith("perf/")}
-        assert {n: v for n, v in ours.items() if n not in timed} == {
-            n: v for n, v in theirs.items() if n not in timed
+        assert untimed(ours) == untimed(theirs)
+
+
+OPTIONS = {
+    "rmsprop": ['optimizer={"name":"rmsprop","learning_rate":1e-4}'],
+    "bfloat16 state": ["optimizer.state_dtype=bfloat16", "optimizer.learning_rate=1e-5"],
+    "kept gathered": ["parallel.keep_gathered=true", "data.tokens_per_microbatch=256"],
+    "gathered each time": ["parallel.keep_gathered=false", "data.tokens_per_microbatch=256"],
+    "offload": ["parallel.cpu_offload=true"],
+    "adapters": ['model.lora={"rank":4,"alpha":8}'],
+    "not compiled": ["parallel.compile=false"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_trains_as_on_the_cpu(wide_demo, tmp_path, name):
+    ours, theirs = (
+        run_steps(wide_demo, tmp_path / device, f"parallel.device={device}", *OPTIONS[name])
+        for device in ("cuda", "cpu")
+    )
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+        assert found["perf/reserved_memory_gib"] >= found["perf/peak_memory_gib"] > 0
+
+
+def test_another_process_resumes_to_the_bit(wide_demo, tmp_path):
+    """With kernels that it compiles itself, and a first step whose row has another length."""
+
+    def run(output: Path) -> None:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{output.name}-cache")
         }
+        command = [sys.executable, "train.py", str(config), f"output_dir={output}"]
+        subprocess.run(command, cwd=Path(train.__file__).parent, env=environment, check=True)
+
+    config, whole, resumed = (tmp_path / name for name in ("config.json", "whole", "resumed"))
+    settings = base_config(wide_demo)
+    settings["model"]["compute_dtype"] = "bfloat16"
+    settings["train"] = {"pairs_per_step": 15, "max_steps": 4}
+    settings["checkpoint"] = {"every": 2}
+    config.write_text(json.dumps(settings))
+    run(whole)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "final")
+    shutil.rmtree(resumed / "checkpoints/step-00000004")
+    run(resumed)
+    for ours, theirs in zip(metrics(resumed), metrics(whole), strict=True):
+        assert untimed(ours) == untimed(theirs)
+    ours, theirs = (stored(out / "checkpoints/step-00000004", "model") for out in (resumed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def untimed(line: dict) -> dict:
+    """The metrics of a line that do not depend on the clock or the memory."""
+    return {name: value for name, value in line.items() if not name.startswith("perf/")}
 
 
 def attention_case(hide: float):

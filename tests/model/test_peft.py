@@ -136,7 +136,9 @@ def write_adapter(folder, base, changes=None, keep=lambda key: True, **tensors):
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"not_yet_invented": 3}, "not_yet_invented is 3"),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which changes the base'),
-        ({"r": 0}, "adapter_config.json: r: found 0, expected an integer of at least 1"),
+        ({"r": 0}, "adapter_config.json: r: found 0, expected an integer from 1 to 1048576"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path: found 5, expected a string"),
+        ({"r": 10**400}, "r: found 10{56}.*, expected an integer from 1 to 1048576"),
         ({"lora_alpha": "8"}, 'lora_alpha: found "8", expected a number above 0'),
     ],
 )
@@ -161,7 +163,7 @@ def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
     file.write_bytes(file.read_bytes()[:-5])
     refused("found no complete safetensors file")
     file.unlink()
-    refused("adapter_model.safetensors: found no complete safetensors file")
+    refused("adapter_model.safetensors: cannot be read .No such file")
     del config["r"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     write_adapter(tmp_path, tiny_folder, keep=lambda key: "lora_A" in key)
@@ -186,6 +188,10 @@ def test_damaged_adapter_folders_are_named(tiny_folder, tmp_path):
                 f"{PREFIX.replace('layers.0', 'layers.9')}.lora_B.weight": torch.zeros(32, 4),
             },
             r"layers.9.self_attn.q_proj.lora_A.weight: found \(4, 32\), expected none",
+        ),
+        (
+            {f"{PREFIX}.lora_B.weight": torch.zeros(32, 4, dtype=torch.int8)},
+            "tensor .*q_proj.lora_B.weight: found I8, expected one of F64",
         ),
         ({f"{PREFIX}.lora_B.weight": torch.full((32, 4), math.nan)}, "q_proj.weight holds NaN"),
     ],
