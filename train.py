@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Rows differ in length from step to step: with segments of fixed sizes, memory that was freed soon
-# lies in pieces that no other row fits into. PyTorch reads this when it first allocates on a GPU.
+# is left in pieces too small for other rows. PyTorch reads this when it first allocates on a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np

@@ -1,7 +1,7 @@
 """The objects that the configuration names: one or two functions for each of its sections.
 
 These functions are where the configuration ends: they hand plain arguments to the libraries below.
-After adding a key, pass it on here. `Setup` is what they need of each other.
+After adding a key, pass it on here. `Setup` holds what they share.
 """
 
 import argparse
@@ -292,8 +292,8 @@ def build_references(
     """The reference over the training and the held-out pairs, and the model that it is.
 
     identity: the reference's, or None for a loss that uses none. `policy` must hold its initial
-    weights: it is the reference while both are the same folder, and with adapters, which are
-    turned off, it stays the reference.
+    weights. It serves as the reference if both are the same folder; its adapters, if it has any,
+    are turned off for that.
     """
     config, ranks, models, model = setup.config, setup.ranks, setup.models, policy
     sets = [setup.pairs] if setup.held_out is None else [setup.pairs, setup.held_out]

@@ -143,7 +143,11 @@ def decide_gathering(setup: Setup) -> bool:
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     sets = setup.pairs, setup.held_out
     estimate = estimate_run(config, ranks.count, setup.models, setup.loss, *sets, steps=())
-    kept = estimate.gathers_once(usable(int(memory)))
+    try:
+        kept = estimate.gathers_once(usable(int(memory)))
+    except UserError as error:  # a model that was edited since the memory formula was written
+        ranks.say(f"parallel.keep_gathered: off, because {error}")
+        return False
     ranks.say(gathering_text(kept))
     return kept
 
@@ -164,7 +168,7 @@ def check_predicate(setup: Setup) -> None:
 
 
 def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool) -> Setup:
-    """The same with what the run in output_dir begins from; a run's folder is locked.
+    """The setup with the checkpoint or the weights that the run begins from; locks a run's folder.
 
     resume, model_only: as for `open_run`. Collective. Raises UserError, on every rank, for an
     output_dir or a checkpoint that cannot be used.
@@ -190,7 +194,7 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
 
 
 def announce(setup: Setup) -> None:
-    """Print the size of the run and what its ranks lack."""
+    """Print the size of the run, and the ranks that will idle."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
@@ -250,7 +254,7 @@ def write_model_card(setup: Setup) -> None:
 
 
 def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
-    """The same with the policy's adapter, if it is one, merged into a folder of output_dir.
+    """The setup after a policy that is an adapter has been merged into output_dir/policy.
 
     Collective. Raises UserError, on every rank, when that cannot be written.
     """
@@ -333,7 +337,7 @@ def claim_output_dir(
 
 
 def load_beginning(run: Run) -> Run:
-    """The same, from the place and with the weights that it begins from. Collective."""
+    """The run with its checkpoint, or the weights that it begins from, loaded. Collective."""
     if run.checkpoint:
         models = run.policy, run.optimizer, run.following
         run = replace(run, progress=checkpoint.load_checkpoint(run.checkpoint, *models))

@@ -99,11 +99,18 @@ def _scores(row: Row, where: str) -> Scores:
     for place in (row, metadata if isinstance(metadata, dict) else {}):
         for columns in SCORE_COLUMNS:
             if all(column in place for column in columns):
-                for column in columns:
-                    if not isinstance(place[column], int | float | NoneType):
-                        reject_column(place, column, where, "a number")
-                return tuple(None if place[c] is None else float(place[c]) for c in columns)
+                return tuple(_score(place, column, where) for column in columns)
     return None, None
+
+
+def _score(place: Row, column: str, where: str) -> float | None:
+    found = place[column]
+    if not isinstance(found, int | float | NoneType):
+        reject_column(place, column, where, "a number")
+    try:
+        return None if found is None else float(found)
+    except OverflowError:
+        reject_column(place, column, where, "one below 1e308")
 
 
 def labels_of(row: Row) -> dict[str, str]:

@@ -143,6 +143,7 @@ def split_holdout(count: int, holdout: int, seed: int) -> tuple[np.ndarray, np.n
     return shuffled_twice[holdout:], shuffled_twice[:holdout]
 
 
+MOST_ROWS = 10**8  # of a source in an epoch, all of them held in memory
 HELD_OUT_COPY = "copy of a held-out row"
 
 
@@ -190,6 +191,11 @@ def load_preferences(
                 rows.append(found)
             else:
                 dropped[found.reason] += 1
+        if source.weight * (len(rows) - first) > MOST_ROWS:
+            raise UserError(
+                f"{source.path}: {len(rows) - first:,} rows with the weight {source.weight:g}; "
+                f"expected at most {MOST_ROWS:,} rows in an epoch"
+            )
         entered.append(first + weighted_rows(len(rows) - first, source.weight, seed, index))
     order = np.concatenate(entered)
     if holdout and holdout >= len(order):

@@ -1,28 +1,34 @@
-"""Special tokens that a data set spells out: found, and read as text in conversations.
+"""Added tokens that a data set spells out: found, and read as text in conversations.
 
 A message that contains "</s>" could end its turn and begin another. In a conversation only the
-chat template makes turns, so special tokens in messages are read as ordinary characters.
+chat template makes turns, so the texts of added tokens (special or not: a template's markers are
+often not) are read as ordinary characters in messages. Whether a text becomes a token is asked of
+the tokenizer itself, whose normaliser may also make "</S>" or full-width characters into one.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import PARTS, Message, Pair
 
-# Noncharacters, which no text should contain. BREAK splits a special token's text in a message
-# while the template renders it; the template's own special tokens become OPEN, their id, CLOSE.
-BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-REMOVED = dict.fromkeys(map(ord, (BREAK, OPEN, CLOSE)))  # so that no message can forge marks
+# Noncharacters, which no text should contain; messages lose theirs, so that none can forge marks.
+# The template's own added tokens become OPEN, their id, CLOSE. While the template renders, each
+# character of a message that must not join a token is HIDDEN and its code point in DIGITS.
+NONCHARACTERS = {code: None for code in range(0xFDD0, 0xFDF0)}
+OPEN, CLOSE, HIDDEN = "\ufdd0", "\ufdd1", "\ufdd2"
+DIGITS = {ord(digit): chr(0xFDE0 + int(digit, 16)) for digit in "0123456789abcdef"}
 
 
-def spells_special(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the text of a special token occurs in a prompt, a response or a message."""
-    return any(_pattern(tokenizer).search(text) for text in _contents(pair))
+def spells_added(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the text of an added token occurs in a prompt, a response or a message."""
+    guard = guard_of(tokenizer)
+    return any(guard.is_spelled_in(text) for text in _contents(pair))
 
 
 def without_ends(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Pair:
@@ -54,72 +60,130 @@ def _contents(pair: Pair) -> Iterator[str]:
         yield from [part] if isinstance(part, str) else (message["content"] for message in part)
 
 
-@lru_cache(maxsize=4)
-def _pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """A pattern of the text of any special token, the longest first."""
-    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+def _any_of(texts: Iterator[str]) -> re.Pattern[str]:
+    """A pattern of any of the texts, the longest first; of nothing without texts."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Encodes a rendered conversation so that only the template makes special tokens.
+    """Encodes conversations so that only the template makes added tokens.
 
-    backend: a copy of the tokenizer that reads special tokens' texts as text and has tokens of its
-    own, OPEN id CLOSE, in their place. original: those tokens' ids -> the special tokens' ids.
+    ids: text -> id of each added token, without those of white space only (a vocabulary's runs of
+    spaces make no turns). pattern: these texts. normalised: those that the normaliser's result is
+    searched for. backend: a copy of the tokenizer that reads these texts as text and has tokens of
+    its own, OPEN id CLOSE, in their place. original: their ids -> the added tokens' ids.
     """
 
-    backend: Tokenizer
-    pattern: re.Pattern[str]
+    tokenizer: PreTrainedTokenizerFast
     ids: dict[str, int]
+    pattern: re.Pattern[str]
+    normalised: re.Pattern[str] | None
+    backend: Tokenizer
     original: dict[int, int]
-    unknown: int | None
 
-    def break_up(self, pair: Pair) -> Pair:
-        """The conversation with a BREAK in every special token's text, ready to be rendered."""
+    def is_spelled_in(self, text: str) -> bool:
+        """Whether the text, or what the normaliser makes of it, has an added token's text."""
+        if self.pattern.search(text):
+            return True
+        if self.normalised is None:
+            return False
+        normaliser = self.tokenizer.backend_tokenizer.normalizer
+        return bool(self.normalised.search(normaliser.normalize_str(text)))
 
-        def broken(message: Message) -> Message:
-            content = message["content"].translate(REMOVED)
-            halves = self.pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], content)
-            return {**message, "content": halves}
+    def written(self, rendered: str) -> list[int]:
+        """The added tokens that a rendered text spells out, without the unknown token."""
+        return self.added([self.ids[text] for text in self.pattern.findall(rendered)])
 
-        parts = {name: list(map(broken, getattr(pair, name))) for name in PARTS}
+    def added(self, ids: Sequence[int]) -> list[int]:
+        """The added tokens among `ids`, without the unknown token, which any text may give."""
+        known = set(self.ids.values()) - {self.tokenizer.unk_token_id}
+        return [token for token in ids if token in known]
+
+    def hide(self, pair: Pair) -> Pair:
+        """The conversation, ready to be rendered, its messages unable to make or join a token.
+
+        Hidden are the added tokens' texts and each message's first and last character.
+        """
+
+        def hidden(message: Message) -> Message:
+            content = message["content"].translate(NONCHARACTERS)
+            inner = content.strip()
+            first = content.find(inner)
+            places = {first, first + len(inner) - 1} if inner else set()
+            while places:  # what is hidden may leave another token
+                content = "".join(
+                    HIDDEN + f"{ord(c):x}".translate(DIGITS) if i in places else c
+                    for i, c in enumerate(content)
+                )
+                spans = [range(start, stop) for start, stop, _ in self._spans(content)]
+                places = set().union(*spans)
+            return {**message, "content": content}
+
+        parts = {name: list(map(hidden, getattr(pair, name))) for name in PARTS}
         return replace(pair, **parts)
 
-    def mark(self, rendered: str) -> str:
-        """The rendered text, ready to be encoded: the template's tokens marked, BREAKs removed."""
-        marked = self.pattern.sub(lambda match: f"{OPEN}{self.ids[match[0]]}{CLOSE}", rendered)
-        return marked.replace(BREAK, "")
+    def mark(self, rendered: str) -> tuple[str, list[int]]:
+        """A rendered text, ready to be encoded, and the ids of the added tokens in it.
 
-    def is_tight(self, ids: Sequence[int]) -> bool:
-        """Whether the backend, given marked text, made no special token of a message's text.
-
-        Merges may lead from a special token's characters to the token itself.
+        The template's tokens are marked, and what was hidden is shown.
         """
-        return not (set(self.original.values()) - {self.unknown}) & set(ids)
+        marked, end, ids = "", 0, []
+        for start, stop, token in self._spans(rendered):
+            marked += f"{rendered[end:start]}{OPEN}{token}{CLOSE}"
+            end = stop
+            ids.append(token)
+        marked += rendered[end:]
+        values = {digit: chr(code) for code, digit in DIGITS.items()}
+        hidden = re.compile(f"{HIDDEN}([{''.join(values)}]+)")
+        back = str.maketrans(values)
+        return hidden.sub(lambda m: chr(int(m[1].translate(back), 16)), marked), ids
 
-    def restore(self, ids: Sequence[int]) -> list[int]:
-        """The backend's ids, its marks replaced by the special tokens' ids."""
-        return [self.original.get(token, token) for token in ids]
+    def encode(self, marked: Sequence[str]) -> tuple[list[Encoding], list[list[int]]]:
+        """Marked texts' encodings, and their ids with the added tokens' in place of the marks."""
+        encodings = self.backend.encode_batch(marked, add_special_tokens=False)
+        return encodings, [[self.original.get(i, i) for i in e.ids] for e in encodings]
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, id) of each added token that the tokenizer makes of a text's characters.
+
+        Without the white space around it that a token may swallow.
+        """
+        encoding = self.tokenizer(text, add_special_tokens=False).encodings[0]
+        known, unknown = set(self.ids.values()), self.tokenizer.unk_token_id
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            inner = text[start:stop].strip()
+            if not inner or HIDDEN in inner or (token == unknown and inner not in self.ids):
+                continue
+            if token in known:
+                start = text.index(inner, start)
+                yield start, start + len(inner), token
 
 
 @lru_cache(maxsize=4)
 def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
     """The guard of a tokenizer; the tokenizer must not change afterwards."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    added = tokenizer.added_tokens_decoder.items()
+    known = {id: token for id, token in added if token.content.strip()}
+    normaliser = tokenizer.backend_tokenizer.normalizer
+    normalised = [t.content for t in known.values() if t.normalized and normaliser]
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in description["added_tokens"]:
+        entry["special"] = entry["id"] in known
+    backend = Tokenizer.from_str(json.dumps(description))
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # the library's words for: as text
-    special = {id: t for id, t in tokenizer.added_tokens_decoder.items() if t.special}
-    marks = {id: f"{OPEN}{id}{CLOSE}" for id in special}
+    marks = {id: f"{OPEN}{id}{CLOSE}" for id in known}
     options = ("single_word", "lstrip", "rstrip", "normalized")
-    for id, token in special.items():
+    for id, token in known.items():
         same = {name: getattr(token, name) for name in options}
         backend.add_tokens([AddedToken(marks[id], **same)])
     return Guard(
+        tokenizer,
+        {token.content: id for id, token in known.items()},
+        _any_of(token.content for token in known.values()),
+        _any_of(map(normaliser.normalize_str, normalised)) if normalised else None,
         backend,
-        _pattern(tokenizer),
-        {token.content: id for id, token in special.items()},
         {backend.token_to_id(mark): id for id, mark in marks.items()},
-        tokenizer.unk_token_id,
     )

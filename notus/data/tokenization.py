@@ -6,9 +6,10 @@ the boundary by character offsets, so the tokens are those that the model meets 
 (a response then begins with the tokenizer's dummy prefix), every end-of-sequence token inside them
 is hidden from attention, and one more is appended.
 
-Special tokens that a message spells out are read as text under "clean": only the template makes
-turns. They stay special in plain text, which brings its own, and under "trl-0.7.4". Either way such
-pairs are counted.
+Added tokens that a message spells out are read as text under "clean": only the template makes
+turns, so a conversation's ids hold exactly the added tokens that the template wrote, or the pair is
+dropped. They stay special in plain text, which brings its own, and under "trl-0.7.4". Either way
+such pairs are counted.
 """
 
 from collections import Counter
@@ -17,13 +18,12 @@ from itertools import groupby, islice
 from os.path import commonprefix
 from typing import Any
 
-import jinja2
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import PARTS, Message, Pair
-from notus.data.special_tokens import guard_of, spells_special, without_ends
+from notus.data.special_tokens import guard_of, spells_added, without_ends
 from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.errors import UserError
 
@@ -31,6 +31,7 @@ PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
 
 AS_TEXT = "with special-token text in content, read as text"
 AS_SPECIAL = "with special-token text in content, read as special tokens"
+FORGES = "dropped: text in content that the tokenizer can only read as special tokens"
 
 
 # A pair's token ids by part (a missing rejected response is empty), and what else is counted of it.
@@ -68,6 +69,8 @@ def tokenize_pairs(
     for index, (parts, remark) in enumerate(encode(pairs, tokenizer, system_prompt)):
         if remark:
             count(remark)
+        if remark == FORGES:
+            continue
         full = tuple(map(len, parts))
         if full[0] == 0:
             count("dropped: empty prompt")
@@ -147,33 +150,36 @@ def _batches(
 def _clean(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
+    guard = guard_of(tokenizer)
+
     def kind(pair: Pair) -> tuple[bool, bool]:
         is_conversation = not isinstance(pair.prompt, str)
-        return is_conversation, spells_special(without_ends(pair, tokenizer), tokenizer)
+        return is_conversation, spells_added(without_ends(pair, tokenizer), tokenizer)
 
-    for (is_conversation, special), batch in _batches(pairs, kind):
-        # A conversation that spells out special tokens, which are to be text, is guarded.
-        guard = guard_of(tokenizer) if is_conversation and special else None
-        to_render = [guard.break_up(without_ends(pair, tokenizer)) for pair in batch if guard]
-        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in to_render or batch]
-        if guard:
-            texts = [[guard.mark(text) for text in branch] for branch in texts]
+    for (is_conversation, spelled), batch in _batches(pairs, kind):
+        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
         branches = [prompt + answer for prompt, *answers in texts for answer in answers]
-        if guard:
-            encodings = guard.backend.encode_batch(branches, add_special_tokens=False)
-        else:
-            # A conversation has the special tokens its template writes; plain text the tokenizer's.
-            encodings = tokenizer(branches, add_special_tokens=not is_conversation).encodings
-        left = iter(encodings)
+        # A conversation has the added tokens that its template writes; plain text the tokenizer's.
+        encodings = iter(tokenizer(branches, add_special_tokens=not is_conversation).encodings)
         for pair, (prompt, *answers) in zip(batch, texts, strict=True):
-            encoded = list(islice(left, len(answers)))
-            remark = AS_SPECIAL if special else None
-            if guard and all(guard.is_tight(encoding.ids) for encoding in encoded):
-                remark = AS_TEXT
-            sides = []
-            for encoding in encoded:
-                ids = guard.restore(encoding.ids) if guard else encoding.ids
-                sides.append(_split(encoding, ids, prompt, tokenizer, pair))
+            encoded = list(islice(encodings, len(answers)))
+            ids = [encoding.ids for encoding in encoded]
+            remark = AS_SPECIAL if spelled else None
+            if is_conversation:
+                written = [guard.written(prompt + answer) for answer in answers]
+                if spelled or list(map(guard.added, ids)) != written:
+                    hidden = guard.hide(without_ends(pair, tokenizer))
+                    rendered = _branch_texts(hidden, tokenizer, system_prompt)
+                    (prompt, first), *marked = map(guard.mark, rendered)
+                    plain = ids
+                    encoded, ids = guard.encode([prompt + answer for answer, _ in marked])
+                    written = [guard.added(first + rest) for _, rest in marked]
+                    if list(map(guard.added, ids)) != written:
+                        yield [[], [], []], FORGES
+                        continue
+                    remark = AS_TEXT if spelled or ids != plain else None
+            both = zip(encoded, ids, strict=True)
+            sides = [_split(*one, prompt, tokenizer, pair) for one in both]
             yield _join_branches(sides, tokenizer, pair), remark
 
 
@@ -237,7 +243,7 @@ def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> l
 def _trl_0_7_4(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
-    for special, batch in _batches(pairs, lambda pair: spells_special(pair, tokenizer)):
+    for special, batch in _batches(pairs, lambda pair: spells_added(pair, tokenizer)):
         texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
         flat = [text for branch in texts for text in branch]
         encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
@@ -270,10 +276,10 @@ def _branch_texts(
             "chat_template in its tokenizer_config.json, or rows of plain text"
         )
     messages = with_system_prompt(pair.prompt, system_prompt)
-    prompt = _render(tokenizer, messages, pair, opens_answer=True)
+    prompt = render(tokenizer, messages, pair.where, opens_answer=True)
     texts = [prompt]
     for response in responses:
-        branch = _render(tokenizer, [*messages, *response], pair, opens_answer=False)
+        branch = render(tokenizer, [*messages, *response], pair.where, opens_answer=False)
         if not branch.startswith(prompt):
             raise UserError(
                 f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
@@ -284,13 +290,17 @@ def _branch_texts(
     return texts
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], pair: Pair, *, opens_answer: bool
+def render(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], where: str, *, opens_answer: bool
 ) -> str:
+    """The conversation as the chat template writes it; raises UserError that names `where`."""
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=opens_answer
         )
-    # A template may refuse roles or their order, or compute what the row's values do not allow.
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"{pair.where}: the chat template refuses this row: {error}") from None
+        text.encode()  # UnicodeEncodeError for half a surrogate pair
+    # A template may refuse roles or their order, or compute anything that the values do not allow.
+    except Exception as error:
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise UserError(f"{where}: the chat template refuses this conversation: {reason}") from None
+    return text

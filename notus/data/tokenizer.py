@@ -1,6 +1,5 @@
 """A model folder's tokenizer, from tokenizer.json or from sentencepiece's tokenizer.model."""
 
-import json
 from pathlib import Path
 
 import sentencepiece
@@ -22,22 +21,18 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
     """
     try:
         if (folder / "tokenizer.json").is_file():
-            try:
-                Tokenizer.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # the library raises this class, never a narrower one
-                raise UserError(
-                    f"{folder}/tokenizer.json: the tokenizer cannot be read ({error}); expected a "
-                    "file that the tokenizers library wrote"
-                ) from None
+            Tokenizer.from_file(str(folder / "tokenizer.json"))  # its message says where and what
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         elif (folder / "tokenizer.model").is_file():
             backend = sentencepiece_backend(folder / "tokenizer.model")
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
         else:
             raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; expected a tokenizer")
-    except (json.JSONDecodeError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries meet in damaged files
         raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
-    if tokenizer.eos_token_id is None:
+    if not tokenizer.eos_token or tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(

@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.curation.decontamination import whole_text, words_of
 from notus.data.dataset import Dataset
-from notus.data.formats import Pair
+from notus.data.formats import PARTS, Pair
 from notus.data.preferences import find_leaks
 from notus.data.tokenization import Tokenized
 from notus.tables import text_table
 
-PARTS = ("prompt", "chosen", "rejected")
 PERCENTS = (50, 90, 99)
 LONG = 500  # characters of a text that are shown before its middle is left out
 

@@ -200,10 +200,12 @@ def differences(before: Plain, now: Plain) -> str:
 
 
 def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key, earlier and present value of each entry of nested objects that differs.
+    """Dotted key, earlier and present value of each entry of nested objects or lists that differs.
 
     An entry that one side lacks counts as null there.
     """
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = ({str(i): item for i, item in enumerate(x)} for x in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}):
             at = f"{key}.{name}" if key else name

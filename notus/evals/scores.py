@@ -150,7 +150,7 @@ def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
 # -------------------------------------------------------------------------------------- MT-Bench
 
 Turns = Mapping[tuple[int, int], str]  # (question id, turn) -> category
-Score = Annotated[float, Bound("1 to 10, or -1", lambda x: x == -1 or 0 <= x <= 10)]
+Score = Annotated[float, Bound("0 to 10, or -1", lambda x: x == -1 or 0 <= x <= 10)]
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
 from notus.curation.rows import read_rows
 from notus.data.formats import Message, read_messages
-from notus.data.tokenization import with_system_prompt
+from notus.data.tokenization import render, with_system_prompt
 from notus.errors import UserError
 from notus.strict import Text, parse_part
 
@@ -145,13 +144,8 @@ def encode_prompt(
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     messages = with_system_prompt(prompt, system_prompt)
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(
-            f"the chat template refuses the conversation that begins with "
-            f"{messages[0]['content'][:60]!r}: {error}"
-        ) from None
+    where = f"the conversation that begins with {messages[0]['content'][:60]!r}"
+    text = render(tokenizer, messages, where, opens_answer=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -71,7 +71,8 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
         shown = side_by_side(prompts, after, before, samples.count)
     if rows:
         ranks.say("\n" + text_table(("", "before", "after"), rows, digits=4))
-    ranks.say("\n" + shown)
+    if shown:
+        ranks.say("\n" + shown)
 
 
 def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
@@ -92,7 +93,7 @@ def side_by_side(
     """The first `count` prompts that the two answered differently, with both responses, as text."""
     answered = zip(prompts, policy, reference, strict=True)
     different = [(prompt, ours, theirs) for prompt, ours, theirs in answered if ours != theirs]
-    lines = [f"{len(different)} of {len(prompts)} prompts are answered differently; the first:", ""]
+    lines = [f"{len(different)} of {len(prompts)} prompts are answered differently", ""]
     for prompt, ours, theirs in different[:count]:
         lines.append(f"prompt     {_one_line(prompt.text)}")
         if prompt.answer is not None:

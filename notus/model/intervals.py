@@ -42,7 +42,7 @@ def limits(layout: Layout, window: int | None) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def within(limits: tuple[Tensor, ...], query: Tensor, key: Tensor) -> Tensor:
-    """What `may_attend` says of slots `query` and `key`, from `limits`."""
+    """`may_attend` of the slots `query` and `key`, computed from `limits`."""
     first, stop, own, place = limits
     key = place[key]
     return (key >= first[query]) & (key < stop[query]) | (key >= own[query]) & (key <= query)
@@ -57,7 +57,7 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
     visible[1:] = (place < size).cumsum(0)
 
     def keys_before(stops: Tensor) -> Tensor:
-        """Of a block of queries, the keys before their `stops` and before each of `edges`."""
+        """Visible keys before `stops` and each edge, summed over each block of queries."""
         keys = visible[torch.minimum(stops[:, None], edges)]
         return keys.view(-1, BLOCK, len(edges)).sum(1)
 
@@ -81,10 +81,10 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
 
 @cache
 def agrees(predicate: Callable[..., Tensor], window: int | None) -> bool:
-    """Whether `predicate` says what the intervals of packed rows do, compared once.
+    """Whether `predicate` allows exactly what the intervals allow on packed rows.
 
-    On made-up rows: prompts shared or not, single responses, hidden tokens, padding, short and long
-    documents, with `window` and with a short one.
+    Compared once for each predicate, on made-up rows: prompts shared or not, single responses,
+    hidden tokens, padding, short and long documents, with `window` and with a short one.
     """
     lengths = np.array([[9, 7, 8], [1, 5, 0], [3, 1, 4], [2400, 1500, 600], [40, 50, 60]])
     hidden = np.random.default_rng(0).random(lengths.sum()) < 0.1
@@ -94,7 +94,7 @@ def agrees(predicate: Callable[..., Tensor], window: int | None) -> bool:
 
 
 def agrees_on(predicate: Callable[..., Tensor], layout: Layout, window: int | None) -> bool:
-    """The same for one packed row, on the CPU: its first queries and a sample of the others.
+    """Whether both allow the same in one row, on the CPU: its first queries and a sample.
 
     A predicate that reads fields of the layout that the intervals do not know never agrees.
     """

@@ -197,7 +197,8 @@ def _read(
                 continue
             unusable.add(path)
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == about["sha256"]:
+            # Earlier versions recorded no checksum; their caches are audited like all others.
+            if about.get("sha256") in (None, hashlib.sha256(content).hexdigest()):
                 log_probs = load(content)["log_probs"]
                 if len(log_probs) == tokens:
                     own.with_suffix(".parts").unlink(missing_ok=True)  # killed before `_write` did
@@ -205,7 +206,7 @@ def _read(
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             continue
     for path in sorted(unusable):
-        say(f"{path}: incomplete, damaged or without a checksum; its log-probs are computed again")
+        say(f"{path}: incomplete or damaged; its log-probs are computed again")
     return None
 
 

@@ -73,6 +73,13 @@ def test_a_folder_is_read_in_name_order_and_by_split(tmp_path):
         ("h.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], "h.jsonl.gz: cannot be read"),
         ("i.jsonl", b'{"prompt": "\xff"}', "i.jsonl: cannot be read: 'utf-8' codec"),
         ("j.parquet", b"PAR", "cannot be read as Parquet"),
+        (
+            "deep.jsonl",
+            b'{"prompt": 1}\n' + b"[" * 100_000,
+            "deep.jsonl:2: cannot be read: maximum rec",
+        ),
+        ("deep.json", b"[" * 100_000, "deep.json:1: cannot be read: maximum recursion"),
+        ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "digits.jsonl:1: cannot .*4300 digits"),
         ("k.csv", b"a,b", "expected a file that ends in .json"),
     ],
 )
@@ -80,6 +87,38 @@ def test_an_unreadable_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         prompts(tmp_path / name)
+
+
+def test_parquet_text_that_is_not_utf_8(tmp_path):
+    raw = pyarrow.array([b"\xff"])
+    table = pyarrow.table({"prompt": pyarrow.Array.from_buffers(pyarrow.utf8(), 1, raw.buffers())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: cannot be read as Parquet: 'utf-8' codec"):
+        prompts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_dict.json", "{}"),
+        ("train/state.json", "{}"),
+        ("train/state.json", "{"),
+        ("train/dataset_info.json", "[]"),
+        ("train/data-00000-of-00001.arrow", "ARROW1"),
+    ],
+)
+def test_a_damaged_saved_dataset(tmp_path, name, content):
+    rows = datasets.Dataset.from_list([{"prompt": "a"}])
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be read as a saved dataset: "):
+        prompts(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/a.jsonl", "a" * 300, "a\0.jsonl", "\ud800.jsonl"])
+def test_a_path_that_no_file_can_have(path):
+    with pytest.raises(UserError, match=path.replace("\0", "\\0")):
+        prompts(path)
 
 
 def test_what_is_not_there_is_an_error(tmp_path, monkeypatch):

@@ -141,6 +141,10 @@ def test_text_stays_text(tmp_path):
         ({"prompt": None, "chosen": "b", "rejected": "c"}, '"prompt" is null; expected text'),
         ({"prompt": "a", "chosen": "b", "rejected": []}, '"rejected" is a list; expected text'),
         ({"chosen": "b", "rejected": "c", "score_chosen": "9", "score_rejected": 1}, "a number"),
+        (
+            {"chosen": "b", "rejected": "c", "score_chosen": 10**400, "score_rejected": 1},
+            '"score_chosen" is a number; expected one below 1e308',
+        ),
         ({"chosen": ["b"], "rejected": ["c"]}, r'"chosen\[0\]" is text; expected a message'),
         ({"chosen": [user("b")], "rejected": []}, "of the user; expected one of the assistant"),
         ({"chosen": [assistant("b")], "rejected": []}, '"rejected" ends with no message'),

@@ -84,6 +84,13 @@ def test_nothing_left_is_an_error_with_the_counts(tmp_path):
 # ------------------------------------------------------------------------------------- mixing
 
 
+@pytest.mark.parametrize("weight", [1e8, 1e18, 1e308])
+def test_a_weight_that_no_memory_could_hold(tmp_path, weight):
+    message = r"rows.jsonl: 2 rows with the weight 1e\+.*; expected at most 100,000,000 rows"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, *text_rows(2), weight=weight)
+
+
 def test_weights_repeat_rows_and_take_a_seeded_part(tmp_path):
     def load_weighted(seed):
         return load_preferences(

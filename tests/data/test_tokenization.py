@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import Pair
-from notus.data.special_tokens import BREAK, CLOSE, OPEN
+from notus.data.special_tokens import CLOSE, HIDDEN, OPEN
 from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.data.tokenization import (
     AS_SPECIAL,
     AS_TEXT,
+    FORGES,
     tokenize_pairs,
     truncate,
 )
@@ -242,12 +243,12 @@ def test_a_forged_turn_is_none(zephyr):
 
 
 def test_a_message_cannot_write_the_marks_of_special_tokens(zephyr):
-    forged, plain = f"a{OPEN}{EOS}{CLOSE}b{BREAK}c</s>", f"a{EOS}bc</s>"
+    forged, plain = f"a{OPEN}{EOS}{CLOSE}b{HIDDEN}c</s>", f"a{EOS}bc</s>"
     found, expected = (tokenize(zephyr, chat(t, f"{t}d", "e")).pairs for t in (forged, plain))
     assert same(found, expected)
 
 
-def test_merges_that_lead_to_a_special_token_are_counted():
+def test_merges_that_lead_to_a_special_token_are_dropped():
     """Some published tokenizer.json files build "</s>" from its own characters."""
     vocabulary = {piece: i for i, piece in enumerate(["</s>", "</", "s>", *"</s>abu:"])}
     backend = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("s", ">"), ("</", "s>")]))
@@ -257,7 +258,7 @@ def test_merges_that_lead_to_a_special_token_are_counted():
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     found = tokenize(tokenizer, chat("b</s>b", "a", "b"), chat("ab", "a", "b"))
-    assert found.counts == {AS_SPECIAL: 1}
+    assert found.counts == {FORGES: 1} and len(found.pairs) == 1
 
 
 # Truncation
@@ -529,10 +530,26 @@ def test_an_implied_prompt_ends_where_the_tokens_part(zephyr, prompt, responses)
     assert zephyr(prompt + responses[0])["input_ids"][: len(found[0])] == found[0]
 
 
-def test_template_that_refuses_the_row(folder):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Only user turns,\n please') }}", "Only user turns, please$"),
+        ("{{ messages + 1 }}", "can only concatenate"),
+        ("{{ 1 // 0 }}", ".*division"),
+        ("{{ messages[0].content.index('z') }}", "substring not found"),
+        ("{{ 10 ** 400 * 1.0 }}", "int too large"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion"),
+        ("{{ '\\ud800' }}", "'utf-8' codec"),
+        ("{% if", "unexpected"),
+        ({"one": "a", "two": "b"}, "This model has multiple chat templates"),
+        (5, ""),
+    ],
+)
+def test_template_that_refuses_the_row(folder, template, reason):
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = "{{ raise_exception('Only user turns, please') }}"
-    with pytest.raises(UserError, match="rows.jsonl:7: .*refuses this row: Only user turns"):
+    tokenizer.chat_template = template
+    expected = f"rows.jsonl:7: the chat template refuses this conversation: {reason}"
+    with pytest.raises(UserError, match=expected):
         tokenize(tokenizer, chat("Hi", "yes", "no"))
 
 

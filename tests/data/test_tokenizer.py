@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given, settings
 from odd_text import (
@@ -81,9 +83,36 @@ def test_unreadable_tokenizer(tmp_path, name, content, message):
         load_tokenizer(tmp_path)
 
 
-def test_tokenizer_without_eos(folder, tmp_path):
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"eos_token": "\xff"}'),
+        ("tokenizer_config.json", b'{"eos_token": 5}'),
+        ("tokenizer_config.json", b'{"bos_token": ["<s>"]}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 5}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": []}'),
+        ("tokenizer_config.json", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        ("tokenizer_config.json", b'{"a": ' + b"1" * 5000 + b"}"),
+        ("special_tokens_map.json", b"[]"),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_damaged_file_beside_the_tokenizer(folder, tmp_path, name, content):
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (folder / "tokenizer_config.json").read_bytes()
+    )
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("names", [{}, {"eos_token": ""}, {"eos_token": None}])
+def test_tokenizer_without_eos(folder, tmp_path, names):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizer", **names}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="tokenizer_config.json: no eos_token"):
         load_tokenizer(tmp_path)
 

@@ -132,6 +132,14 @@ def test_an_added_field_of_the_shape_has_its_default(shape, tmp_path, monkeypatc
     assert "(model_shape.qk_norm was false and is true)" in said
 
 
+def test_the_entry_of_a_list_that_differs_is_named():
+    before = {"data.train": [{"path": "a", "weight": 1.0}, {"path": "b"}]}
+    now = {"data.train": [{"path": "a", "weight": 2.0}]}
+    assert differences(before, now) == (
+        'data.train.0.weight was 1.0 and is 2.0; data.train.1 was {"path": "b"} and is null'
+    )
+
+
 def test_the_nested_entry_that_differs_is_named():
     before = {"model_shape": {"num_hidden_layers": 2, "rope": {"factor": 2.0}, "vocab_size": 9}}
     now = {"model_shape": {"num_hidden_layers": 3, "rope": {"factor": 4.0}, "vocab_size": 9}}

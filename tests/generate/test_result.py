@@ -11,7 +11,7 @@ def test_side_by_side_shows_what_differs():
     prompts = [Prompt("a", "1"), Prompt("b", "2"), Prompt("c", None)]
     text = side_by_side(prompts, ["1", "2", "x\ny"], ["1", "3", "z"], 5)
     assert text.splitlines() == [
-        "2 of 3 prompts are answered differently; the first:",
+        "2 of 3 prompts are answered differently",
         "",
         "prompt     b",
         "answer     2",

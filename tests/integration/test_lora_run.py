@@ -447,4 +447,4 @@ def test_an_adapter_of_another_base_is_named(demo, tmp_path, capfd, options):
     assert train.main(arguments) == 2
     printed = capfd.readouterr().err
     assert "q_proj.lora_A.weight: found (2, 16), expected (2, 32)" in printed, printed
-    assert "made for another base" in printed and not output.exists()
+    assert "of plain LoRA for this base" in printed and not output.exists()
