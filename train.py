@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from notus.build import answer_samples, check_loss, sample_prompts, set_learning_rate
 from notus.config import load_config
+from notus.console import emit
 from notus.data.packing import pack_division
 from notus.data.planning import random_seed
 from notus.engine import distributed
@@ -169,9 +170,8 @@ def run_to_end(run: Run, profile: int | None) -> bool:
     Raises UserError when the last checkpoint could not be saved.
     """
     saver = open_saver(run)
-    trace = profiled(run.output / "profile", profile, run.ranks.rank)
-    with Interrupts() as interrupts, saver, trace as profiler:
-        finished = train(run, saver, interrupts, profiler)
+    with saver, profiled(run.output / "profile", profile, run.ranks.rank) as profiler:
+        finished = train(run, saver, run.interrupts, profiler)
         unsaved = saver.wait()
     finish(run, finished, unsaved)
     return finished
@@ -187,9 +187,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", metavar="NAME", help="dry run: which, such as a100-40gb")
     parser.add_argument("--profile", type=int, metavar="STEPS", help="trace so many steps")
     parser.add_argument("--price", type=float, help="dry run: of one GPU for one hour")
-    parser.add_argument(
-        "--resume", default="auto", help="auto (the newest checkpoint), never, or a checkpoint"
-    )
+    about = "auto (the newest checkpoint), never, or a checkpoint"
+    parser.add_argument("--resume", default="auto", help=about)
     parser.add_argument(
         "--model-only",
         action="store_true",
@@ -208,33 +207,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for a user's mistake."""
-    options = parse(arguments)
-    ranks = None
-    try:
-        config = load_config(options.config, options.overrides)
-        check_loss(config, options)
-        ranks = distributed.start("cpu" if options.dry_run else config.parallel.device)
-        if options.dry_run:
-            from notus.dryrun.preflight import dry_run
+    options, ranks = parse(arguments), None
+    with Interrupts() as interrupts:
+        try:
+            config = load_config(options.config, options.overrides)
+            check_loss(config, options)
+            ranks = distributed.start("cpu" if options.dry_run else config.parallel.device)
+            if options.dry_run:
+                from notus.dryrun.preflight import dry_run
 
-            return dry_run(config, ranks, options)
-        if config.parallel.device == "auto" and ranks.device.type == "cpu":
-            ranks.say(f"no CUDA device was found (PyTorch {torch.__version__}): using the CPU")
-        with OutputLock(Path(config.output_dir)) as lock:
-            run = open_run(
-                config, ranks, lock, resume=options.resume, model_only=options.model_only
-            )
-            if run is not None and run_to_end(run, options.profile):
-                source, output = run.models.source, run.output
-                del run  # its models need the memory that the answering ones take
-                show_result(config, ranks, source, output)
-    except UserError as error:
-        # Before the ranks have met, the first process of each machine prints it.
-        if ranks.first if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.stop()
+                interrupts.restore()
+                return dry_run(config, ranks, options)
+            if config.parallel.device == "auto" and ranks.device.type == "cpu":
+                ranks.say(f"no CUDA device was found (PyTorch {torch.__version__}): using the CPU")
+            with OutputLock(Path(config.output_dir)) as lock:
+                run = open_run(config, ranks, lock, interrupts, options)
+                if run is not None and run_to_end(run, options.profile):
+                    source, output = run.models.source, run.output
+                    del run  # its models need the memory that the answering ones take
+                    show_result(config, ranks, source, output)
+        except UserError as error:
+            # Before the ranks have met, the first process of each machine prints it.
+            if ranks.first if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
+                emit(f"error: {error}", sys.stderr)
+            return 2
+        finally:
+            distributed.stop()
     return 0
 
 

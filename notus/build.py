@@ -5,7 +5,7 @@ After adding a key, pass it on here. `Setup` holds what they share.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from notus.engine.distributed import Ranks
 from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
+from notus.engine.signals import Interrupts
 from notus.errors import UserError, agreed
 from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
@@ -224,6 +225,7 @@ class Setup:
     pairs: TokenizedPairs
     held_out: TokenizedPairs | None
     checkpoint: Path | None = None  # the one to resume from
+    interrupts: Interrupts = field(default_factory=Interrupts)
     start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
 
     @property
@@ -315,6 +317,7 @@ def build_references(
                 reference,
                 show=partial(progress, unit="reference: pair") if ranks.first else None,
                 say=ranks.say,
+                after_part=setup.interrupts.obey_stop,
             )
             reference = CachedReference(flat, pairs)
         references.append(reference)

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def write_whole(
         raise
     if durable:
         sync(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, to NAME.damaged or NAME.damaged-2, ...; the new path."""
+    names = (f"{path.name}.damaged{'' if n == 1 else f'-{n}'}" for n in count(1))
+    aside = next(p for p in map(path.with_name, names) if not os.path.lexists(p))
+    os.rename(path, aside)
+    return aside
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:

@@ -4,7 +4,9 @@
 output_dir have been found usable. `finish` exports the model and closes the run's records.
 """
 
+import os
 import shutil
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +27,18 @@ from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
-from notus.engine.log import MetricsLog
+from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
+from notus.engine.signals import Interrupts, Stopped
 from notus.engine.warmup import fullest_row, warm_up
 from notus.errors import UserError, agreed
+from notus.files import set_aside, writing
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
-from notus.model.peft import export_adapter, merge
-from notus.model.weights import hash_weights, load_weights
+from notus.model.peft import check_fits, export_adapter, merge, read_adapter
+from notus.model.weights import hash_weights, load_weights, open_model
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.reference import Reference, check_start
 
@@ -58,20 +62,26 @@ class Run(Setup):
 
 
 def open_run(
-    config: Config, ranks: Ranks, lock: OutputLock, *, resume: str, model_only: bool
+    config: Config, ranks: Ranks, lock: OutputLock, interrupts: Interrupts, options: Namespace
 ) -> Run | None:
-    """Check and open everything; None if there is nothing to train.
+    """Check and open everything; None if there is nothing to train, or a signal asks to stop.
 
-    model_only: a new run whose policy starts from the weights of the checkpoint `resume`.
-    Collective. Raises UserError, on every rank, for what a user can get wrong; nothing but caches
-    is written before data, models and output_dir have been found usable.
+    options: resume and model_only of the command line. Collective. Raises UserError, on every rank,
+    for what a user can get wrong; nothing but caches is written before data, models and output_dir
+    have been found usable.
     """
     setup, data = build.set_up(config, ranks)
+    setup = replace(setup, interrupts=interrupts)
     check_predicate(setup)
-    setup = find_beginning(setup, lock, resume, model_only)
-    finished = (setup.output / "final").exists()
-    announce(setup, finished)
-    if finished:
+    setup = find_beginning(setup, lock, options.resume, options.model_only)
+    announce(setup)
+    if holds_final(setup):
+        final = setup.output / "final"
+        ranks.say(f"{final} holds the model of this run: nothing left to do")
+        with agreed():
+            history.record_end(setup.output, final.stat().st_mtime)
+        if not (final / "README.md").is_file():  # killed after the export
+            write_model_card(setup)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
@@ -84,7 +94,15 @@ def open_run(
     policy = load_policy(setup)
     claim_output_dir(setup, facts["settings"], lock, data)
 
-    references, model = build.build_references(setup, policy, facts["reference"])
+    try:
+        interrupts.obey_stop()
+        references, model = build.build_references(setup, policy, facts["reference"])
+        interrupts.obey_stop()
+    except Stopped:
+        ranks.say("stopped by a signal before the first step; the same command resumes the run")
+        with agreed():
+            history.record_end(setup.output)
+        return None
     answers = []
     if config.evaluation.samples is not None:
         with adapters_off(policy):
@@ -160,6 +178,9 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
     with agreed():
         settings = build.settings_of(setup.config)
         resuming.check_output_dir(output, settings, resume, build.settings_now)
+    with agreed():
+        resuming.restore_settings(output, settings, build.settings_now)
+    with agreed():
         start = resuming.recorded_start(output, given)
         if resuming.holds_run(output):
             lock.take()
@@ -173,8 +194,8 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
     return replace(setup, checkpoint=found, start=start)
 
 
-def announce(setup: Setup, finished: bool) -> None:
-    """Print the size of the run, the ranks that will idle, and what a finished run may lack."""
+def announce(setup: Setup) -> None:
+    """Print the size of the run, and the ranks that will idle."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
@@ -183,11 +204,54 @@ def announce(setup: Setup, finished: bool) -> None:
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
-    if finished:
-        final = setup.output / "final"
-        ranks.say(f"{final} holds the model of this run: nothing left to do")
-        if not (final / "README.md").is_file():  # killed after the export
-            ranks.say(f"its model card is missing: python -m notus.card {setup.output} writes it")
+
+
+def holds_final(setup: Setup) -> bool:
+    """Whether final/ holds the run's model; a damaged one is set aside, to be exported again.
+
+    Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
+    """
+    final = setup.output / "final"
+    found = [os.path.lexists(final), final_damage(setup)]
+    dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
+    there, damage = found
+    if not there or not damage:
+        return there
+    with agreed():
+        if not setup.checkpoint:
+            raise UserError(
+                f"{final} is damaged ({damage}), and no checkpoint is there to export it from; "
+                "restore it, or give it another name to train from the start"
+            )
+        if setup.ranks.first:
+            with writing(final):
+                aside = set_aside(final).name
+            warn(f"{final} is damaged ({damage}): kept as {aside}, and exported again")
+    return False
+
+
+def final_damage(setup: Setup) -> str:
+    """What is wrong with final/, by its files' sizes and headers; "" if nothing is."""
+    final, lora, shape = setup.output / "final", setup.config.model.lora, setup.models.shape
+    if final.is_symlink() or not final.is_dir():
+        return "not a folder"
+    try:
+        if lora is not None:
+            check_fits(read_adapter(final / "adapter"), shape)
+        if (lora is None or lora.merge) and open_model(str(final))[1] != shape:
+            return "its config.json is not this model's"
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def write_model_card(setup: Setup) -> None:
+    """Write final/README.md. Collective. Raises UserError, on every rank."""
+    from notus.card.card import write_card
+
+    with agreed():
+        if setup.ranks.first:
+            setup.ranks.say(f"wrote {write_card(setup.output)}")
 
 
 def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
@@ -320,7 +384,8 @@ def open_log(run: Run) -> MetricsLog:
     """The run's log files and progress bar. Collective. Raises UserError on every rank."""
     first, done = run.ranks.first, run.progress.step
     with agreed():
-        log = MetricsLog(run.output, step=done, total=run.plan.steps, active=first)
+        every = run.config.log.every
+        log = MetricsLog(run.output, step=done, total=run.plan.steps, active=first, every=every)
     return log
 
 
@@ -336,11 +401,7 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
     with agreed():
         history.record_end(run.output)
     if finished:
-        from notus.card.card import write_card
-
-        with agreed():
-            if run.ranks.first:
-                write_card(run.output)
+        write_model_card(run)
     if unsaved:
         raise UserError(f"the last checkpoint was not saved: {unsaved}")
 

@@ -74,8 +74,8 @@ def find_checkpoint(root: Path, resume: str, say: Callable[[str], None]) -> Path
         say(f"passed over the damaged checkpoint {folder.name}: {problem}")
     if listed[0]:
         raise UserError(
-            f"{problem}; no sound checkpoint is left in {root}: restore one, or remove them to "
-            "start from step 0"
+            f"{problem}; no sound checkpoint is left in {root}: restore one, or start anew in "
+            "another output_dir"
         )
     return None
 
@@ -98,6 +98,18 @@ def check_sound(folder: Path) -> None:
 def read_state(folder: Path) -> Plain:
     """The contents of a sound checkpoint's state.json."""
     return json.loads((folder / STATE).read_text())
+
+
+def newest_state(root: Path) -> tuple[Path, Plain] | None:
+    """The newest checkpoint whose state.json is the one that was written, and its contents."""
+    for folder in reversed(checkpoints(root)):
+        try:
+            written = json.loads((folder / MANIFEST).read_text())["files"][STATE]["sha256"]
+            if sha256(folder / STATE) == written:
+                return folder, read_state(folder)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None
 
 
 def checkpoint_identity(folder: Path) -> dict[str, str]:

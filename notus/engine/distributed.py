@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from notus.console import emit
 from notus.engine.compilation import compile_repeatably
 from notus.engine.rendezvous import fresh_store
 from notus.errors import UserError, agreed
@@ -57,7 +58,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """Print on rank 0 only."""
         if self.first:
-            print(text, flush=True)
+            emit(text)
 
 
 def start(device: str = "auto") -> Ranks:

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from notus.engine.log import warn
 from notus.errors import UserError
-from notus.files import write_whole, writing
+from notus.files import set_aside, write_whole, writing
 
 NAME = "history.jsonl"
+START_KEYS = {"continues", "command", "ranks", "device", "versions", "data", "local"}
 PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -57,10 +59,17 @@ def record_start(
         )
 
 
-def record_end(folder: Path) -> None:
-    """Record the end of the last start, on rank 0 only. Raises UserError as above."""
+def record_end(folder: Path, missing: float | None = None) -> None:
+    """Record the end of the last start, on rank 0 only. Raises UserError as above.
+
+    missing: the time since 1970 of an end that is recorded only if none was.
+    """
     if dist.get_rank() == 0:
-        _append(folder, "end", {})
+        last = (_events(folder) or [None])[-1]
+        if missing is None:
+            _append(folder, "end", {})
+        elif last and last["event"] == "start":
+            _append(folder, "end", {}, datetime.fromtimestamp(missing, UTC))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -68,13 +77,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
     Raises UserError for a file that holds something else.
     """
-    path = folder / NAME
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path}: a line is not valid JSON ({error})") from None
+    path, events = folder / NAME, _events(folder)
+    if None in events:
+        number = events.index(None) + 1
+        raise UserError(f"{path}:{number}: not valid JSON, or not an event of a run")
+    return events
 
 
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -112,8 +119,35 @@ def _commit(root: Path) -> str | None:
         return done.stdout.strip() or None
 
 
-def _append(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
-    path, now = folder / NAME, datetime.now(UTC).isoformat(timespec="seconds")
-    events = [*read_history(folder), {"event": event, "time": now, **facts}]
+def _events(folder: Path) -> list[dict[str, Any] | None]:
+    """The event in each line; None for a damaged line, or for a file that cannot be read."""
+    path, events = folder / NAME, []
+    if not os.path.lexists(path):
+        return []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return [None]
+    for line in lines:
+        event = None
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(line.decode())
+            datetime.fromisoformat(found["time"])
+            complete = found["event"] == "start" and found.keys() >= START_KEYS
+            if complete or (found["event"] == "end" and any(events)):
+                event = found
+        events.append(event)
+    return events
+
+
+def _append(
+    folder: Path, event: str, facts: Mapping[str, Any], when: datetime | None = None
+) -> None:
+    """Add an event to the sound ones; a file with damaged lines is kept under another name."""
+    path, now = folder / NAME, (when or datetime.now(UTC)).isoformat(timespec="seconds")
+    before = _events(folder)
+    events = [*filter(None, before), {"event": event, "time": now, **facts}]
     with writing(path):
+        if None in before:
+            warn(f"{path} is damaged: kept as {set_aside(path).name}, its sound lines in {NAME}")
         write_whole(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in events))

@@ -18,12 +18,16 @@ from notus.files import writing
 NAME = "lock"
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 class OutputLock(AbstractContextManager):
     """`<folder>/lock`, held by rank 0 from `take` until the context ends or the process dies.
 
     The kernel holds the lock (flock) and frees it with the process, however that ends. The text in
-    the file is for people: JSON with "host", "pid" (of rank 0) and "started". On a file system
-    without locks there is a warning and no lock.
+    the file is for people: JSON with "host", "pid" (of rank 0) and "started". A link of that name
+    is refused. On a file system without locks there is a warning and no lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +51,7 @@ class OutputLock(AbstractContextManager):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
         with writing(path):
-            file = path.open("a+")
+            file = open(path, "a+", opener=_open_no_link)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

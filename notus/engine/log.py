@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import operator
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from notus.files import write_whole, writing
+from notus.console import emit
+from notus.files import set_aside, write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
 SHOWN = {
@@ -26,16 +28,27 @@ SHOWN = {
 class LinesFile:
     """A file of JSON objects, one per line.
 
-    Opening it removes torn lines and those of steps after `step`; raises UserError when that fails.
-    A line that the file system refuses (no space) is left out, and the first one is reported.
+    Opening it removes a torn last line and the lines of steps after `step`; a file with other
+    damage is kept under another name, and its sound lines here, with a warning. Raises UserError
+    when that fails. A line that the file system refuses (no space) is left out, and the first one
+    is reported. last: the step of the last line that was kept, -1 without one.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            with writing(path):
-                write_whole(path, "".join(line for line in lines if _step_of(line) <= step))
+        self.path, self.last = path, -1
+        if not os.path.lexists(path):
+            return
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except OSError:  # a folder, a link to nowhere
+            lines = [b"\n"]
+        steps = [_step_of(line) for line in lines]
+        kept = {n: of for n, of in enumerate(steps) if of is not None and of <= step}
+        self.last = max(kept.values(), default=-1)
+        with writing(path):
+            if None in steps[:-1] or (lines and lines[-1].endswith(b"\n") and steps[-1] is None):
+                warn(f"{path} is damaged: kept as {set_aside(path).name}, its sound lines here")
+            write_whole(path, "".join(lines[n].decode() for n in kept))
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append a line; numbers that JSON does not have become null."""
@@ -54,17 +67,18 @@ class LinesFile:
             _warn_once(f"{self.path}: {error.strerror}; lines are lost, training continues")
 
 
-def _step_of(line: str) -> float:
-    """The step that a line is about; infinity for an incomplete line."""
+def _step_of(line: bytes) -> int | None:
+    """The step that a line is about; None for a torn or damaged one."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+        return operator.index(json.loads(line.decode())["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def warn(text: str) -> None:
     """Print a warning to standard error, on its own line even below a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    with tqdm.external_write_mode(sys.stderr):
+        emit(f"warning: {text}", sys.stderr)
 
 
 _warn_once = cache(warn)
@@ -79,11 +93,11 @@ class _Lines:
         state = text.strip()  # without the carriage return
         place = state.split(" of ")[0]
         if place and place != self._last:  # closing the bar repeats a state that was due
-            print(state, file=sys.stderr)
+            emit(state, sys.stderr)
             self._last = place
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        pass
 
 
 def progress(total: int, initial: int, unit: str) -> tqdm:
@@ -110,15 +124,19 @@ class MetricsLog:
 
     Opening it removes the lines that a run from `step` on will write again; raises UserError when
     that fails. A full disk costs metrics, never the run: lines that find no space are left out, and
-    TensorBoard gets nothing more until the next start.
+    TensorBoard gets nothing more until the next start. every: the steps between two lines.
     """
 
-    def __init__(self, folder: Path, *, step: int, total: int, active: bool) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, total: int, active: bool, every: int = 1
+    ) -> None:
         self.active = active
         if not active:
             return
         # A run that starts from step 0 evaluates there again.
         self.lines = LinesFile(folder / "metrics.jsonl", step or -1)
+        if max(self.lines.last, 0) < step - step % every:
+            warn(f"{self.lines.path}: lines of steps up to {step:,} are missing")
         self.nonfinite = LinesFile(folder / NONFINITE_FILE, step)
         with writing(folder / "tensorboard"):
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import checkpoint, lock
+from notus.engine.log import warn
 from notus.errors import UserError
 from notus.files import partial_path, read_object, write_json, writing
 from notus.model.hf_config import ModelShape
@@ -74,23 +75,56 @@ def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolv
     begun = {lock.NAME, START, POLICY} | incomplete
     if not folder.exists() or {path.name for path in folder.iterdir()} <= begun:
         return
-    advice = "give another output_dir or remove it"
+    advice = "give another output_dir"
+    earlier, _ = recorded_settings(folder, settings, resolve)
+    if not _are_settings(earlier, settings):
+        raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}")
+    if different := _other_run(earlier, settings, resolve):
+        raise UserError(f"output_dir: {folder} holds another run ({different}); {advice}")
+    if resume == "never":
+        raise UserError(f"output_dir: {folder} holds a run, and --resume is never; {advice}")
+
+
+def recorded_settings(folder: Path, settings: Plain, resolve: Resolve) -> tuple[Plain, Path | None]:
+    """The settings of the run in output_dir, {} if there is none; and the checkpoint they are from.
+
+    A checkpoint's take the place of damaged ones in SETTINGS (then None): unreadable ones, or
+    others than today's where the checkpoint has today's. settings, resolve: as above.
+    """
     try:
         earlier = read_object(folder / SETTINGS)
     except UserError:
         earlier = {}
-    shared = earlier.keys() & settings.keys()
-    if not shared or any(type(earlier[key]) is not type(settings[key]) for key in shared):
-        raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}")
+    known = _are_settings(earlier, settings)
+    if not known or _other_run(earlier, settings, resolve):
+        place, state = checkpoint.newest_state(folder / "checkpoints") or (None, {})
+        if place and not (known and _other_run(state["settings"], settings, resolve)):
+            return state["settings"], place
+    return earlier, None
+
+
+def restore_settings(folder: Path, settings: Plain, resolve: Resolve) -> None:
+    """Write damaged settings of a run anew, on rank 0 only. Raises UserError there."""
+    if dist.get_rank() == 0 and folder.exists():
+        earlier, place = recorded_settings(folder, settings, resolve)
+        if place:
+            write_settings(folder, earlier, None)
+            warn(f"{folder / SETTINGS} is damaged: restored from {place / checkpoint.STATE}")
+
+
+def _are_settings(found: Plain, settings: Plain) -> bool:
+    """Whether a JSON object can be a run's settings, by today's keys and types."""
+    shared = found.keys() & settings.keys()
+    return bool(shared) and all(type(found[key]) is type(settings[key]) for key in shared)
+
+
+def _other_run(earlier: Plain, settings: Plain, resolve: Resolve) -> str:
+    """How an earlier start's settings differ from today's, in words; "" if none that matter do."""
     try:
         before = _resolved(earlier, settings, MAY_CHANGE, resolve)
-        different = differences(before, settings_that_matter(settings))
+        return differences(before, settings_that_matter(settings))
     except UserError as error:
-        different = str(error)
-    if different:
-        raise UserError(f"output_dir: {folder} holds another run ({different}); {advice}")
-    if resume == "never":
-        raise UserError(f"output_dir: {folder} holds a run, and --resume is never; {advice}")
+        return str(error)
 
 
 def check_checkpoint(folder: Path, common: Plain, settings: Plain, resolve: Resolve) -> None:

@@ -75,6 +75,8 @@ class Saver(AbstractContextManager):
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._outcome: Future[str | None] | None = None
+        if previous and dist.get_rank() == 0:  # after a kill just before that was done
+            self._remove(set(checkpoints(root, previous)[:-keep]))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         # A UserError is raised on every rank. After any other exception ranks may be gone: no wait.
@@ -166,12 +168,16 @@ class Saver(AbstractContextManager):
                 warn(f"{folder} was not saved: {error}; {older}, and training continues")
             return str(error)
         if first:
-            try:
-                retain(self.root, folder, previous=self.previous, keep=self.keep)
-            except OSError as error:
-                warn(f"an old checkpoint was not removed: {error}")
+            self._remove(superseded(self.root, folder, previous=self.previous, keep=self.keep))
         self.previous = state["step"]
         return None
+
+    def _remove(self, old: set[Path]) -> None:
+        try:
+            for path in old:
+                shutil.rmtree(path)
+        except OSError as error:
+            warn(f"an old checkpoint was not removed: {error}")
 
     def _finish(self, folder: Path, files: Plain) -> None:
         """Write the manifest and rename the folder; files: the manifest's entries of all ranks."""
@@ -184,16 +190,15 @@ class Saver(AbstractContextManager):
         sync(self.root)
 
 
-def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
-    """Remove all but `newest`, which was just written, and the keep - 1 before it.
+def superseded(root: Path, newest: Path, *, previous: int, keep: int) -> set[Path]:
+    """All checkpoints but `newest`, which was just written, and the keep - 1 before it.
 
     previous: the step of the save before, or the one from which the run resumed. Checkpoints of
-    later steps, which the run passed over, are removed as well.
+    later steps, which the run passed over, are among them.
     """
     before = [path for path in checkpoints(root, previous) if path != newest]
     kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}
-    for path in set(checkpoints(root)) - kept:
-        shutil.rmtree(path)
+    return set(checkpoints(root)) - kept
 
 
 def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:

@@ -1,5 +1,8 @@
 """Signals that ask a run to save: noted when they arrive, obeyed after the current step.
 
+Before the first step, a request to stop is obeyed after the data, after each part of the reference
+pass and after it; a request to save waits for the first step. During the export both are too late.
+
 SIGTERM (a preempted machine, a scheduler's time limit) and SIGINT (Ctrl-C): save and exit with
 code 0. SIGUSR1: save and continue. One signalled process is enough, because the ranks agree:
 `kill -TERM` of the process that `<output_dir>/lock` names ends the run on every rank. A second
@@ -15,8 +18,14 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Self
 
+import torch.distributed as dist
+
 ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 ASK_TO_SAVE = signal.SIGUSR1
+
+
+class Stopped(Exception):
+    """A signal has asked for the end of a run before its first step."""
 
 
 class Interrupts(AbstractContextManager):
@@ -25,14 +34,27 @@ class Interrupts(AbstractContextManager):
     def __init__(self) -> None:
         self._stop = self._save = False
 
+        self._before: dict[int, object] = {}
+
     def __enter__(self) -> Self:
         numbers = (*ASK_TO_STOP, ASK_TO_SAVE)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to the handlers of before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def obey_stop(self) -> None:
+        """Raise Stopped on every rank if a signal has asked any of them to stop. Collective."""
+        asked = [self._stop] * dist.get_world_size()
+        dist.all_gather_object(asked, self._stop)
+        if any(asked):
+            raise Stopped
 
     def take(self) -> tuple[bool, bool]:
         """(stop, save): whether each was asked for. A request to save is handed out once."""

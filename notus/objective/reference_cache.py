@@ -62,6 +62,7 @@ def cached_log_probs(
     online: OnlineReference,
     show: Callable[[int, int], Progress] | None = None,
     say: Callable[[str], object] = print,
+    after_part: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The log-probs of all response tokens of `online.pairs`: float32, flat, on every rank.
 
@@ -69,7 +70,8 @@ def cached_log_probs(
     recomputed. Otherwise they are computed and written in parts; an interrupted pass repeats only
     its last part. Only rank 0 reads and writes files. show: makes the progress display of a long
     pass from the number of pairs and of those already done. say: prints the outcome of the audit,
-    and which files are damaged. Collective.
+    and which files are damaged. after_part: is called on every rank when a part has been written,
+    and may raise the same there. Collective.
 
     Raises UserError, on all ranks, if the sample differs from the file by more than rounding, or
     if the file system refuses to read or write.
@@ -81,7 +83,7 @@ def cached_log_probs(
     found = torch.tensor([cache is not None], device=online.rows.device)
     dist.broadcast(found, 0)
     if not found:
-        flat = _score_in_parts(path, identity, online, show, say)
+        flat = _score_in_parts(path, identity, online, show, say, after_part)
         with _agreed_on_files(path):
             if dist.get_rank() == 0:
                 _write(path, flat, online.pairs, identity)
@@ -102,6 +104,7 @@ def _score_in_parts(
     online: OnlineReference,
     show: Callable[[int, int], Progress] | None,
     say: Callable[[str], object],
+    after_part: Callable[[], object],
 ) -> Tensor:
     """All pairs' flat log-probs. They are collected in a file next to `path`, and resumed there."""
     pairs, device = online.pairs, online.rows.device
@@ -128,6 +131,7 @@ def _score_in_parts(
                 _append(file, begin, scored)
         if bar is not None:
             bar.update(len(part))
+        after_part()
     if bar is not None:
         bar.close()
     return flat

@@ -98,22 +98,6 @@ def test_the_card_that_training_writes(finished):
     assert parsed.data.model_name == "run"
 
 
-def test_a_run_that_was_killed_before_its_card_says_how_to_write_it(finished, capsys):
-    missing = f"python -m notus.card {finished} writes it"
-    again = [str(finished.parent / "config.json")]
-    assert train.main(again) == 0
-    said = capsys.readouterr().out
-    assert "nothing left to do" in said and missing not in said
-    written = finished / "final/README.md"
-    text = written.read_text()
-    written.unlink()
-    try:
-        assert train.main(again) == 0
-        assert missing in capsys.readouterr().out
-    finally:
-        written.write_text(text)
-
-
 def test_tables_show_the_numbers_of_the_log(finished):
     text = (finished / "final/README.md").read_text()
     first, *_, last = (line for line in lines_of(finished) if "eval_loss" in line)

@@ -43,10 +43,46 @@ def test_a_run_without_history_has_none(tmp_path):
     assert history.read_history(tmp_path) == []
 
 
-def test_a_damaged_history_is_named(tmp_path):
-    (tmp_path / "history.jsonl").write_text('{"event": "start"}\n{"eve\n')
-    with pytest.raises(UserError, match="history.jsonl: a line is not valid JSON"):
+LINES = [
+    b'{"eve',
+    b"3",
+    b'{"step": 1, "loss": 2.0}',  # of metrics.jsonl
+    b'{"event": "end", "time": "2026-01-01T00:00:00+00:00"}',  # of no start
+    b'{"event": "start", "time": "soon"}',
+    b'{"event": "start", "time": "2026-01-01T00:00:00+00:00"}',
+    b"[" * 100_000,
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_damaged_history_is_named_and_set_aside(one_rank, tmp_path, capsys, line):
+    path = tmp_path / "history.jsonl"
+    start(tmp_path)
+    before = line + b"\n" + path.read_bytes()
+    path.write_bytes(before)
+    with pytest.raises(UserError, match="history.jsonl:1: not valid JSON, or not an event"):
         history.read_history(tmp_path)
+    start(tmp_path)
+    assert [event["event"] for event in history.read_history(tmp_path)] == ["start", "start"]
+    assert (tmp_path / "history.jsonl.damaged").read_bytes() == before
+    assert "history.jsonl is damaged: kept as history.jsonl.damaged" in capsys.readouterr().err
+    path.write_bytes(before)
+    start(tmp_path)
+    assert (tmp_path / "history.jsonl.damaged-2").read_bytes() == before
+
+
+def test_a_history_that_is_no_file_is_set_aside(one_rank, tmp_path):
+    (tmp_path / "history.jsonl").mkdir()
+    start(tmp_path)
+    assert (tmp_path / "history.jsonl.damaged").is_dir()
+    assert len(history.read_history(tmp_path)) == 1
+
+
+def start(folder):
+    history.record_start(
+        folder, continues=None, device=torch.device("cpu"), data={"train": {}}, paths=[]
+    )
 
 
 def test_a_folder_that_is_gone_is_named(one_rank, tmp_path):

@@ -70,3 +70,11 @@ def test_other_ranks_take_nothing(tmp_path, monkeypatch):
     with OutputLock(tmp_path) as held:
         held.take()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("text")
+    (tmp_path / "lock").symlink_to("mine")
+    with OutputLock(tmp_path) as held, pytest.raises(UserError, match="lock: cannot be written"):
+        held.take()
+    assert (tmp_path / "mine").read_text() == "text"

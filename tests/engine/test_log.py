@@ -58,20 +58,57 @@ def test_other_ranks_and_empty_reports_write_nothing(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_lines_of_a_file(tmp_path):
+def test_lines_of_a_file(tmp_path, capsys):
     path = tmp_path / "lines.jsonl"
     file = LinesFile(path, 3)  # there is none yet
     for step in (1, 2, 3):
         file.add({"step": step, "loss": NAN if step == 2 else 0.5, "pairs": [1]})
     with path.open("ab") as handle:
-        handle.write(b'{"step": 1, "lo{"step": 2}\n[]\n\0\0\0\n{"step": 4, "lo')
-    LinesFile(path, 2)
+        handle.write(b'{"step": 4, "lo')
+    assert LinesFile(path, 2).last == 2
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert kept == [
         {"step": 1, "loss": 0.5, "pairs": [1]},
         {"step": 2, "loss": None, "pairs": [1]},
     ]
     assert "NaN" not in path.read_text()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 1, "lo{"step": 2}', b"[]", b"\0\0\0", b"\xff", b"[" * 99_999, b'{"step": "a"}'],
+)
+def test_a_file_with_a_damaged_line_is_set_aside(tmp_path, capsys, line):
+    path = tmp_path / "lines.jsonl"
+    content = b'{"step": 1}\n' + line + b'\n{"step": 2}\n'
+    path.write_bytes(content)
+    LinesFile(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "lines.jsonl.damaged").read_bytes() == content
+    assert f"{path} is damaged: kept as lines.jsonl.damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.symlink_to("nowhere")])
+def test_a_file_that_is_none_is_set_aside(tmp_path, make):
+    path = tmp_path / "lines.jsonl"
+    make(path)
+    LinesFile(path, 2).add({"step": 3})
+    assert path.is_file() and not path.is_symlink()
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "every", "missing"), [(3, 1, True), (4, 1, False), (3, 3, False), (None, 1, True)]
+)
+def test_lines_that_are_missing_are_said(tmp_path, capsys, kept, every, missing):
+    """Resumed from step 4, with or without a file that ends too early."""
+    if kept is not None:
+        write(tmp_path, range(1, kept + 1))
+    capsys.readouterr()
+    MetricsLog(tmp_path, step=4, total=9, active=True, every=every).close()
+    assert ("lines of steps up to 4 are missing" in capsys.readouterr().err) == missing
 
 
 @contextmanager

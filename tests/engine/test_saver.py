@@ -13,7 +13,7 @@ from saving import one_process, saver, updated  # noqa: F401
 from notus.engine import saver as saver_module
 from notus.engine.checkpoint import Progress, checkpoints, load_checkpoint, load_trained
 from notus.engine.host_memory import free_host_bytes
-from notus.engine.saver import retain
+from notus.engine.saver import superseded
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
 
@@ -136,11 +136,21 @@ def test_retention_keeps_the_newest_and_drops_what_was_passed_over(tmp_path):
     for step in (1, 2, 3, 4, 5):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / "step-00000002-copy").mkdir()  # the user's own
-    retain(tmp_path, tmp_path / "step-00000004", previous=2, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
-    retain(tmp_path, tmp_path / "step-00000004", previous=4, keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
-    assert (tmp_path / "step-00000002-copy").exists()
+    newest = tmp_path / "step-00000004"
+    old = superseded(tmp_path, newest, previous=2, keep=2)
+    assert sorted(path.name[-1] for path in old) == ["1", "3", "5"]
+    old = superseded(tmp_path, newest, previous=4, keep=1)
+    assert sorted(path.name[-1] for path in old) == ["1", "2", "3", "5"]
+
+
+def test_what_a_kill_left_too_many_is_removed_at_the_next_start(tiny_folder, tmp_path):
+    """Only older ones than the one that the run resumes from: no save has replaced the others."""
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    with saver(tmp_path, tiny_folder, keep=2, previous=3):
+        assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2", "3", "4"]
+    with saver(tmp_path, tiny_folder, keep=1):  # a new run
+        assert len(checkpoints(tmp_path)) == 3
 
 
 def test_a_save_that_fails_is_said_once_and_the_next_one_counts(

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from notus.engine.signals import Interrupts
+from notus.engine.signals import Interrupts, Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -33,3 +33,13 @@ def test_the_handlers_of_before_come_back():
         assert all(signal.getsignal(n) != b for n, b in zip(numbers, before, strict=True))
         signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_stop_is_obeyed_before_the_first_step(group):
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGUSR1)
+        interrupts.obey_stop()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            interrupts.obey_stop()
+        assert interrupts.take() == (True, True)

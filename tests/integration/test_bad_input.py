@@ -500,7 +500,7 @@ def finished(place, capfd):
 def test_an_output_dir_that_holds_another_run(finished, capfd):
     message = refuse(capfd, "train.max_steps=2", "loss.beta=0.5")
     check(message, "output_dir: out holds another run", "loss.beta was 0.1 and is 0.5")
-    check(message, "train.max_steps was 1 and is 2", "give another output_dir or remove it")
+    check(message, "train.max_steps was 1 and is 2", "give another output_dir")
     message = refuse(capfd, "train.max_steps=1", "--resume", "never")
     check(message, "output_dir: out holds a run, and --resume is never; give another output_dir")
 
@@ -539,7 +539,11 @@ def test_a_damaged_checkpoint(finished, capfd, file, spoil, words):
     shutil.rmtree(finished / "final")  # as if it had been interrupted before
     spoil(finished / "checkpoints/step-00000001" / file)
     message = refuse(capfd, "train.max_steps=1")
-    check(message, *words, "no sound checkpoint is left in out/checkpoints: restore one, or remove")
+    check(
+        message,
+        *words,
+        "no sound checkpoint is left in out/checkpoints: restore one, or start anew",
+    )
 
 
 # Several processes
