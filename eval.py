@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from notus.engine import distributed
 from notus.errors import UserError
 from notus.evals import answers, comparison, harness, preferences, scores, side_by_side
 
@@ -23,13 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.add_command(commands)
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         options.run(options)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
             print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        distributed.stop()
     return 0
 
 

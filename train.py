@@ -14,6 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# Rows differ in length from step to step: with segments of fixed sizes, memory that was freed soon
+# lies in pieces that no other row fits into. PyTorch reads this when it first allocates on a GPU.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -24,10 +28,9 @@ from notus.data.packing import pack_division
 from notus.data.planning import random_seed
 from notus.engine import distributed
 from notus.engine.distributed import accumulate
-from notus.engine.evaluation import evaluate
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
-from notus.engine.metrics import Meter, Verdict
+from notus.engine.metrics import Meter, Verdict, all_log_probs, evaluate, nonfinite_pairs
 from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts
@@ -35,7 +38,7 @@ from notus.errors import UserError
 from notus.generate.result import show_result
 from notus.generate.samples import record_samples
 from notus.objective.logprobs import pair_log_probs, score, token_log_probs
-from notus.objective.loss import Coupled, couple_step
+from notus.objective.loss import Coupled, couple
 from notus.objective.reference import follow
 from notus.start import Run, finish, open_log, open_meter, open_run, open_saver
 
@@ -58,7 +61,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
         torch.manual_seed(random_seed(config.train.seed, step, ranks.rank))
 
         batches = pack_division(division, run.pairs, ranks.rank, run.rows)
-        for batch in accumulate(policy, batches, len(division.bins), config.parallel.keep_gathered):
+        for batch in accumulate(policy, batches, len(division.bins), run.keep_gathered):
             policy_S = token_log_probs(policy, batch, loss.uses_weights)
             reference_S = reference.of_batch(batch)
             scored = pair_log_probs(policy_S, reference_S, batch.lengths, mean_length)
@@ -108,7 +111,8 @@ def couple_pairs(run: Run, chosen: np.ndarray) -> Coupled:
     """A loss that couples the step's pairs, made additive by a pass without gradient."""
     policy = score(run.policy, run.pairs, chosen, run.rows, run.loss.uses_weights)
     reference = run.reference.of_pairs(chosen)
-    return couple_step(run.loss, policy, reference, run.pairs, chosen)
+    scored = all_log_probs(policy, reference, run.pairs.select(chosen))
+    return couple(run.loss, scored, torch.from_numpy(chosen).to(policy.device))
 
 
 def report_skipped(
@@ -118,7 +122,7 @@ def report_skipped(
 
     Collective. Raises UserError after train.max_nonfinite such steps in a row.
     """
-    pairs = meter.nonfinite_pairs() or sorted(chosen.tolist())
+    pairs = nonfinite_pairs(meter.last_seen) or sorted(chosen.tolist())
     path = run.output / NONFINITE_FILE
     values = {"loss": f"{verdict.loss:g}", "grad_norm": f"{verdict.grad_norm:g}"}
     what = " and ".join(f"{name} {value}" for name, value in values.items())
@@ -152,7 +156,7 @@ def show_samples(run: Run, log: MetricsLog, done: int) -> None:
     """Show the policy's current answers next to the reference's: samples.md and TensorBoard."""
     if run.config.evaluation.samples is None:
         return
-    answers = answer_samples(run.config, run.ranks, run.policy, run.source)
+    answers = answer_samples(run, run.policy)
     if run.ranks.first:
         prompts = sample_prompts(run.config)
         texts = run.reference_answers, answers
@@ -221,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config, ranks, lock, resume=options.resume, model_only=options.model_only
             )
             if run is not None and run_to_end(run, options.profile):
-                source, output = run.source, run.output
+                source, output = run.models.source, run.output
                 del run  # its models need the memory that the answering ones take
                 show_result(config, ranks, source, output)
     except UserError as error:

@@ -13,10 +13,9 @@ alone, beside the bytes that this rank trains with and writes.
 
 import argparse
 import json
-import os
+import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -139,9 +138,9 @@ def report(
     written = 12 * parameters // ranks.count
     ranks.say(f"{parameters:,} parameters on {ranks.count} x {ranks.device.type}")
     ranks.say(f"a rank trains with {gib(16 * parameters // ranks.count)} and writes {gib(written)}")
-    before = resident()
-    with Peak(before) as usual:
-        plain = timed(train_step, steps * saves) / (steps * saves)
+    reset_peak()
+    plain = timed(train_step, steps * saves) / (steps * saves)
+    usual = peak()
     ranks.say(f"a step without a save: {plain:.3f} s")
     for name, room, wait in (
         ("in the foreground", 2**50, True),
@@ -149,7 +148,8 @@ def report(
         ("in the background, room for one file", 0, False),
     ):
         saver = Saver(folder / "checkpoints", keep=1, source=source, facts={}, host_bytes=room)
-        with saver, Peak(before) as peak:
+        reset_peak()
+        with saver:
             save = partial(save_now, saver, model, optimizer, wait)
             standing, total = 0.0, 0.0
             for _ in range(saves):
@@ -161,7 +161,7 @@ def report(
             f"{name}: the loop stands still for {standing / saves:.3f} s, "
             f"{total / saves - steps * plain:.3f} s more per {steps} steps in all "
             f"(then {last:.3f} s for the last save), "
-            f"memory + {gib(max(0, peak.risen - usual.risen))}"
+            f"memory + {gib(max(0, peak() - usual))}"
         )
 
 
@@ -187,30 +187,15 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.3f} GiB"
 
 
-class Peak:
-    """How far this process's resident memory rises above `before`, sampled by a thread."""
-
-    def __init__(self, before: int) -> None:
-        self.before, self.risen = before, 0
-
-    def __enter__(self) -> "Peak":
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self.risen = max(self.risen, resident() - self.before)
+def reset_peak() -> None:
+    """Make `peak` count from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def peak() -> int:
+    """The most bytes that this process had in memory at once (Linux)."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

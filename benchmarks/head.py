@@ -2,6 +2,7 @@
 
     pip install -e . && pip install -r benchmarks/requirements.txt
     python benchmarks/head.py --json head.json            # one CUDA GPU, a few minutes
+    python benchmarks/head.py --usual                     # only the problem of one microbatch at 7B
     python benchmarks/head.py --sweep                     # tile and chunk sizes of the Triton head
     python benchmarks/head.py --toy                       # small, also on a CPU: does it work?
 
@@ -22,7 +23,6 @@ Methods:
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 
 from notus.errors import UserError
+from notus.files import write_json
 from notus.kernels import dispatch
+from notus.tables import text_table
 
-Head = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # hidden [N, D], weight [V, D], targets [N] -> [N]
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # [N, D], weight [V, D], targets [N] -> [N]
+PASSES = ("forward", "forward+backward")
 PROBED = 64  # rows and tokens whose gradients are compared
 TRL_VOCABULARY_CHUNK = 32768  # what its trainers pass
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
@@ -322,31 +323,27 @@ def is_right(found: dict[str, float], largest: float) -> bool:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One case: errors, then milliseconds, TFLOP/s, share of the bare product, extra GB."""
     first = rows[0]
-    lines = [
-        f"\nN {first['N']:,}  V {first['V']:,}  D {first['D']:,}  {first['dtype']}, "
-        f"{first['logits']} logits",
-        f"{'':<14}{'log-prob':>10}{'d hidden':>10}{'d weight':>10}   "
-        f"{'forward: ms':>12}{'TFLOP/s':>9}{'share':>7}{'GB':>7}   "
-        f"{'+backward: ms':>14}{'TFLOP/s':>9}{'share':>7}{'GB':>7}",
-    ]
+    timed = ("ms", "TFLOP/s", "share", "GB")
+    header = ["", "log-prob", "d hidden", "d weight", *timed, *(f"+back {name}" for name in timed)]
+    lines = []
     for row in rows:
-        line = f"{row['method']:<14}"
-        for key in ("log_prob_error", "grad_hidden_error", "grad_weight_error"):
-            line += f"{row[key]:>10.1e}" if key in row else f"{'':>10}"
-        line += f"   failed: {row['failed']}" if "failed" in row else ""
-        line += "   WRONG, not timed" if row.get("wrong") else ""
-        line += "   out of memory" if row.get("out_of_memory") else ""
-        for label, width in (("forward", 12), ("forward+backward", 14)):
-            if label in row:
-                found = row[label]
-                memory = found["extra_bytes"]
-                line += (
-                    f"   {found['seconds'] * 1e3:>{width}.3f}{found['tflops']:>9.1f}"
-                    f"{found['tflops'] / first[label]['tflops']:>7.0%}"
-                    f"{'' if memory is None else f'{memory / 1e9:.2f}':>7}"
-                )
-        lines.append(line)
-    return "\n".join(lines)
+        keys = ("log_prob_error", "grad_hidden_error", "grad_weight_error")
+        line = [row["method"], *(f"{row[key]:.1e}" if key in row else None for key in keys)]
+        for label in PASSES:
+            found = row.get(label)
+            if found is None:
+                line += [None] * 4
+                continue
+            memory = found["extra_bytes"]
+            share = f"{found['tflops'] / first[label]['tflops']:.0%}"
+            line += [found["seconds"] * 1e3, found["tflops"], share]
+            line.append(None if memory is None else memory / 1e9)
+        reasons = [f"failed: {row['failed']}"] if "failed" in row else []
+        reasons += ["WRONG, not timed"] if row.get("wrong") else []
+        reasons += ["out of memory"] if row.get("out_of_memory") else []
+        lines.append([*line, " ".join(reasons)])
+    title = f"N {first['N']:,}  V {first['V']:,}  D {first['D']:,}  {first['dtype']}"
+    return f"\n{title}, {first['logits']} logits\n{text_table([*header, ''], lines)}"
 
 
 def environment(device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -420,6 +417,7 @@ def sweep(head: Head, case: Case, device: torch.device, at_least: float) -> list
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The linear + log-softmax head, side by side.")
     parser.add_argument("--toy", action="store_true", help="tiny problems, on the CPU if need be")
+    parser.add_argument("--usual", action="store_true", help="one problem: a microbatch at 7B")
     parser.add_argument("--sweep", action="store_true", help="tile and chunk sizes instead")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
@@ -443,13 +441,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["sweep"] = sweep(heads["triton"], case, device, at_least)
     else:
         report["results"] = []
-        for case in TOY_CASES if options.toy else GPU_CASES:
+        usual = [USUAL_CASE] if options.usual else GPU_CASES
+        for case in TOY_CASES if options.toy else usual:
             rows = run_case(case, heads, device, torch.bfloat16, at_least)
             print(table(rows), flush=True)
             report["results"] += rows
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     wrong = [row["method"] for row in report.get("results", []) if row.get("wrong")]
+    if "results" in report and (last := report["results"][-1]).keys() >= {"forward"}:
+        rates = [rows[0][label]["seconds"] / last[label]["seconds"] for label in PASSES]
+        shares = f"forward {rates[0]:.0%}, with backward {rates[1]:.0%}"
+        print(f"{last['method']}: {shares} of the matrix products' rate")
     if wrong:
         print(f"error: wrong results from {', '.join(dict.fromkeys(wrong))}", file=sys.stderr)
     return int(bool(wrong))

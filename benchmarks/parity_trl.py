@@ -55,6 +55,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,11 +77,14 @@ from notus.config import Curation, Source
 from notus.data.formats import Message
 from notus.data.preferences import load_preferences
 from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
+from notus.demo import CHAT_TEMPLATE
 from notus.errors import UserError
+from notus.files import write_json
 from notus.model.hf_config import read_shape
 from notus.model.lora import LoraSettings, add_adapters, initialize_adapters
 from notus.model.mistral import MistralForCausalLM as OurMistral
 from notus.model.peft import WEIGHTS, adapter_tensors, save_adapter
+from notus.tables import text_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
@@ -97,14 +101,6 @@ METRICS = (
     *("loss", "grad_norm", *REWARDS, *LOG_PROBS),
     *("rewards/accuracies", "learning_rate", "num_tokens"),
 )
-# Renders as Zephyr's does: a role's header, the content, </s> and a newline after every turn.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-
 Log = list[dict[str, float]]  # one entry per optimiser step
 
 
@@ -204,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_table(name, results[name])
 
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.json, results)
     worst = max(row["relative"] for rows in results.values() for row in rows)
     print(f"\nworst relative difference: {worst:.1e}, tolerance {TOLERANCE:.0e}")
     return int(worst > TOLERANCE)
@@ -444,9 +440,6 @@ def train_with_notus(case: Case, work: Path, steps: int, ranks: int, lora: bool)
     return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
 
-# --------------------------------------------------------------------------------- the comparison
-
-
 # --------------------------------------------------------------------------------- an evaluation
 
 
@@ -539,20 +532,12 @@ def compare(case: Case, ours: Log, theirs: Log) -> list[dict[str, Any]]:
 
 def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Every step of every metric, then each metric's worst step."""
-    print(f"\n{name}\n{'step':>4}  {'metric':<18} {'notus':>15} {'TRL':>15} {'relative':>9}")
+    worst = {}
     for row in rows:
-        print(table_line(row))
-    print("worst")
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        of_metric = [row for row in rows if row["metric"] == metric]
-        print(table_line(max(of_metric, key=lambda row: row["relative"])))
-
-
-def table_line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['step']:>4}  {row['metric']:<18} {row['notus']:>15.8g} {row['trl']:>15.8g} "
-        f"{row['relative']:>9.1e}"
-    )
+        worst[row["metric"]] = max(worst.get(row["metric"], row), row, key=itemgetter("relative"))
+    for title, some in ((name, rows), ("worst", worst.values())):
+        text = [[f"{v:.8g}" if isinstance(v, float) else v for v in row.values()] for row in some]
+        print(f"\n{title}\n{text_table(list(rows[0]), text)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ follows. It is a ceiling: nothing overlaps, and nothing waits.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -34,8 +33,10 @@ from benchmarks.memory import model_shape
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.engine.flops import forward_flops, model_flops, peak_flops
+from notus.files import write_json
 from notus.model.hf_config import ModelShape
 from notus.model.mistral import count_parameters
+from notus.tables import text_table
 
 MODELS = {
     "A": model_shape(layers=8, hidden=4096, inner=14_336, heads=32, vocabulary=32_000),
@@ -255,17 +256,16 @@ def padding(pairs: int) -> list[Row]:
         apart, shared = (int(slots_of(lengths, on).sum()) for on in (False, True))
         ours = packed_slots(lengths, 8192, 64)
         for batch in (1, 2, 4, 8, 16):
-            slots = {
-                name: padded_slots(lengths, batch, on)
-                for name, on in (("random", False), ("grouped", True))
-            }
+            random, grouped = (padded_slots(lengths, batch, on) for on in (False, True))
             found.append(
                 {
                     "profile": profile,
                     "pairs_per_microbatch": batch,
-                    **{name: count / apart for name, count in slots.items()},
+                    "random": random / apart,
+                    "grouped": grouped / apart,
                     "packed": ours / shared,
-                    **{f"{name}_by_packed": count / ours for name, count in slots.items()},
+                    "random_by_packed": random / ours,
+                    "grouped_by_packed": grouped / ours,
                 }
             )
     return found
@@ -338,11 +338,8 @@ def ceilings(
 
 def table(title: str, rows: Sequence[Row]) -> str:
     """Rows with the same keys."""
-    text = [[f"{v:.4g}" if isinstance(v, float) else f"{v}" for v in row.values()] for row in rows]
-    cells = [list(rows[0]), *text]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    body = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([f"\n{title}", *body])
+    cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    return f"\n{title}\n{text_table(list(rows[0]), cells)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -384,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = options.model or (["A", "B"] if cuda else ["toy"])
         report["tables"] = {title: list(ceilings(models, rates, peak, width, options.pairs))}
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     for title, rows in report["tables"].items():
         print(table(title, rows))
     return 0

@@ -42,7 +42,7 @@ def linear_log_sum_squares(hidden_SD: Tensor, weight_VD: Tensor, backend: str = 
 
 @cache
 def check_backend(backend: str, device: torch.device) -> None:
-    """Raises UserError when the kernels cannot run on `device` with this backend."""
+    """Raise UserError if the backend's kernels cannot run on `device`."""
     if backend not in BACKENDS:
         raise UserError(f'kernels: found "{backend}", expected one of {", ".join(BACKENDS)}')
     if backend == "plain" or (backend == "auto" and device.type != "cuda"):
@@ -73,7 +73,7 @@ def _kernels(backend: str, device: torch.device) -> ModuleType:
 
 
 def _triton() -> ModuleType:
-    """Imported when it is needed, because Triton exists for Linux alone."""
+    """The module, imported only when needed: Triton exists only for Linux."""
     from notus.kernels import linear_log_probs
 
     return linear_log_probs

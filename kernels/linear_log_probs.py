@@ -25,16 +25,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from notus.kernels.reference import multiply_into
 
-# Each chunk reads and writes the weight's whole float32 gradient (V x D) and holds C x V logits.
-# This many rows keep that traffic near a tenth of the products' time on an H200 (by calculation),
-# and the buffer at half the gradient's size at D = 4096.
+# Each chunk reads and writes the weight's complete float32 gradient (V x D) and holds C x V
+# logits. This many rows keep that traffic near a tenth of the products' time on an H200 (by
+# calculation), and the buffer at half the gradient's size at D = 4096.
 CHUNK_ROWS = 2048
 MAX_SPLITS = 16  # shares of the vocabulary per block of rows, unless rows are few
 MIN_PROGRAMS = 1024  # several waves on the largest GPUs
 
 
 class Tiles(NamedTuple):
-    """What one program of the forward kernel multiplies at a time, and how."""
+    """A tile of one program of the forward kernel, and the program's launch settings."""
 
     rows: int
     vocabulary: int
@@ -115,7 +115,7 @@ def _partial_statistics_kernel(
                 w = tl.load(
                     weight_tile + start + weight_offsets, mask=d[:, None] < D - start, other=0.0
                 )
-            if WIDEN:  # the interpreter's tl.dot on bfloat16 is wrong without saying so
+            if WIDEN:  # the interpreter's tl.dot on bfloat16 is silently wrong
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             logits = tl.dot(x, w, logits, input_precision="ieee")
@@ -284,7 +284,7 @@ def _statistics(hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor | None) 
 
 @register_flop_formula(torch.ops.notus.log_softmax_statistics)
 def _statistics_flops(hidden_shape, weight_shape, targets_shape=None, *, out_shape=None) -> int:
-    """One product of the hidden rows with the whole weight, as torch counts it."""
+    """One product of the hidden rows with the complete weight, counted as torch does."""
     return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0]
 
 
@@ -352,7 +352,7 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_S = grad_S.contiguous()
         size = _rows_per_chunk(S)
-        # Rows of whole cache lines, also where tokens were added to the vocabulary.
+        # Rows are full cache lines, even after tokens were added to the vocabulary.
         logits = hidden_SD.new_empty(min(size, S), triton.cdiv(V, 64) * 64, dtype=torch.float32)
         product = hidden_SD.new_empty(min(size, S), D, dtype=torch.float32) if need_hidden else None
         for start in range(0, S, size):
@@ -376,7 +376,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _rows_per_chunk(rows: int) -> int:
-    """Equal chunks of at most CHUNK_ROWS rows, in whole tiles."""
+    """Equal chunks of at most CHUNK_ROWS rows, in full tiles."""
     chunks = triton.cdiv(rows, CHUNK_ROWS)
     return triton.cdiv(triton.cdiv(rows, chunks), LARGE.rows) * LARGE.rows
 
@@ -404,5 +404,5 @@ def linear_log_sum_squares(hidden_SD: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """Rows may lie apart, the values within a row may not."""
+    """Rows may be strided; the values within a row must be contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -1,10 +1,11 @@
-"""What each section of the configuration names, built: one function or two for each section.
+"""The objects that the configuration names: one or two functions for each of its sections.
 
 These functions are where the configuration ends: they hand plain arguments to the libraries below.
-After adding a key, pass it on here.
+After adding a key, pass it on here. `Setup` is what they need of each other.
 """
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,12 @@ from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.errors import UserError, agreed
-from notus.generate.prompts import Prompt, check_prompts, read_prompt_set
+from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
+from notus.kernels.dispatch import check_backend
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
+from notus.model.intervals import BLOCK
 from notus.model.lora import add_adapters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.peft import check_fits, is_adapter, read_adapter, tokenizer_folder
@@ -37,8 +40,6 @@ from notus.objective.loss import Loss, build_loss
 from notus.objective.reference import CachedReference, OnlineReference, Reference, no_reference
 from notus.objective.reference_cache import cache_identity, cached_log_probs
 from notus.strict import parse
-
-# --------------------------------------------------------------------------------- all sections
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -52,9 +53,6 @@ def settings_now(earlier: dict[str, Any]) -> dict[str, Any]:
     Raises UserError for a key that no longer exists, or a value it no longer takes.
     """
     return settings_of(parse(earlier, Config))
-
-
-# --------------------------------------------------------------------------------- loss
 
 
 def make_loss(config: Config) -> Loss:
@@ -84,20 +82,15 @@ def check_loss(config: Config, options: argparse.Namespace) -> None:
         )
 
 
-# --------------------------------------------------------------------------------- model
-
-
 class Models(NamedTuple):
     """The models of a run as folders on disk; no weights are loaded.
 
     source: the initial policy, or its base where `adapter` must be merged into it first.
-    reference_path: as configured. tokenizer: the folder of the tokenizer.
     """
 
     source: Path
     shape: ModelShape
     adapter: Path | None
-    reference_path: str
     reference: Path
     tokenizer: Path
 
@@ -113,62 +106,29 @@ def find_models(config: Config, *, weights: bool) -> Models:
     weights: whether the weights must be there too. Raises UserError for a model that cannot be
     used, or a reference with another vocabulary than the policy's.
     """
-    path = config.model.policy
-    folder, adapter = model_folder(path, weights), None
+    policy, path = config.model.policy, config.model.reference
+    folder = model_folder(policy, weights)
     if is_adapter(folder):
         adapter = read_adapter(folder)
         if adapter.base_name is None:
             raise UserError(
-                f"{path}: its adapter_config.json names no base; expected a path or hub id"
+                f"{policy}: its adapter_config.json names no base; expected a path or hub id"
             )
-    source, shape = open_model(path if adapter is None else adapter.base_name, weights)
-    if adapter is not None:
+        source, shape = open_model(adapter.base_name, weights)
         check_fits(adapter, shape)
-    reference_path, reference = path, source
-    if config.model.reference:
-        reference_path = config.model.reference
-        reference, other = open_model(reference_path, weights)
-        if other.vocab_size != shape.vocab_size:
-            raise UserError(
-                f"model.reference: {reference_path} has a vocabulary of {other.vocab_size} tokens, "
-                f"the policy one of {shape.vocab_size}; expected the same"
-            )
-    return Models(
-        source=source,
-        shape=shape,
-        adapter=None if adapter is None else folder,
-        reference_path=reference_path,
-        reference=reference,
-        tokenizer=source if adapter is None else tokenizer_folder(source, folder),
-    )
-
-
-def build_model(
-    config: Config, shape: ModelShape, mesh: DeviceMesh, ranks: Ranks, *, frozen: bool
-) -> MistralForCausalLM:
-    """A sharded model without weights: float32 if they will change, else compute_dtype."""
-    compute_dtype = getattr(torch, config.model.compute_dtype)
-    lora = None if frozen else config.model.lora
-    constant = frozen and config.reference.sync_every is None
-    with torch.device("meta"):
-        model = MistralForCausalLM(
-            shape, config.parallel.kernels, attention_backend(config, shape, ranks.device)
+        models = Models(source, shape, folder, source, tokenizer_folder(source, folder))
+    else:
+        source, shape = open_model(policy, weights)
+        models = Models(source, shape, None, source, source)
+    if path is None:
+        return models
+    reference, other = open_model(path, weights)
+    if other.vocab_size != shape.vocab_size:
+        raise UserError(
+            f"model.reference: {path} has a vocabulary of {other.vocab_size} tokens, "
+            f"the policy one of {shape.vocab_size}; expected the same"
         )
-        model.to(compute_dtype if constant or lora else torch.float32)
-        model.requires_grad_(not frozen)
-        if lora:
-            add_adapters(model, lora)
-    distributed.shard_model(
-        model,
-        mesh,
-        ranks.device,
-        compute_dtype=compute_dtype,
-        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
-        compile_blocks=compiles(config, ranks.device),
-        cpu_offload=config.parallel.cpu_offload,
-        dropout=lora is not None and lora.dropout > 0,
-    )
-    return model.eval()
+    return models._replace(reference=reference)
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -181,7 +141,7 @@ def attention_backend(config: Config, shape: ModelShape, device: torch.device) -
     """The attention backend. Raises UserError for one that cannot train on the device."""
     wanted, compiled = config.parallel.attention, compiles(config, device)
     if wanted == "auto":
-        return default_backend(device, shape.head_dim, compiled)
+        wanted = default_backend(device, shape.head_dim, compiled)
     reason = None
     if device.type == "cuda":
         if wanted == "varlen" and config.model.compute_dtype == "float32":
@@ -194,42 +154,45 @@ def attention_backend(config: Config, shape: ModelShape, device: torch.device) -
         reason = "with parallel.compile on the CPU, where segments are not compiled"
     if reason:
         raise UserError(f'parallel.attention: found "{wanted}" {reason}; expected another')
+    if wanted == "flex" and (budget := config.data.tokens_per_microbatch) % BLOCK:
+        raise UserError(
+            f"data.tokens_per_microbatch: found {budget}, expected a multiple of {BLOCK}, "
+            'as parallel.attention is "flex"'
+        )
     return wanted
-
-
-# --------------------------------------------------------------------------------- data
 
 
 def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset]:
     """The data sets "train" and, if pairs are held out, "eval". Collective, as `load_datasets`."""
+    data, evaluation = config.data, config.evaluation
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
-        if config.evaluation.samples is not None:
-            check_prompts(config.evaluation.samples.prompts, models.tokenizer)
-    wanted = config.data.eval
-    holdout = wanted if isinstance(wanted, Holdout) else None
+        if evaluation.samples is not None:
+            path = evaluation.samples.prompts
+            check_template(read_prompt_set(path).prompts, path, tokenizer)
+    holdout = data.eval if isinstance(data.eval, Holdout) else None
     datasets = load_datasets(
-        config.data.train,
-        () if holdout else wanted or (),
+        data.train,
+        () if holdout else data.eval or (),
         tokenizer,
         tokenization={
-            "style": config.data.tokenization,
-            "truncation": config.data.truncation,
-            "max_length": config.data.max_length,
-            "max_prompt_length": config.data.max_prompt_length,
-            "system_prompt": config.data.system_prompt,
+            "style": data.tokenization,
+            "truncation": data.truncation,
+            "max_length": data.max_length,
+            "max_prompt_length": data.max_prompt_length,
+            "system_prompt": data.system_prompt,
         },
-        prefix_sharing=config.data.prefix_sharing,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        prefix_sharing=data.prefix_sharing,
+        tokens_per_microbatch=data.tokens_per_microbatch,
         map_over_ranks=distributed.map_over_ranks,
         seed=config.train.seed,
         holdout=holdout.holdout if holdout else 0,
         holdout_seed=holdout.seed if holdout else None,
-        drop_leaks=config.data.leaks == "drop",
+        drop_leaks=data.leaks == "drop",
         responses_only=config.train.objective == "sft",
     )
-    for name, data in datasets.items():
-        ranks.say(f"{name} data: {len(data.pairs):,} {config.train.unit}{data.notes}")
+    for name, found in datasets.items():
+        ranks.say(f"{name} data: {len(found.pairs):,} {config.train.unit}{found.notes}")
     return datasets
 
 
@@ -247,46 +210,107 @@ def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
     )
 
 
-def build_rows(config: Config, ranks: Ranks) -> Rows:
-    """The kind of rows that pairs are packed into."""
-    return Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device)
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The parts of a run that are found and checked before any weights are loaded."""
+
+    config: Config
+    ranks: Ranks
+    mesh: DeviceMesh
+    models: Models
+    loss: Loss
+    plan: Plan
+    rows: Rows
+    pairs: TokenizedPairs
+    held_out: TokenizedPairs | None
+    checkpoint: Path | None = None  # the one to resume from
+    start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
 
 
-# --------------------------------------------------------------------------------- reference
+def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
+    """Find and check what the configuration names; its data sets too, with their text. Collective.
+
+    Raises UserError, on every rank.
+    """
+    with agreed():
+        check_backend(config.parallel.kernels, ranks.device)
+        models = find_models(config, weights=True)
+        attention_backend(config, models.shape, ranks.device)
+    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
+    data = load_data(config, models, ranks)
+    pairs = data["train"].pairs
+    setup = Setup(
+        config=config,
+        ranks=ranks,
+        mesh=mesh,
+        models=models,
+        loss=make_loss(config),
+        plan=build_plan(config, pairs, ranks.count),
+        rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
+        pairs=pairs,
+        held_out=data["eval"].pairs if "eval" in data else None,
+    )
+    return setup, data
+
+
+def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForCausalLM:
+    """A sharded model without weights: float32 if they will change, else compute_dtype."""
+    config, device = setup.config, setup.ranks.device
+    compute_dtype = getattr(torch, config.model.compute_dtype)
+    lora = None if frozen else config.model.lora
+    constant = frozen and config.reference.sync_every is None
+    with torch.device("meta"):
+        model = MistralForCausalLM(
+            shape, config.parallel.kernels, attention_backend(config, shape, device)
+        )
+        model.to(compute_dtype if constant or lora else torch.float32)
+        model.requires_grad_(not frozen)
+        if lora:
+            add_adapters(model, lora)
+    distributed.shard_model(
+        model,
+        setup.mesh,
+        device,
+        compute_dtype=compute_dtype,
+        activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
+        compile_blocks=compiles(config, device),
+        cpu_offload=config.parallel.cpu_offload,
+        dropout=lora is not None and lora.dropout > 0,
+    )
+    return model.eval()
 
 
 def build_references(
-    config: Config,
-    models: Models,
-    policy: MistralForCausalLM,
-    identity: dict[str, str] | None,
-    mesh: DeviceMesh,
-    ranks: Ranks,
-    sets: list[TokenizedPairs],
+    setup: Setup, policy: MistralForCausalLM, identity: dict[str, str] | None
 ) -> tuple[list[Reference], MistralForCausalLM]:
-    """The reference over each data set of `sets`, and the model that it is.
+    """The reference over the training and the held-out pairs, and the model that it is.
 
     identity: the reference's, or None for a loss that uses none. `policy` must hold its initial
     weights: it is the reference while both are the same folder, and with adapters, which are
     turned off, it stays the reference.
     """
+    config, ranks, models, model = setup.config, setup.ranks, setup.models, policy
+    sets = [setup.pairs] if setup.held_out is None else [setup.pairs, setup.held_out]
     if identity is None:
         return [no_reference(pairs, ranks.device) for pairs in sets], policy
-    model = policy
     online = config.reference.log_probs == "online"
     if not models.reference_is_policy or (online and config.model.lora is None):
         with agreed():
             shape = read_shape(models.reference)
-        model = build_model(config, shape, mesh, ranks, frozen=True)
+        model = build_model(setup, shape, frozen=True)
         with agreed():
             load_weights(model, models.reference)
     compute_dtype = getattr(torch, config.model.compute_dtype)
     references: list[Reference] = []
     for pairs in sets:
-        reference = OnlineReference(model, pairs, build_rows(config, ranks))
+        reference = OnlineReference(model, pairs, setup.rows)
         if not online:
             flat = cached_log_probs(
-                Path(config.output_dir) / "reference",
+                setup.output / "reference",
                 cache_identity(pairs, identity, model.shape, compute_dtype),
                 reference,
                 show=partial(progress, unit="reference: pair") if ranks.first else None,
@@ -297,13 +321,12 @@ def build_references(
     return references, model
 
 
-# --------------------------------------------------------------------------------- optimizer
-
-
 def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
     """The configured optimiser over the policy's trained parameters, sharded and float32."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    offloaded = config.parallel.cpu_offload
     return make_optimizer(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        trained,
         name=config.optimizer.name,
         learning_rate=config.optimizer.learning_rate,
         weight_decay=config.optimizer.weight_decay,
@@ -311,28 +334,23 @@ def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:
         alpha=config.optimizer.alpha,
         eps=config.optimizer.eps,
         state_dtype=getattr(torch, config.optimizer.state_dtype),
+        offloaded=offloaded,
+        compiled=compiles(config, trained[0].device) and not offloaded,
     )
 
 
 def set_learning_rate(config: Config, plan: Plan, optimizer: Optimizer, step: int) -> float:
     """Set the learning rate of optimiser step `step`, counted from 0, and return it."""
-    factor = schedule_factor(
-        step,
-        total=plan.steps,
-        name=config.schedule.name,
-        warmup_ratio=config.schedule.warmup_ratio,
-    )
+    name, warmup = config.schedule.name, config.schedule.warmup_ratio
+    factor = schedule_factor(step, total=plan.steps, name=name, warmup_ratio=warmup)
     rate = config.optimizer.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
 
 
-# --------------------------------------------------------------------------------- log, evaluation
-
-
 def step_work(config: Config, loss: Loss) -> Work:
-    """What a step computes beyond forward and backward passes of the policy, for its FLOPs."""
+    """The work of a step apart from the policy's forward and backward passes, for its FLOPs."""
     online = loss.uses_reference and config.reference.log_probs == "online"
     return Work(
         frozen=config.model.lora is not None,
@@ -347,18 +365,16 @@ def sample_prompts(config: Config) -> list[Prompt]:
     return read_prompt_set(samples.prompts).prompts[: samples.count]
 
 
-def answer_samples(
-    config: Config, ranks: Ranks, model: MistralForCausalLM, source: Path
-) -> list[str]:
+def answer_samples(setup: Setup, model: MistralForCausalLM) -> list[str]:
     """The model's answers to the prompts of evaluation.samples that are shown. Collective."""
-    samples = config.evaluation.samples
+    samples = setup.config.evaluation.samples
     return write_samples(
         model.eval(),
-        load_tokenizer(source),
-        sample_prompts(config),
+        load_tokenizer(setup.models.source),
+        sample_prompts(setup.config),
         max_new_tokens=samples.max_new_tokens,
         temperature=samples.temperature,
-        seed=config.train.seed,
-        system_prompt=config.data.system_prompt,
-        device=ranks.device,
+        seed=setup.config.train.seed,
+        system_prompt=setup.config.data.system_prompt,
+        device=setup.ranks.device,
     )

@@ -2,14 +2,15 @@
 
 The dataclasses are the documentation of the keys: the meaning, unit and default of each and, as its
 type, the values that it accepts. Adding a key means adding a field. Sections that belong to a
-library (adapters, sources, curation) are dataclasses there. `load_config` reads a file, `to_dict`
-gives back the resolved configuration, and INERT lists the keys that have no effect under other
-settings.
+library (adapters, sources, curation) are dataclasses there. INERT lists the keys that have no
+effect under other settings.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +147,8 @@ class Parallel:
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
     cpu_offload: bool = False  # parameters and optimiser state are kept in the host's memory
-    keep_gathered: bool = False  # the model stays gathered between a step's microbatches
+    # the model stays gathered between a step's microbatches; "auto": on GPUs with the memory for it
+    keep_gathered: Literal["auto", True, False] = "auto"
     # recomputed in the backward pass: nothing, a block's cheap operations, or entire blocks
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     compile: Literal["auto", True, False] = "auto"  # "auto": on CUDA
@@ -198,7 +200,7 @@ class Config:
     evaluation: Evaluation
     log: Log
     checkpoint: Checkpoint
-    output_dir: Text  # relative to the working directory
+    output_dir: Text  # relative to the working directory; "~" is the home folder
 
 
 # (key, has it no effect?, why): giving the key is an error, and `to_dict` leaves it out.
@@ -224,6 +226,9 @@ INERT: tuple[Rule, ...] = (
 
 # (key, do the settings contradict each other?, what was found and expected)
 CONFLICTS: tuple[Rule, ...] = (
+    ("output_dir",
+     lambda c: c.output_dir.startswith("~"),
+     'found "{0.output_dir}", expected a path: no user of that name has a home folder'),
     ("model.lora",
      lambda c: c.model.lora is not None and c.reference.sync_every is not None,
      "found with reference.sync_every {0.reference.sync_every}, expected only one of them: the "
@@ -270,22 +275,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = read_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: found bytes that are not UTF-8 at {error.start}") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: not valid JSON at {where}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8 either, or nested too deeply
+        raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {show(tree)}, expected an object of sections")
 
     origins: dict[str, str] = {}
-    before = _config_or_none(tree)
+    before = None
+    with suppress(Invalid):  # what a file lacks, overrides may give
+        before = parse(tree, Config)
     for override in overrides:
         _apply_override(tree, override, origins)
     try:
         config = parse(tree, Config)
-        _reject_contradictions(config)
-        _reject_inert(config, tree, before, origins)
+        config = replace(config, output_dir=os.path.expanduser(config.output_dir))
+        for key, contradicts, problem in CONFLICTS:
+            if contradicts(config):
+                raise Invalid(key, problem.format(config))
+        for key, is_inert, reason in INERT:
+            section, name = key.split(".")
+            if name in tree.get(section, {}) and is_inert(config):
+                # A key of the file that loses its effect by an override is no error.
+                if {section, key} & origins.keys() or before is None or is_inert(before):
+                    raise Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")
     except Invalid as error:
         raise UserError(f"{_origin(error.key, origins, path)}: {error}") from None
     return config
@@ -311,29 +323,25 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]
         raise UserError(f'command line: found "{override}", expected section.key=value')
     try:
         value = read_json(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         value = text
 
     node: Any = tree
-    parts = key.split(".")
+    parts: list[Any] = key.split(".")
     for depth, part in enumerate(parts, start=1):
-        at = ".".join(parts[:depth])
+        at, last = ".".join(parts[:depth]), depth == len(parts)
         if isinstance(node, dict):
-            index: Any = part
-            node.setdefault(index, None)
+            node.setdefault(part, None)
         elif isinstance(node, list) and part.isdecimal() and int(part) <= len(node):
-            index = int(part)
-            node.extend([None] * (index == len(node)))
+            part = int(part)
+            node.extend([None] * (part == len(node)))
         else:
             problem = f"found {show(node)} around it, which has no such key or index"
             raise UserError(f"command line, {override}: {at}: {problem}")
-        if depth == len(parts):
-            node[index] = value
+        if last or node[part] is None:
+            node[part] = value if last else [] if parts[depth].isdecimal() else {}
             origins[at] = override
-        elif node[index] is None:
-            node[index] = [] if parts[depth].isdecimal() else {}
-            origins[at] = override
-        node = node[index]
+        node = node[part]
 
 
 def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
@@ -345,34 +353,3 @@ def _origin(key: str, origins: dict[str, str], path: str | Path) -> str:
         if override and (prefix == key or override.startswith(f"{prefix}=")):
             return f"command line, {override}"
     return str(path)
-
-
-def _config_or_none(tree: dict[str, Any]) -> Config | None:
-    """The file's own configuration; None where it is not one before overrides complete it."""
-    try:
-        return parse(tree, Config)
-    except Invalid:
-        return None
-
-
-def _reject_contradictions(config: Config) -> None:
-    for key, contradicts, problem in CONFLICTS:
-        if contradicts(config):
-            raise Invalid(key, problem.format(config))
-
-
-def _reject_inert(
-    config: Config, tree: dict[str, Any], before: Config | None, origins: dict[str, str]
-) -> None:
-    """Raise Invalid for a given key without effect.
-
-    before: the configuration of the file without overrides. A key in the file that has an effect
-    there, and loses it by an override, is no error.
-    """
-    for key, is_inert, reason in INERT:
-        section, name = key.split(".")
-        if name not in tree.get(section, {}) or not is_inert(config):
-            continue
-        overridden = {section, key} & origins.keys()
-        if overridden or before is None or is_inert(before):
-            raise Invalid(key, f"has no effect, as {reason.format(config)}; leave it out")

@@ -9,10 +9,9 @@ It writes, without network and with the same bytes each time on one machine:
     init/              a Hugging Face folder: a random Mistral of about one million parameters
     sft/               the same after `train.py configs/demo-sft.json`, in bfloat16
 
-The tasks are checkable: sums, the alphabet and spelling. An answer is right when it is the expected
-text and nothing else (`generate.samples.is_right`). The policy is trained by maximum likelihood,
-first on right answers, the source of its knowledge, then on answers of mixed quality, so that about
-half of the answers that it samples are right; the preference run raises that share.
+The tasks are checkable: sums, the alphabet and spelling. The policy is trained by maximum
+likelihood, first on right answers, the source of its knowledge, then on answers of mixed quality,
+so that about half of the answers that it samples are right; the preference run raises that share.
 Held-out instructions are new strings, but their facts may have been seen in another phrasing.
 """
 
@@ -86,20 +85,13 @@ def all_questions(rng: random.Random) -> list[Question]:
     return rng.sample(questions, len(questions))
 
 
-class Kind(NamedTuple):
-    """A quality of answer: the model that gives it, its ratings and a critic's words about it."""
-
-    model: str
-    ratings: tuple[int, int, int, int]  # in the order of ASPECTS, 1..5
-    critique: str
-
-
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+# Qualities of answers: the model that gives them, ratings by aspect (1..5), a critic's words.
 KINDS = {
-    "right": Kind("demo-careful", (5, 5, 5, 5), "Right, and nothing is said beyond the answer."),
-    "rambling": Kind("demo-chatty", (4, 4, 5, 3), "The answer is there, but buried in talk."),
-    "wrong": Kind("demo-hasty", (3, 2, 1, 1), "It answers the question, wrongly."),
-    "off-topic": Kind("demo-dreamer", (1, 2, 2, 1), "It does not answer the question."),
+    "right": ("demo-careful", (5, 5, 5, 5), "Right, and nothing is said beyond the answer."),
+    "rambling": ("demo-chatty", (4, 4, 5, 3), "The answer is there, but buried in talk."),
+    "wrong": ("demo-hasty", (3, 2, 1, 1), "It answers the question, wrongly."),
+    "off-topic": ("demo-dreamer", (1, 2, 2, 1), "It does not answer the question."),
 }
 RIGHT_FIRST = 0.75  # share of the policy's passes over the questions that see only right answers
 SFT_SHARES = {"right": 0.6, "rambling": 0.1, "wrong": 0.2, "off-topic": 0.1}
@@ -155,7 +147,7 @@ def preference_row(question: Question, rng: random.Random) -> Row:
     return {
         "source": "notus_demo",
         "instruction": question.instruction,
-        "models": [KINDS[kind].model for kind in kinds],
+        "models": [KINDS[kind][0] for kind in kinds],
         "completions": [completion(question, kind, kind == planted, rng) for kind in kinds],
         "correct_answers": ["None"],
         "incorrect_answers": ["None"],
@@ -278,8 +270,8 @@ def train_policy(folder: Path) -> MistralForCausalLM:
         return MistralForCausalLM.from_pretrained(Path(output) / "run/final", dtype="auto")
 
 
-MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
-MODEL_FILES += ["tokenizer.json", "tokenizer_config.json"]
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
+MODEL_FILES += ("tokenizer.json", "tokenizer_config.json")
 FILES = {"preferences.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl"}
 FILES |= {f"{model}/{name}" for model in ("init", "sft") for name in MODEL_FILES}
 
@@ -288,12 +280,11 @@ def check_folder(folder: Path) -> None:
     """Raise UserError unless `folder` is missing, empty or holds only the demo's own files."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; the demo is written into a folder")
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name not in {"init", "sft", *FILES}:
-            raise UserError(
-                f"{folder} holds {name}, which is not the demo's; give another folder with --out"
-            )
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    for name in sorted(found - FILES - {"init", "sft"}):
+        raise UserError(
+            f"{folder} holds {name}, which is not the demo's; give another folder with --out"
+        )
 
 
 def save_model(folder: Path, model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -21,15 +21,17 @@ def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
     Without this, the other ranks would wait for the failed one in their next collective. The block
     itself must not contain a collective: a rank that failed before it would not take part.
-    Collective, over `group` (default: all ranks).
+    Collective, over `group` (default: all ranks; without a process group, this process).
     """
     problem = None
     try:
         yield
     except UserError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem, group)
+    problems = [problem]
+    if dist.is_initialized():
+        problems *= dist.get_world_size()
+        dist.all_gather_object(problems, problem, group)
     for found in problems:
         if found is not None:
             raise UserError(found)

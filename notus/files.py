@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,21 +20,21 @@ def partial_path(path: Path) -> Path:
 
 
 def write_whole(
-    path: Path, content: str | bytes | Callable[[Path], object], *, durable: bool = False
+    path: Path, content: str | Callable[[Path], object], *, durable: bool = False
 ) -> None:
     """Write a file under a partial name and rename it, so that readers never see half of it.
 
-    content: text (written as UTF-8), bytes, or a function that writes the file at the path given
-    to it. durable: fsync the file before the rename and its folder after it, so that the file
-    survives a power loss too. An earlier file of the name is replaced. Raises OSError, leaving
-    nothing, when the file system refuses.
+    content: text (written as UTF-8), or a function that writes the file at the path given to it.
+    durable: fsync the file before the rename and its folder after it, so that the file survives a
+    power loss too. An earlier file of the name is replaced. Raises OSError, leaving nothing, when
+    the file system refuses.
     """
     partial = partial_path(path)
     try:
         if callable(content):
             content(partial)
         else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.write_text(content, encoding="utf-8")
         if durable:
             sync(partial)
         os.replace(partial, path)
@@ -51,19 +52,35 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it gets the name `path`, which must be free, when the block ends well.
+    """A folder to fill; it gets the name `path` when the block ends well.
 
-    What a killed process left under the partial name is removed first. Raises OSError.
+    Its name until then is not shared with another process that makes `path` at the same time: the
+    first to finish wins. A killed process leaves its partial folder. Raises UserError if `path`
+    exists, or the file system refuses.
     """
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: exists already; expected the name of a new folder")
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
+        partial.mkdir(parents=True)
         yield partial
         os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there once it has its name
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError, which names `path` and the file in it, when the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename2 or error.filename  # of a copy, where it goes
+        inside = place and Path(place).parent != path.parent
+        reason = f"{place}: {error.strerror}" if inside else error.strerror
+        raise UserError(f"{path}: cannot be written ({reason})") from None
 
 
 def sync(path: Path) -> None:
@@ -79,11 +96,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError that names the file if it does not hold one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # not UTF-8, too many digits, nested too deeply
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -5,74 +5,56 @@ output_dir have been found usable. `finish` exports the model and closes the run
 """
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from notus import build
-from notus.build import Models
+from notus.build import Setup
 from notus.config import Config
 from notus.data.dataset import Dataset
-from notus.data.packing import Rows, pack_division
-from notus.data.planning import Plan, idle_text
-from notus.data.tokenization import TokenizedPairs
+from notus.data.packing import pack_division
+from notus.data.planning import idle_text
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
 from notus.engine.distributed import Ranks
+from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog
-from notus.engine.metrics import Meter, Progress, Speed
+from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
+from notus.engine.warmup import fullest_row, warm_up
 from notus.errors import UserError, agreed
-from notus.kernels.dispatch import check_backend
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.model.peft import export_adapter, merge
 from notus.model.weights import hash_weights, load_weights
 from notus.objective.logprobs import pair_log_probs, token_log_probs
-from notus.objective.loss import Loss
 from notus.objective.reference import Reference, check_start
 
+Plain = dict[str, Any]
 
-class Run(NamedTuple):
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Setup):
     """Everything that a run consists of, ready to start or resume from `progress`."""
 
-    config: Config
-    ranks: Ranks
-    output: Path
-    source: Path  # the folder of the initial policy
-    loss: Loss
-    plan: Plan
-    rows: Rows
-    pairs: TokenizedPairs
     origins: list[str]  # where each of the pairs comes from, for messages
-    held_out: TokenizedPairs | None
     policy: MistralForCausalLM
     reference: Reference
     held_out_reference: Reference  # unused without held-out pairs
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
     optimizer: Optimizer
-    progress: Progress
-    facts: dict[str, Any]  # for checkpoints: what a resumed run must share, and more
-
-
-class Beginning(NamedTuple):
-    """What a run begins from.
-
-    checkpoint: the one to resume from, if any. start: the content of start.json, the checkpoint
-    whose weights a new run takes (--model-only); None where it takes those of model.policy.
-    """
-
-    checkpoint: Path | None
-    start: dict[str, str] | None
-
-
-NEW = Beginning(None, None)
+    keep_gathered: bool  # parallel.keep_gathered, with "auto" decided
+    facts: Plain  # for checkpoints: what a resumed run must share, and more
+    progress: Progress = Progress(step=0, totals={}, skipped=0)
 
 
 def open_run(
@@ -84,269 +66,232 @@ def open_run(
     Collective. Raises UserError, on every rank, for what a user can get wrong; nothing but caches
     is written before data, models and output_dir have been found usable.
     """
-    output = Path(config.output_dir)
-    with agreed():
-        check_backend(config.parallel.kernels, ranks.device)
-        models = build.find_models(config, weights=True)
-        build.attention_backend(config, models.shape, ranks.device)
-    mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
-    loss = build.make_loss(config)
-    data = build.load_data(config, models, ranks)
-    pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
-    plan = build.build_plan(config, pairs, ranks.count)
-    rows = build.build_rows(config, ranks)
-    check_predicate(config, models, plan, pairs, rows)
-    begin = find_beginning(config, ranks, lock, resume=resume, model_only=model_only)
-    announce(config, ranks, plan, models)
-    if (output / "final").exists():
-        say_finished(output, ranks)
+    setup, data = build.set_up(config, ranks)
+    check_predicate(setup)
+    setup = find_beginning(setup, lock, resume, model_only)
+    finished = (setup.output / "final").exists()
+    announce(setup, finished)
+    if finished:
         return None
     if config.model.lora is None:
-        distributed.check_host_memory(count_parameters(models.shape), ranks)
-    models = merge_adapter(config, models, ranks, lock)
-    facts = state_facts(config, loss, models, pairs, plan, begin)
-    if begin.checkpoint:
-        settings = facts["settings"]
+        distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
+    setup = merge_adapter(setup, lock)
+    facts = state_facts(setup)
+    if setup.checkpoint:
+        common, settings = facts["common"], facts["settings"]
         with agreed():
-            resuming.check_checkpoint(
-                begin.checkpoint, facts["common"], settings, build.settings_now
-            )
-    policy = load_policy(config, models, mesh, ranks)
-    claim_output_dir(output, facts["settings"], lock, begin)
-    record_start(config, models, ranks, begin, data)
+            resuming.check_checkpoint(setup.checkpoint, common, settings, build.settings_now)
+    policy = load_policy(setup)
+    claim_output_dir(setup, facts["settings"], lock, data)
 
-    sets = [pairs] if held_out is None else [pairs, held_out]
-    references, model = build.build_references(
-        config, models, policy, facts["reference"], mesh, ranks, sets
-    )
-    following = model if config.reference.sync_every else None
+    references, model = build.build_references(setup, policy, facts["reference"])
     answers = []
     if config.evaluation.samples is not None:
         with adapters_off(policy):
-            answers = build.answer_samples(config, ranks, model, models.source)
-    optimizer = build.build_optimizer(config, policy)
-    progress = restore(begin, policy, optimizer, following, ranks)
-    if begin == NEW and facts["reference"] and models.reference_is_policy:
-        check_first_batch(config, ranks, loss, plan, pairs, rows, policy, references[0])
-    return Run(
-        config=config,
-        ranks=ranks,
-        output=output,
-        source=models.source,
-        loss=loss,
-        plan=plan,
-        rows=rows,
-        pairs=pairs,
-        origins=data["train"].origins,
-        held_out=held_out,
+            answers = build.answer_samples(setup, model)
+    run = Run(
+        **vars(setup),
+        origins=[pair.where for pair in data["train"].kept],
         policy=policy,
         reference=references[0],
         held_out_reference=references[-1],
-        following=following,
+        following=model if config.reference.sync_every else None,
         reference_answers=answers,
-        optimizer=optimizer,
-        progress=progress,
+        optimizer=build.build_optimizer(config, policy),
+        keep_gathered=decide_gathering(setup),
         facts=facts,
     )
+    if run.checkpoint or run.start:
+        run = load_beginning(run)
+    elif facts["reference"] and run.models.reference_is_policy:
+        check_first_batch(run)
+    if ranks.device.type == "cuda" or build.compiles(config, ranks.device):
+        ranks.say(f"first a row of {run.rows.budget:,} slots: to compile, and to see that it fits")
+        batch = fullest_row(run.plan, run.pairs, run.rows)
+        warm_up(policy, batch, ranks, run.keep_gathered, run.loss.uses_weights)
+    return run
 
 
-def check_predicate(
-    config: Config, models: Models, plan: Plan, pairs: TokenizedPairs, rows: Rows
-) -> None:
+def decide_gathering(setup: Setup) -> bool:
+    """parallel.keep_gathered; "auto" is what a dry run on these GPUs would choose. Collective.
+
+    Results do not depend on it, so a resumed run may choose otherwise.
+    """
+    config, ranks, wanted = setup.config, setup.ranks, setup.config.parallel.keep_gathered
+    if wanted != "auto" or ranks.device.type == "cpu":
+        return wanted is True
+    from notus.dryrun.estimate import estimate_run, gathering_text, usable
+
+    memory = torch.tensor(torch.cuda.mem_get_info(ranks.device)[1], device=ranks.device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    sets = setup.pairs, setup.held_out
+    estimate = estimate_run(config, ranks.count, setup.models, setup.loss, *sets, steps=())
+    kept = estimate.gathers_once(usable(int(memory)))
+    ranks.say(gathering_text(kept))
+    return kept
+
+
+def check_predicate(setup: Setup) -> None:
     """Refuse FlashAttention on CUDA for an edited `may_attend`, which it would ignore. Collective.
 
     Compares the two on the first packed row, on the CPU. Raises UserError on every rank.
     """
-    backend = build.attention_backend(config, models.shape, rows.device)
-    if backend != "varlen" or rows.device.type == "cpu":  # segments on the CPU ask may_attend
+    plan, shape, device = setup.plan, setup.models.shape, setup.ranks.device
+    backend = build.attention_backend(setup.config, shape, device)
+    if backend != "varlen" or device.type == "cpu":  # segments on the CPU ask may_attend
         return
-    division = plan.division(plan.pairs_of(0))
-    row = next(pack_division(division, pairs, 0, rows._replace(device=torch.device("cpu"))))
+    rows = setup.rows._replace(device=torch.device("cpu"))
+    row = next(pack_division(plan.division(plan.pairs_of(0)), setup.pairs, 0, rows))
     with agreed():
-        check_segments(row.layout, models.shape.sliding_window)
+        check_segments(row.layout, shape.sliding_window)
 
 
-def find_beginning(
-    config: Config, ranks: Ranks, lock: OutputLock, *, resume: str, model_only: bool
-) -> Beginning:
-    """What the run in output_dir begins from; the lock is taken if the folder holds a run.
+def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool) -> Setup:
+    """The same with what the run in output_dir begins from; a run's folder is locked.
 
     resume, model_only: as for `open_run`. Collective. Raises UserError, on every rank, for an
     output_dir or a checkpoint that cannot be used.
     """
-    output, given = Path(config.output_dir), Path(resume) if model_only else None
+    output, given = setup.output, Path(resume) if model_only else None
     with agreed():
-        resuming.check_output_dir(output, build.settings_of(config), resume, build.settings_now)
+        settings = build.settings_of(setup.config)
+        resuming.check_output_dir(output, settings, resume, build.settings_now)
         start = resuming.recorded_start(output, given)
         if resuming.holds_run(output):
             lock.take()
     found = checkpoint.find_checkpoint(
-        output / "checkpoints", "auto" if model_only else resume, ranks.say
+        output / "checkpoints", "auto" if model_only else resume, setup.ranks.say
     )
     if given and not found:
         checkpoint.check_sound(given)
     if given and not start:
         start = checkpoint.checkpoint_identity(given)
-    return Beginning(found, start)
+    return replace(setup, checkpoint=found, start=start)
 
 
-def state_facts(
-    config: Config,
-    loss: Loss,
-    models: Models,
-    pairs: TokenizedPairs,
-    plan: Plan,
-    begin: Beginning,
-) -> dict[str, Any]:
+def announce(setup: Setup, finished: bool) -> None:
+    """Print the size of the run, what its ranks lack, and what is left of a run that has ended."""
+    plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
+    ranks.say(
+        f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
+        f"epoch; {count_parameters(setup.models.shape):,} parameters on "
+        f"{ranks.count} x {ranks.device.type}"
+    )
+    if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
+        ranks.say(idle)
+    if finished:
+        final = setup.output / "final"
+        ranks.say(f"{final} holds the model of this run: nothing left to do")
+        if not (final / "README.md").is_file():  # killed after the export
+            ranks.say(f"its model card is missing: python -m notus.card {setup.output} writes it")
+
+
+def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
+    """The same with the policy's adapter, if it is one, merged into a folder of output_dir.
+
+    Collective. Raises UserError, on every rank, when that cannot be written.
+    """
+    models, ranks, folder = setup.models, setup.ranks, setup.output / resuming.POLICY
+    if models.adapter is None:
+        return setup
+    with agreed():
+        resuming.make_output_dir(setup.output)
+        lock.take()
+    with agreed():
+        if ranks.first and not resuming.holds_run(setup.output):
+            shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut short
+        if ranks.first and not folder.exists():
+            ranks.say(f"merging {models.adapter} into {models.source}: {folder}")
+            merge(models.source, models.adapter, folder)
+    reference = models.reference if setup.config.model.reference else folder
+    models = models._replace(source=folder, adapter=None, reference=reference)
+    return replace(setup, models=models)
+
+
+def state_facts(setup: Setup) -> Plain:
     """The entries of a checkpoint's state.json that do not change during a run.
 
     "common" holds what a resumed run must share. Hashes the weights of the models that matter.
     """
-    settings, identity = build.settings_of(config), None
-    if loss.uses_reference:
-        identity = hash_weights(models.reference_path, models.reference)
+    config, models, plan = setup.config, setup.models, setup.plan
+    settings, identity, policy = build.settings_of(config), None, config.model.policy
+    if setup.loss.uses_reference:
+        identity = hash_weights(config.model.reference or policy, models.reference)
     common = resuming.what_must_match(
-        settings, models.shape, pairs, identity, begin.start, plan.steps
+        settings, models.shape, setup.pairs, identity, setup.start, plan.steps
     )
     if config.model.lora is not None and not (identity and models.reference_is_policy):
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
-        common["base_sha256"] = hash_weights(config.model.policy, models.source)["sha256"]
+        common["base_sha256"] = hash_weights(policy, models.source)["sha256"]
     return {
         "common": common,
         "settings": settings,
         "reference": identity,
-        "start": begin.start,
-        "pairs": len(pairs),
+        "start": setup.start,
+        "pairs": len(setup.pairs),
         "steps_per_epoch": plan.steps_per_epoch,
         "ranks": plan.ranks,
     }
 
 
-def load_policy(
-    config: Config, models: Models, mesh: DeviceMesh, ranks: Ranks
-) -> MistralForCausalLM:
+def load_policy(setup: Setup) -> MistralForCausalLM:
     """The sharded policy with its initial weights. Collective."""
-    policy = build.build_model(config, models.shape, mesh, ranks, frozen=False)
+    policy = build.build_model(setup, setup.models.shape, frozen=False)
     with agreed():
-        load_weights(policy, models.source, others=adapter_parameters(policy))
-    initialize_adapters(policy, config.train.seed)
+        load_weights(policy, setup.models.source, others=adapter_parameters(policy))
+    initialize_adapters(policy, setup.config.train.seed)
     return policy
 
 
-def restore(
-    begin: Beginning,
-    policy: MistralForCausalLM,
-    optimizer: Optimizer,
-    following: MistralForCausalLM | None,
-    ranks: Ranks,
-) -> Progress:
-    """Load what the run begins from into policy, optimiser and reference; the run's position."""
-    if begin.checkpoint:
-        progress = checkpoint.load_checkpoint(begin.checkpoint, policy, optimizer, following)
-        ranks.say(f"resumed from {begin.checkpoint} after {progress.step:,} steps")
-        return progress
-    if begin.start:
-        with agreed():
-            checkpoint.load_trained(Path(begin.start["path"]), policy)
-        ranks.say(f"the policy starts from the weights of {begin.start['path']}")
-    return Progress(step=0, totals={}, skipped=0)
-
-
-def announce(config: Config, ranks: Ranks, plan: Plan, models: Models) -> None:
-    """Print the size of the run, and how many ranks will have no pairs, if any."""
-    ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} {config.train.unit}, "
-        f"{plan.steps_per_epoch:,} per epoch; {count_parameters(models.shape):,} parameters on "
-        f"{ranks.count} x {ranks.device.type}",
-    )
-    if idle := idle_text(plan.pairs_per_step, ranks.count, config.train.unit):
-        ranks.say(idle)
-
-
-def say_finished(output: Path, ranks: Ranks) -> None:
-    """Print that output_dir holds the model of the finished run, and what it may lack."""
-    final = output / "final"
-    ranks.say(f"{final} holds the model of this run: nothing left to do")
-    if not (final / "README.md").is_file():  # killed after the export
-        ranks.say(f"its model card is missing: python -m notus.card {output} writes it")
-
-
-def merge_adapter(config: Config, models: Models, ranks: Ranks, lock: OutputLock) -> Models:
-    """The same models, with the policy's adapter merged into a folder of output_dir. Collective.
-
-    Raises UserError, on every rank, when that cannot be written.
-    """
-    if models.adapter is None:
-        return models
-    output = Path(config.output_dir)
-    folder = output / resuming.POLICY
-    with agreed():
-        resuming.make_output_dir(output)
-        lock.take()
-    with agreed():
-        if ranks.first and not resuming.holds_run(output):
-            shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut short
-        if ranks.first and not folder.exists():
-            ranks.say(f"merging {models.adapter} into {models.source}: {folder}")
-            merge(models.source, models.adapter, folder)
-    models = models._replace(source=folder, adapter=None)
-    return models if config.model.reference else models._replace(reference=folder)
-
-
 def claim_output_dir(
-    output: Path, settings: dict[str, Any], lock: OutputLock, begin: Beginning
+    setup: Setup, settings: Plain, lock: OutputLock, data: Mapping[str, Dataset]
 ) -> None:
-    """Make output_dir, lock it, and record the run in it.
+    """Make output_dir, lock it, and record the run and this start in it.
 
     Collective. Raises UserError, on every rank, for a folder that cannot be made, that another run
     has taken, or that not all machines see.
     """
+    model, held_out = setup.config.model, setup.config.data.eval
     with agreed():
-        resuming.make_output_dir(output)
+        resuming.make_output_dir(setup.output)
         lock.take()
-        resuming.write_settings(output, settings, begin.start)
+        resuming.write_settings(setup.output, settings, setup.start)
     with agreed():
-        resuming.check_shared(output)
-
-
-def record_start(
-    config: Config, models: Models, ranks: Ranks, begin: Beginning, data: dict[str, Dataset]
-) -> None:
-    """Add this start to the run's history. Collective."""
-    held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
-    sources = (source.path for source in (*config.data.train, *held_out))
+        resuming.check_shared(setup.output)
+    sources = [*setup.config.data.train, *(held_out if isinstance(held_out, tuple) else ())]
     with agreed():
         history.record_start(
-            Path(config.output_dir),
-            continues=begin.checkpoint.name if begin.checkpoint else None,
-            device=ranks.device,
-            data={
-                name: {"pairs": len(dataset.pairs), "counts": dataset.counts}
-                for name, dataset in data.items()
-            },
-            paths=[config.model.policy, models.reference_path, *sources],
+            setup.output,
+            continues=setup.checkpoint.name if setup.checkpoint else None,
+            device=setup.ranks.device,
+            data={n: {"pairs": len(d.pairs), "counts": d.counts} for n, d in data.items()},
+            paths=[model.policy, model.reference or model.policy, *(s.path for s in sources)],
         )
 
 
-def check_first_batch(
-    config: Config,
-    ranks: Ranks,
-    loss: Loss,
-    plan: Plan,
-    pairs: TokenizedPairs,
-    rows: Rows,
-    policy: MistralForCausalLM,
-    reference: Reference,
-) -> None:
+def load_beginning(run: Run) -> Run:
+    """The same, from the place and with the weights that it begins from. Collective."""
+    if run.checkpoint:
+        models = run.policy, run.optimizer, run.following
+        run = replace(run, progress=checkpoint.load_checkpoint(run.checkpoint, *models))
+        run.ranks.say(f"resumed from {run.checkpoint} after {run.progress.step:,} steps")
+    else:
+        with agreed():
+            checkpoint.load_trained(Path(run.start["path"]), run.policy)
+        run.ranks.say(f"the policy starts from the weights of {run.start['path']}")
+    return run
+
+
+def check_first_batch(run: Run) -> None:
     """Refuse to start when policy and reference, the same weights, disagree on the first batch."""
-    division = plan.division(plan.pairs_of(0))
-    batch = next(pack_division(division, pairs, ranks.rank, rows))
+    division = run.plan.division(run.plan.pairs_of(0))
+    batch = next(pack_division(division, run.pairs, run.ranks.rank, run.rows))
     with torch.no_grad():
-        log_probs = token_log_probs(policy, batch, loss.uses_weights)
-    scored = pair_log_probs(log_probs, reference.of_batch(batch), batch.lengths, 1.0)
+        log_probs = token_log_probs(run.policy, batch, run.loss.uses_weights)
+    scored = pair_log_probs(log_probs, run.reference.of_batch(batch), batch.lengths, 1.0)
     with agreed():
-        words = check_start(loss, scored, getattr(torch, config.model.compute_dtype))
-    ranks.say(f"policy and reference agree on the first pairs: {words}")
+        words = check_start(run.loss, scored, getattr(torch, run.config.model.compute_dtype))
+    run.ranks.say(f"policy and reference agree on the first pairs: {words}")
 
 
 def open_saver(run: Run) -> Saver:
@@ -354,7 +299,7 @@ def open_saver(run: Run) -> Saver:
     return Saver(
         run.output / "checkpoints",
         keep=run.config.checkpoint.keep,
-        source=run.source,
+        source=run.models.source,
         facts=run.facts,
         previous=run.progress.step,
     )
@@ -400,13 +345,13 @@ def export(run: Run) -> None:
     """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
     final, lora = run.output / "final", run.config.model.lora
     if lora is None:
-        export_model(final, run.policy, run.source)
+        export_model(final, run.policy, run.models.source)
         return
-    merged_here = run.source.parent == run.output
+    merged_here = run.models.source.parent == run.output
     export_adapter(
         final,
         run.policy,
         lora,
-        base_name=str(run.source) if merged_here else run.config.model.policy,
-        base=run.source,
+        base_name=str(run.models.source) if merged_here else run.config.model.policy,
+        base=run.models.source,
     )

@@ -1,11 +1,10 @@
 """JSON read by annotation: every value that a user writes is checked here, and nothing is guessed.
 
 `parse` reads a JSON value as a type: frozen dataclasses, bool, int, float, str, None, unions,
-Literal, tuples (of a fixed length or with `...`), dict, Any, and Annotated with a Bound.
-`parse_keywords` reads an object as a function's keyword-only parameters. A key that the annotation
-does not know, a missing key, a value of another type or out of bounds, a NaN and a key given twice
-raise `Invalid`, which names the dotted key, what was found and what was expected. `plain` is the
-inverse of `parse`.
+Literal, tuples (of a fixed length or with `...`), dict, Any, and Annotated with a Bound. A key that
+the annotation does not know, a missing key, a value of another type or out of bounds, a NaN and a
+key given twice raise `Invalid`, which names the dotted key, what was found and what was expected.
+`plain` is the inverse of `parse`.
 """
 
 import difflib
@@ -13,12 +12,24 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from notus.errors import UserError
+
+Built = TypeVar("Built")
 
 
 class Bound(NamedTuple):
@@ -48,45 +59,44 @@ class Invalid(UserError):
         self.key = key
 
 
-class Key(NamedTuple):
-    """What an object may hold under one name; `default` is MISSING if the key is required."""
-
-    annotation: Any
-    default: Any
-
-
 def parse(value: Any, annotation: Any, key: str = "") -> Any:
     """A JSON value as the annotated type; `key` is its own dotted key. Raises Invalid.
 
     Lists become tuples and whole numbers floats where the annotation says so. A dataclass in a
     dataclass may be left out if none of its keys is required. A dataclass may have one field with
-    the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked.
+    the metadata "other_keys_such_as", a dict that takes all other keys of its object unchecked. A
+    function as the annotation gives a dict of all its keyword-only parameters.
     """
     _reject_malformed(value, key)
     try:
+        if inspect.isfunction(annotation):
+            keys = keys_of(annotation)
+            given = _parse_keys(value, keys, key)
+            return {name: given.get(name, default) for name, (_, default) in keys.items()}
         return _parse(value, annotation, key)
     except _UnknownKey as unknown:
-        nearest = _nearest(unknown.key, dict.fromkeys(_valid_keys(annotation, key)))
+        nearest = _nearest(unknown.key, list(dict.fromkeys(_valid_keys(annotation, key))))
         raise Invalid(unknown.key, f"unknown key; {nearest}") from None
 
 
-def parse_keywords(value: Mapping[str, Any], function: Callable, key: str = "") -> dict[str, Any]:
-    """Each keyword-only parameter of a function: from the JSON object, else its default.
+def parse_part(value: Mapping[str, Any], build: Callable[..., Built], where: object) -> Built:
+    """`build` of an object's values for its fields or keyword-only parameters, which are checked.
 
-    Raises Invalid.
+    build: a dataclass or a function. Other keys are ignored; `where` begins an error.
     """
-    _reject_malformed(value, key)
-    keys = keys_of(function)
     try:
-        given = _parse_keys(value, keys, key)
-    except _UnknownKey as unknown:
-        nearest = _nearest(unknown.key, [_join(key, name) for name in keys])
-        raise Invalid(unknown.key, f"unknown key; {nearest}") from None
-    return {name: given.get(name, entry.default) for name, entry in keys.items()}
+        known = {name: value[name] for name in keys_of(build) if name in value}
+        found = parse(known, build)
+        return build(**found) if inspect.isfunction(build) else found
+    except Invalid as error:
+        raise UserError(f"{where}: {error}") from None
 
 
-def keys_of(owner: Any) -> dict[str, Key]:
-    """The fields of a dataclass, or the keyword-only parameters of a function, by name."""
+def keys_of(owner: Any) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of each field of a dataclass, or keyword-only parameter of a function.
+
+    The default is MISSING if the key is required.
+    """
     hints = get_type_hints(owner, include_extras=True)
     if is_dataclass(owner):
         defaults = {
@@ -94,15 +104,15 @@ def keys_of(owner: Any) -> dict[str, Key]:
                 entry.default if entry.default_factory is MISSING else entry.default_factory()
             )
             for entry in fields(owner)
-            if entry.name != _rest_field(owner)
         }
+        defaults.pop(_rest_field(owner), None)
     else:
         defaults = {
             entry.name: MISSING if entry.default is entry.empty else entry.default
             for entry in inspect.signature(owner).parameters.values()
             if entry.kind is entry.KEYWORD_ONLY
         }
-    return {name: Key(hints[name], default) for name, default in defaults.items()}
+    return {name: (hints[name], default) for name, default in defaults.items()}
 
 
 def plain(value: Any) -> Any:
@@ -136,12 +146,6 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" with the known word that is spelled most like it, or ""."""
-    nearest = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
-
-
 def read_json(text: str) -> Any:
     """JSON for `parse`, which rejects a key that one object holds twice. Raises JSONDecodeError."""
 
@@ -165,11 +169,13 @@ class _UnknownKey(Exception):
 
 
 def _reject_malformed(node: Any, key: str) -> None:
-    """Raise Invalid for repeated keys, NaN and infinities anywhere in the tree."""
+    """Raise Invalid for repeated keys, NaN, infinities and broken text anywhere in the tree."""
     if node is _REPEATED:
         raise Invalid(key, "occurs twice in one object, expected once")
     if isinstance(node, float) and not math.isfinite(node):
         raise Invalid(key, f"found {show(node)}, expected a finite number")
+    if isinstance(node, str) and re.search("[\0\ud800-\udfff]", node):  # no path or UTF-8 text
+        raise Invalid(key, f"found {node!a}, expected text without NUL and lone surrogates")
     if isinstance(node, Mapping | list | tuple):
         for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
             _reject_malformed(child, _join(key, name))
@@ -220,53 +226,47 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 def _parse_dataclass(value: Mapping[str, Any], cls: type, key: str) -> Any:
     keys, rest = keys_of(cls), _rest_field(cls)
-    if rest is None:
-        return cls(**_parse_keys(value, keys, key))
-    known = {name: value[name] for name in value if name in keys}
-    others = {name: value[name] for name in value if name not in keys}
-    return cls(**_parse_keys(known, keys, key), **{rest: others})
+    others = {name: value[name] for name in value if rest and name not in keys}
+    known = {name: value[name] for name in value if name not in others}
+    return cls(**_parse_keys(known, keys, key), **({rest: others} if rest else {}))
 
 
-def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Key], key: str) -> dict[str, Any]:
+def _parse_keys(value: Mapping[str, Any], keys: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The given keys, parsed, and the dataclasses left out; the defaults are the caller's."""
     for name in value:
         if name not in keys:
             raise _UnknownKey(_join(key, name))
     parsed = {}
-    for name, entry in keys.items():
+    for name, (annotation, default) in keys.items():
         at = _join(key, name)
         if name in value:
-            parsed[name] = _parse(value[name], entry.annotation, at)
-        elif entry.default is MISSING and is_dataclass(entry.annotation):
-            parsed[name] = _parse_dataclass({}, entry.annotation, at)
-        elif entry.default is MISSING:
-            raise Invalid(at, f"missing, expected {describe(entry.annotation)}")
+            parsed[name] = _parse(value[name], annotation, at)
+        elif default is MISSING and is_dataclass(annotation):
+            parsed[name] = _parse_dataclass({}, annotation, at)
+        elif default is MISSING:
+            raise Invalid(at, f"missing, expected {describe(annotation)}")
     return parsed
 
 
 def _rest_field(cls: type) -> str | None:
     """The field that takes an object's other keys."""
-    names = (entry.name for entry in fields(cls) if "other_keys_such_as" in entry.metadata)
-    return next(names, None)
+    return next((e.name for e in fields(cls) if "other_keys_such_as" in e.metadata), None)
 
 
-def _nearest(unknown: str, valid: Iterable[str]) -> str:
+def _nearest(unknown: str, valid: list[str]) -> str:
     """The valid key most like an unknown one: in its object, else one whose name is like its."""
-    section, name = _split(unknown)
-    names = {key: _split(key)[1] for key in valid}
-    same_section = [key for key in names if _split(key)[0] == section]
-    for pool, cutoff in ((same_section, 0.6), (list(names), 0.8)):
-        for near in difflib.get_close_matches(name, [names[key] for key in pool], 1, cutoff):
-            keys = [key for key in pool if names[key] == near]
-            likeness = {k: difflib.SequenceMatcher(None, k, unknown).ratio() for k in keys}
-            return f"nearest valid key: {max(keys, key=likeness.get)}"
+    section, _, name = re.sub(r"\.\d+\.", ".0.", unknown).rpartition(".")
+    same_section = [key for key in valid if key.rpartition(".")[0] == section]
+
+    def likeness(key: str) -> tuple[float, float]:  # of the names, then of the dotted keys
+        pairs = (key.rpartition(".")[2], name), (key, unknown)
+        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    for pool, least in ((same_section, 0.6), (valid, 0.8)):
+        best = max(pool, key=likeness, default=None)
+        if best is not None and likeness(best)[0] >= least:
+            return f"nearest valid key: {best}"
     return f"valid keys here: {', '.join(same_section) or 'none'}"
-
-
-def _split(key: str) -> tuple[str, str]:
-    """A dotted key's object, with 0 for every index into a list, and its name in it."""
-    section, _, name = re.sub(r"\.\d+\.", ".0.", key).rpartition(".")
-    return section, name
 
 
 def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
@@ -275,9 +275,10 @@ def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
         for entry in fields(annotation):
             for name in entry.metadata.get("other_keys_such_as", ()):
                 yield _join(key, name)
-        for name, entry in keys_of(annotation).items():
+    if is_dataclass(annotation) or inspect.isfunction(annotation):
+        for name, (inner, _) in keys_of(annotation).items():
             yield _join(key, name)
-            yield from _valid_keys(entry.annotation, _join(key, name))
+            yield from _valid_keys(inner, _join(key, name))
     for member in get_args(annotation):
         yield from _valid_keys(member, _join(key, 0) if get_origin(annotation) is tuple else key)
 

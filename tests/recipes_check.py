@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import train
 from notus.data.packing import CHOSEN, Layout
 from notus.data.planning import Plan
-from notus.dryrun.memory import block_bytes_kept, unit_sizes
+from notus.dryrun.memory import block_bytes, unit_sizes
 from notus.engine.metrics import pair_metrics
 from notus.model.attention import build_mask, may_attend
 from notus.model.hf_config import read_shape
@@ -154,7 +154,7 @@ torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], rtol=1e-5, at
 mistral = read_shape(Path(policy))
 assert unit_sizes(shape).block - unit_sizes(replace(shape, qk_norm=False)).block == 2 * 32
 assert not mistral.qk_norm and unit_sizes(mistral)
-kept = [block_bytes_kept(replace(shape, qk_norm=norm), 4, "none", False) for norm in (True, False)]
+kept = [block_bytes(replace(shape, qk_norm=norm), 4, "none", False)[0] for norm in (True, False)]
 assert kept[0] - kept[1] == 3 * 4 * (4 + 2) * 32
 
 # With all diffs at once a run still trains, and the loss starts at its documented value.

@@ -77,7 +77,7 @@ def test_defaults(tmp_path: Path) -> None:
             "shard": None,
             "replicate": 1,
             "cpu_offload": False,
-            "keep_gathered": False,
+            "keep_gathered": "auto",
             "activation_checkpointing": "full",
             "compile": "auto",
             "attention": "auto",
@@ -158,15 +158,35 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert load_config(path, ["train.seed=8", "train.seed=9"]).train.seed == 9
 
 
+@pytest.mark.parametrize(("given", "found"), [("~", ""), ("~/x", "/x"), ("a/~", None)])
+def test_output_dir_may_be_below_the_home_folder(given, found, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(write(tmp_path, MINIMAL), [f"output_dir={given}"])
+    assert config.output_dir == (given if found is None else f"{tmp_path}{found}")
+
+
 # A change to the minimal file, and everything after the file's name in the message.
 WRONG_FILES = [
     ({"model": {}}, "model.policy: missing, expected a non-empty string"),
     ({"model": {"policy": ""}}, 'model.policy: found "", expected a non-empty string'),
     ({"model": "sft"}, 'model: found "sft", expected an object with the keys policy, reference, '),
+    (
+        {"output_dir": "~nobody-has-this-name/x"},
+        'output_dir: found "~nobody-has-this-name/x", expected a path: no user of that name has a '
+        "home folder",
+    ),
+    (
+        {"output_dir": "a\0b"},
+        "output_dir: found 'a\\x00b', expected text without NUL and lone surrogates",
+    ),
+    (
+        {"data": {"train": [{"path": "a"}], "system_prompt": "\ud800"}},
+        "data.system_prompt: found '\\ud800', expected text without NUL and lone surrogates",
+    ),
     ({"model": {"policy": "a", "lora": {"alpha": 1}}}, "model.lora.rank: missing, expected an int"),
     (
         {"model": {"policy": "a", "lora": {"rank": 0, "alpha": 1}}},
-        "model.lora.rank: found 0, expected an integer of at least 1",
+        "model.lora.rank: found 0, expected an integer from 1 to 1048576",
     ),
     (
         {"model": {"policy": "a", "lora": {"rank": 1, "alpha": 0}}},
@@ -348,7 +368,10 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n  "model": {,}}', "not valid JSON at line 2, column 13: "),
+        (
+            '{\n  "model": {,}}',
+            "not valid JSON (Expecting property name enclosed in double quotes: line 2 column 13",
+        ),
         ("[1]", "found [1], expected an object of sections"),
         ('{"loss": {"beta": 1, "beta": 1}}', "loss.beta: occurs twice in one object"),
         ('{"train": {"seed": 1' + "0" * 5000 + "}}", "train.seed: found Infinity"),
@@ -369,13 +392,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"^{path}: cannot read the configuration: "):
             load_config(path)
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
-    with pytest.raises(UserError, match="latin.json: found bytes that are not UTF-8 at 7"):
+    with pytest.raises(
+        UserError, match="latin.json: not valid JSON .*decode byte 0x.. in position 7"
+    ):
         load_config(tmp_path / "latin.json")
 
 
 COUNT = st.integers(1, 2**40)
 RATE = st.floats(0, 1) | st.integers(0, 1)
-TEXT = st.text(min_size=1)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0~"), min_size=1)
 CURATION = st.fixed_dictionaries(
     {"rule": st.sampled_from(["mean-rating", "overall-score-fixed", "rating"])},
     optional={
@@ -417,7 +442,7 @@ DATA = st.fixed_dictionaries(
     },
 )
 LORA = st.fixed_dictionaries(
-    {"rank": COUNT, "alpha": st.floats(1e-3, 1e3)},
+    {"rank": st.integers(1, 2**20), "alpha": st.floats(1e-3, 1e3)},
     optional={
         "dropout": st.floats(0, 0.99),
         "target_modules": st.just("all-linear") | st.lists(TEXT, min_size=1, max_size=3),

@@ -13,18 +13,19 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors agreement files strict tables
+    errors files strict tables
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.formats data.preferences
-    data.tokenizer data.special_tokens data.tokenized data.tokenization
+    data.tokenizer data.special_tokens data.token_arrays data.tokenization
     data.planning data.packing data.dataset
     kernels
+    model.intervals
     model.attention model.hf_config model.mistral model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.reference_cache
-    engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics engine.evaluation
+    engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
-    engine.resume engine.history engine.profiling
+    engine.resume engine.history engine.profiling engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     build
@@ -72,9 +73,10 @@ def place(module: str) -> tuple[int, int]:
     return RANKS.get(module) or RANKS[module.split(".")[0]]
 
 
-def imports(path: Path) -> Iterator[str]:
-    """All that a file imports, wherever in it: dotted names of modules."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, top: bool = False) -> Iterator[str]:
+    """All that a file imports, wherever in it or only at its top: dotted names of modules."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,9 +85,9 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def our_imports(module: str) -> set[str]:
+def our_imports(module: str, top: bool = False) -> set[str]:
     """The project's own modules that `module` imports."""
-    names = {name.removeprefix("notus.") for name in imports(MODULES[module])}
+    names = {name.removeprefix("notus.") for name in imports(MODULES[module], top)}
     return {name for name in names & MODULES.keys() if MODULES[name].name != "__init__.py"}
 
 
@@ -104,6 +106,18 @@ def test_imports_go_one_way(module):
 def test_nothing_imports_the_scripts():
     for module in MODULES:
         assert not our_imports(module) & {"train", "eval"} - {module}, module
+
+
+def test_the_trainer_loads_only_the_trainer():
+    """The rooms around it are imported where they are called."""
+    waiting, seen = ["train"], set()
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        waiting += our_imports(module, top=True) - seen
+    rooms = {module.split(".")[0] for module in seen}
+    assert {"start", "engine", "data"} <= rooms
+    assert not rooms & {"evals", "dryrun", "card", "demo"}
 
 
 def test_every_module_has_a_place():

@@ -1,41 +1,49 @@
 """The start of a run: what it refuses before anything is written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import random_pairs
 from notus import start
-from notus.build import Models
+from notus.build import Models, Setup, build_plan, make_loss
 from notus.config import load_config
 from notus.data.packing import Rows
-from notus.data.planning import Plan
+from notus.engine.distributed import Ranks
 from notus.errors import UserError
 from notus.model import attention
 from notus.model.hf_config import read_shape
 
 
 @pytest.fixture
-def arguments(tiny_folder, tmp_path):
-    """Of `check_predicate`, for a run on CUDA that asks for FlashAttention."""
+def setup(tiny_folder, tmp_path):
+    """A run on CUDA that asks for FlashAttention."""
     (tmp_path / "config.json").write_text(
-        '{"model": {"policy": "p"}, "data": {"train": [{"path": "d"}]}, "output_dir": "o", '
-        '"parallel": {"attention": "varlen"}}'
+        '{"model": {"policy": "p"}, "data": {"train": [{"path": "d"}], "tokens_per_microbatch": '
+        '128}, "output_dir": "o", "parallel": {"attention": "varlen"}}'
     )
-    pairs = random_pairs(9)
-    counts = pairs.lengths.sum(1)
-    plan = Plan(counts, 4, epochs=1, max_steps=None, seed=0, shuffle=True, ranks=1, budget=128)
-    shape = read_shape(tiny_folder)
-    models = Models(tiny_folder, shape, None, "p", tiny_folder, tiny_folder)
-    rows = Rows(128, prefix_sharing=True, device=torch.device("cuda"))
-    return load_config(tmp_path / "config.json"), models, plan, pairs, rows
+    config, pairs = load_config(tmp_path / "config.json"), random_pairs(9)
+    device = torch.device("cuda")
+    return Setup(
+        config=config,
+        ranks=Ranks(0, 1, device),
+        mesh=None,
+        models=Models(tiny_folder, read_shape(tiny_folder), None, tiny_folder, tiny_folder),
+        loss=make_loss(config),
+        plan=build_plan(config, pairs, 1),
+        rows=Rows(128, prefix_sharing=True, device=device),
+        pairs=pairs,
+        held_out=None,
+    )
 
 
-def test_the_predicate_as_it_is_written_is_what_flash_attention_computes(group, arguments):
-    start.check_predicate(*arguments)
+def test_the_predicate_as_it_is_written_is_what_flash_attention_computes(group, setup):
+    start.check_predicate(setup)
 
 
 def test_an_edited_predicate_is_refused_where_flash_attention_would_ignore_it(
-    group, arguments, monkeypatch
+    group, setup, monkeypatch
 ):
     written = attention.may_attend
 
@@ -46,6 +54,6 @@ def test_an_edited_predicate_is_refused_where_flash_attention_would_ignore_it(
 
     monkeypatch.setattr(attention, "may_attend", prefix_lm)
     with pytest.raises(UserError, match="may_attend"):
-        start.check_predicate(*arguments)
-    on_the_cpu = arguments[-1]._replace(device=torch.device("cpu"))
-    start.check_predicate(*arguments[:-1], on_the_cpu)  # where the segments ask the predicate
+        start.check_predicate(setup)
+    on_the_cpu = replace(setup, ranks=Ranks(0, 1, torch.device("cpu")))
+    start.check_predicate(on_the_cpu)  # where the segments ask the predicate

@@ -12,10 +12,9 @@ from notus.strict import (
     Invalid,
     Positive,
     Text,
-    did_you_mean,
     keys_of,
     parse,
-    parse_keywords,
+    parse_part,
     plain,
     read_json,
 )
@@ -83,6 +82,7 @@ def test_an_object_becomes_a_dataclass_and_back() -> None:
         (10**400, float, "found 1000000"),
         (float("nan"), float, "found NaN, expected a finite number"),
         ({"a": [float("-inf")]}, dict[str, Any], "a.0: found -Infinity, expected a finite number"),
+        ({"a": ["x\0"]}, dict[str, Any], "a.0: found 'x\\x00', expected text without NUL and lone"),
         (0, Positive, "found 0.0, expected a number above 0"),
         ([], tuple[int, ...], "found [], expected a list of one or more values, each an integer"),
         ([1], tuple[int, int], "found [1], expected a list of 2 values, each an integer"),
@@ -126,21 +126,24 @@ def test_keyword_only_parameters_of_a_function() -> None:
         raise AssertionError("must not be called")
 
     assert list(keys_of(ride)) == ["speed", "uphill", "load"]
-    given = parse_keywords({"uphill": True, "speed": 3}, ride, "ride")
+    given = parse({"uphill": True, "speed": 3}, ride, "ride")
     assert given == {"speed": 3.0, "uphill": True, "load": 1}
     assert list(given) == ["speed", "uphill", "load"]
     with pytest.raises(Invalid, match=r"^ride.mix.2.speed: found 0.0, expected a number above 0$"):
-        parse_keywords({"speed": 0}, ride, "ride.mix.2")
+        parse({"speed": 0}, ride, "ride.mix.2")
     with pytest.raises(Invalid, match=r"^ride.speed: missing, expected a number above 0$"):
-        parse_keywords({}, ride, "ride")
+        parse({}, ride, "ride")
     nearest = r"^ride.mix.2.sped: unknown key; nearest valid key: ride.mix.2.speed$"
     with pytest.raises(Invalid, match=nearest):
-        parse_keywords({"sped": 1}, ride, "ride.mix.2")
+        parse({"sped": 1}, ride, "ride.mix.2")
 
 
-def test_a_word_spelled_almost_right() -> None:
-    assert did_you_mean("sigmod", {"hinge": 1, "sigmoid": 2}) == " (did you mean 'sigmoid'?)"
-    assert did_you_mean("xyz", ["hinge"]) == ""
+def test_a_dataclass_among_other_keys() -> None:
+    assert parse_part({"force": 1, "colour": "red"}, Brake, "a file") == Brake(force=1.0)
+    with pytest.raises(
+        UserError, match="^a file: force: found 2.0, expected a number from 0 to 1$"
+    ):
+        parse_part({"force": 2.0}, Brake, "a file")
 
 
 def test_integers_too_long_to_be_read_are_floats() -> None:

@@ -2,10 +2,9 @@
 
     python -m notus.card RUN
 
-Every number is read from config.json, metrics.jsonl, history.jsonl, the newest checkpoint's
-state.json, evals/*.json (written by `eval.py score ... --json`) and the manifest of curated
-training data. train.py writes the card at the end of a run; this command writes it again, for
-example after evaluations. The card is meant to be published, so it holds no absolute path.
+Every number is from config.json, metrics.jsonl, history.jsonl, the newest checkpoint's state.json,
+evals/*.json and the manifest of curated training data. train.py writes the card at the end of a
+run; this command writes it again, for example after evaluations. It holds no absolute path.
 """
 
 import argparse
@@ -14,8 +13,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,19 +33,14 @@ Plain = dict[str, Any]
 
 
 class Record(NamedTuple):
-    """A finished run as its output_dir describes it.
-
-    training, evaluations: the lines of metrics.jsonl that hold either, by step. starts: the starts
-    in history.jsonl, oldest first, each with its "end", if it has one. state: state.json of the
-    newest checkpoint.
-    """
+    """A finished run as its output_dir describes it."""
 
     folder: Path
     settings: Plain
-    training: list[Plain]
-    evaluations: list[Plain]
-    starts: list[Plain]
-    state: Plain
+    training: list[Plain]  # the lines of metrics.jsonl of logged steps
+    evaluations: list[Plain]  # those of evaluations
+    starts: list[Plain]  # in history.jsonl, oldest first, each with its "end", if it has one
+    state: Plain  # state.json of the newest checkpoint
 
     @property
     def is_sft(self) -> bool:
@@ -55,6 +49,10 @@ class Record(NamedTuple):
     @property
     def lora(self) -> Plain | None:
         return self.settings["model"].get("lora")
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.lora is not None and not self.lora["merge"]
 
     @property
     def unit(self) -> str:
@@ -120,6 +118,7 @@ def write_card(
     base = base_model or record.hub_id(record.settings["model"]["policy"])
     header = front_matter(record, license, base, datasets).to_yaml().strip()
     sections = {
+        "Use": [USAGE.format(path="final/adapter" if record.is_adapter else "final")],
         "On held-out pairs": held_out_section(record),
         "Curves": figures(record),
         "Other evaluations": other_evaluations(record),
@@ -156,7 +155,7 @@ def shown_path(path: str) -> str:
     Hub ids, and relative paths that do not leave the working directory, remain unchanged.
     """
     place, here = Path(path), Path.cwd()
-    if place.is_absolute() and place.is_relative_to(here):
+    if place.is_relative_to(here) and here != here.parent:  # in / it would be the whole path
         return str(place.relative_to(here))
     return place.name if place.is_absolute() or ".." in place.parts else path
 
@@ -172,20 +171,19 @@ def front_matter(
     """The hub's fields, https://huggingface.co/docs/hub/model-cards, without local paths."""
     sources = (source["path"] for source in record.settings["data"]["train"])
     datasets = list(datasets) or [path for path in sources if record.hub_id(path)]
-    adapter = record.lora is not None and not record.lora["merge"]
-    relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
+    relation = "adapter" if record.is_adapter else "finetune"
     tags = ["notus", "sft"] if record.is_sft else ["notus", "dpo", "preference-optimisation"]
     tags += ["lora"] if record.lora else []
     return ModelCardData(
         base_model=base,
         datasets=datasets or None,
         license=license,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if record.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
         model_name=record.folder.resolve().name,
         eval_results=evaluation_results(record) or None,
-        **relation,
+        base_model_relation=relation if base else None,
     )
 
 
@@ -225,6 +223,21 @@ def introduction(record: Record, base: str | None) -> str:
     )
 
 
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{path}"  # or the model's id on the hub
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+chat = [{{"role": "user", "content": "Which letter comes after g?"}}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+(answer,) = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+
 def held_out_section(record: Record) -> Iterator[str]:
     """The evaluations at the start and at the end."""
     if not record.evaluations:
@@ -245,15 +258,14 @@ def held_out_section(record: Record) -> Iterator[str]:
         )
 
 
-# The evaluators of `eval.py score`: a title, and the columns after the model, {header: field}.
-EVALUATORS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+# The evaluators of `eval.py score`: a title, and the fields that are shown.
+EVALUATORS = {
     "alpaca_eval": (
-        "AlpacaEval",
-        {"win rate %": "win_rate", "standard error": "standard_error", "comparisons": "total"}
-        | {"mean length": "average_length"},
+        "AlpacaEval (rates in percent, length in characters)",
+        ["win_rate", "standard_error", "total", "average_length"],
     ),
-    "mt_bench": ("MT-Bench, mean over both turns", {"score": "score"}),
-    "lm_eval": ("Open LLM Leaderboard (November 2023), percent", {"average": "average"}),
+    "mt_bench": ("MT-Bench, mean over both turns", ["score"]),
+    "lm_eval": ("Open LLM Leaderboard (November 2023), percent", ["average"]),
 }
 
 
@@ -263,17 +275,18 @@ def other_evaluations(record: Record) -> Iterator[str]:
         found = read_object(path)
         if found.get("evaluator") not in EVALUATORS:
             continue
-        title, columns = EVALUATORS[found["evaluator"]]
-        measured, published = found["measured"], found["published"]
-        if found["evaluator"] == "lm_eval":  # one row, whose scores are by task
-            measured = [measured | measured["scores"]]
-            published = [row | row["scores"] for row in published]
-            columns = {task: task for task in measured[0]["scores"]} | columns
-        rows = measured + [row | {"model": f"{row['model']} (published)"} for row in published]
-        cells = [[shown_path(row["model"]), *map(row.get, columns.values())] for row in rows]
+        title, fields = EVALUATORS[found["evaluator"]]
+        rows = found["measured"] if isinstance(found["measured"], list) else [found["measured"]]
+        rows += [row | {"model": f"{row['model']} (published)"} for row in found["published"]]
+        fields = [*rows[0].get("scores", ()), *fields]  # the leaderboard's, by task
+        flat = [row | row.get("scores", {}) for row in rows]
         baseline = found.get("baseline")
         yield f"{title}{f', against {shown_path(baseline)}' if baseline else ''}:"
-        yield markdown_table(["model", *columns], cells, digits=2)
+        yield markdown_table(
+            ["model", *(field.replace("_", " ") for field in fields)],
+            [[shown_path(row["model"]), *map(row.get, fields)] for row in flat],
+            digits=2,
+        )
         yield from (f"- {note}" for note in found["notes"])
 
 
@@ -282,22 +295,16 @@ def recipe_section(record: Record) -> Iterator[str]:
     if record.starts:
         commands = (map(shown_text, start["command"]) for start in record.starts)
         yield "\n".join(["```", *dict.fromkeys(map(shlex.join, commands)), "```"])
-        last = record.starts[-1]
-        rows = [["processes", f"{last['ranks']} x {last['device']}"], *last["versions"].items()]
-        ended = [_hours(start) for start in record.starts if "end" in start]
+        last, when = record.starts[-1], datetime.fromisoformat
+        ended = [when(s["end"]) - when(s["time"]) for s in record.starts if "end" in s]
         killed = len(record.starts) - len(ended)
         note = f", without {killed} that were killed" if killed else ""
-        rows.append(["hours", f"{sum(ended):.2f}{note}"])
-        yield markdown_table(["", ""], rows)
+        hours = sum(ended, timedelta()) / timedelta(hours=1)
+        rows = [["processes", f"{last['ranks']} x {last['device']}"], *last["versions"].items()]
+        yield markdown_table(["", ""], [*rows, ["hours", f"{hours:.2f}{note}"]])
     yield "The resolved settings, which are a configuration themselves:"
-    yield f"```json\n{shown_text(json.dumps(record.settings, indent=2, ensure_ascii=False))}\n```"
+    yield json_block(record.settings)
     yield "Paths outside the working directory are shortened; hashes identify the data."
-
-
-def _hours(start: Plain) -> float:
-    """Hours from the start of the preparation to the end of the export."""
-    began, ended = (datetime.fromisoformat(start[key]) for key in ("time", "end"))
-    return (ended - began).total_seconds() / 3600
 
 
 def data_section(record: Record) -> Iterator[str]:
@@ -310,24 +317,16 @@ def data_section(record: Record) -> Iterator[str]:
         if common.get(f"{key}_sha256"):
             yield f"- SHA-256 of the {label}: `{common[f'{key}_sha256']}`"
     for path in (Path(source["path"]) for source in record.settings["data"]["train"]):
-        for folder in (path, path.parent, path.parent.parent):
-            if path.exists() and (folder / "manifest.json").is_file():
-                manifest = read_object(folder / "manifest.json")
-                yield from manifest_section(manifest) if "counts" in manifest else ()
-                break
+        places = (path, path.parent, path.parent.parent) if path.exists() else ()
+        found = [place / "manifest.json" for place in places if (place / "manifest.json").is_file()]
+        if found and "counts" in (manifest := read_object(found[0])):
+            yield f"Curated from {shown_path(manifest['input'])} by `python -m notus.curation`:"
+            yield json_block(manifest)
 
 
-def manifest_section(manifest: Plain) -> Iterator[str]:
-    """Counts, screening and hashes of a set that `python -m notus.curation` made."""
-    counts = manifest["counts"]
-    rows = [["rows", counts["rows"]], ["pairs", counts["pairs"]]]
-    rows += [[f"dropped: {reason}", count] for reason, count in counts["dropped"].items()]
-    for key, label in (("decontaminate", "prompts of"), ("drop_sources", "sources")):
-        rows.append([f"left out: {label}", ", ".join(map(shown_path, manifest[key])) or "-"])
-    hashes = manifest["rows_sha256"] | manifest["files_sha256"]
-    rows += [[f"SHA-256 of {shown_path(name)}", digest] for name, digest in hashes.items()]
-    yield f"Curated from {shown_path(manifest['input'])} with notus:"
-    yield markdown_table(["", ""], rows)
+def json_block(value: Plain) -> str:
+    """A value as a block of JSON, with its paths as `shown_text` shows them."""
+    return f"```json\n{shown_text(json.dumps(value, indent=2, ensure_ascii=False))}\n```"
 
 
 def hub_id(name: str) -> str:

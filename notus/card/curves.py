@@ -48,13 +48,21 @@ def draw_curves(
     folder.mkdir()
     drawn = [panel for panel in PANELS if panel.metrics[0] in training[-1]]
     last = training[-1]["step"]
+    # An untrained policy ties with its reference, which counts as wrong: that 0 says nothing.
+    trained = [line for line in evaluations if line["step"]]
     for panel in drawn:
         figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
         axes = figure.subplots()
         for key, colour in zip(panel.metrics, COLOURS, strict=False):
             part = key.rpartition("/")[2].removesuffix("_per_token")
             label = f"{part}, " if len(panel.metrics) > 1 else ""
-            draw_line(axes, training, evaluations, key, colour, label)
+            steps, values = points(training, key)
+            smooth = running_mean(values, len(values) // 80)
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label}training")
+            held_out = points(trained if panel.name == "accuracy" else evaluations, f"eval_{key}")
+            if held_out.size:
+                axes.plot(*held_out, "o", color=colour, label=f"{label}held out")
         if panel.level is not None:
             axes.axhline(panel.level, color="0.5", linewidth=1, linestyle="--", zorder=0)
         for epoch in range(steps_per_epoch, last, steps_per_epoch) if steps_per_epoch else ():
@@ -66,24 +74,10 @@ def draw_curves(
     return [panel.name for panel in drawn]
 
 
-def draw_line(
-    axes: Any,
-    training: Sequence[Line],
-    evaluations: Sequence[Line],
-    key: str,
-    colour: str,
-    label: str,
-) -> None:
-    """A metric's logged steps, their running mean, and its evaluations."""
-    steps, values = np.array([(e["step"], e[key]) for e in training if key in e], float).T
-    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-    smooth = running_mean(values, len(values) // 80)
-    axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label}training")
-    held_out = [(e["step"], e[f"eval_{key}"]) for e in evaluations if f"eval_{key}" in e]
-    # An untrained policy ties with its reference, which counts as wrong: that 0 says nothing.
-    held_out = [point for point in held_out if point[0] or key != "rewards/accuracies"]
-    if held_out:
-        axes.plot(*np.array(held_out, float).T, "o", color=colour, label=f"{label}held out")
+def points(lines: Sequence[Line], key: str) -> np.ndarray:
+    """The steps that have this metric, and its values: float64 [2, points]."""
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    return np.array(found, float).reshape(-1, 2).T
 
 
 def running_mean(values: np.ndarray, half: int) -> np.ndarray:

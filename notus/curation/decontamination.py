@@ -6,6 +6,7 @@ the prompts of a test set, also inside longer ones; `SeenPrompts` finds repeated
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,13 +21,14 @@ from notus.errors import UserError
 # contaminated if its 8-grams cover more than half of a benchmark prompt's tokens, here words.
 NGRAM = 8
 COVERAGE = 0.5
-MATCHES = ("exact", "normalised", "n-grams")
 
 # Near duplicates: the sets of 5-word shingles share this part of their union (Jaccard index).
 # Of two prompts at exactly 0.8, 25 bands of 8 minima find 99 %, and more than 99.99 % at 0.9.
 SHINGLE = 5
 JACCARD = 0.8
 BANDS, MINIMA = 25, 8
+
+Prompt = str | list[dict[str, str]]  # text, or messages with their role and content
 
 # Chinese and Japanese put no space between words, so each of their characters counts as one.
 _WORD = re.compile("[^\\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
@@ -38,15 +40,8 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def asked(prompt: str | list[dict[str, str]]) -> list[str]:
-    """The texts that a prompt asks: the text itself, or the content of each turn of the user."""
-    if isinstance(prompt, str):
-        return [prompt]
-    return [message["content"] for message in prompt if message["role"] == "user"]
-
-
-def whole_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as one text, that of all its turns."""
+def whole_text(prompt: Prompt) -> str:
+    """A text, or the contents of messages as one text."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(message["content"] for message in prompt)
@@ -81,127 +76,105 @@ class Dropped(NamedTuple):
 class BenchmarkPrompts:
     """An index of the prompts of benchmark files, to find them in training prompts.
 
-    It holds every 8-gram of the benchmarks, so the time of a look-up depends on the training
-    prompt's length and not on the benchmarks' size. Prompts of fewer than 8 words are found only
-    as complete prompts.
+    It maps every 8-gram to the prompts that hold it, so the time of a look-up hardly depends on the
+    benchmarks' size. Prompts of fewer than 8 words are found only as complete prompts.
     """
 
     def __init__(self, paths: Sequence[str], match: str) -> None:
-        """match: a name in `MATCHES`; those before it are looked for too.
+        """match: "exact", "normalised" (exact too) or "n-grams" (all three are looked for).
 
-        Raises:
-            UserError: a file cannot be read, or holds no prompts (see `read_prompts`).
+        Raises UserError as `read_prompts` does.
         """
-        self._match = MATCHES.index(match)
         self._prompts = [(path, *found) for path in paths for found in read_prompts(path)]
-        words = [words_of(prompt) for _, _, prompt in self._prompts]
-        numbered = np.arange(len(self._prompts))
-        # Backwards, so that the first of equal prompts is the one that is named.
-        self._exact = {self._prompts[number][2]: number for number in numbered[::-1]}
-        self._normalised = {
-            " ".join(words[number]): number for number in numbered[::-1] if words[number]
-        }
-        self._lengths = [len(prompt_words) for prompt_words in words]
-        grams = [_ngrams(prompt_words, NGRAM) for prompt_words in words]
-        keys = np.concatenate([*grams, np.empty(0, np.uint64)])
-        order = np.argsort(keys, kind="stable")
-        self._keys = keys[order]
-        counts = np.array([len(found) for found in grams], np.int64)
-        self._owners = np.repeat(numbered, counts)[order]
-        starts = [np.arange(len(found)) for found in grams]
-        self._starts = np.concatenate([*starts, np.empty(0, np.int64)])[order]
+        # Text, or words, -> the first prompt that has them: (file, place in it, text).
+        self._exact: dict[str, tuple[str, str, str]] = {}
+        self._normalised: dict[str, tuple[str, str, str]] = {}
+        self._grams: list[np.ndarray] = []  # of each prompt, hashes in order
+        self._holders: dict[int, list[int]] = defaultdict(list)  # hash of an 8-gram -> prompts
+        for number, prompt in enumerate(self._prompts):
+            words = words_of(prompt[2])
+            self._exact.setdefault(prompt[2], prompt)
+            if words and match != "exact":
+                self._normalised.setdefault(" ".join(words), prompt)
+            self._grams.append(_ngrams(words if match == "n-grams" else (), NGRAM))
+            for gram in set(self._grams[-1].tolist()):
+                self._holders[gram].append(number)
 
-    def find(self, texts: Sequence[str]) -> Hit | None:
-        """A benchmark prompt that one of `texts` holds, the surest kind of hit first, or None."""
+    def find(self, prompt: Prompt) -> Hit | None:
+        """A benchmark prompt in a text or the user's messages, the surest kind first, or None."""
+        texts = [prompt]
+        if not isinstance(prompt, str):
+            texts = [message["content"] for message in prompt if message["role"] == "user"]
         for text in texts:
             if text in self._exact:
-                return self._hit("exact prompt", self._exact[text], 1.0)
-        if not self._prompts or self._match == 0:
-            return None
-        all_words = [words_of(text) for text in texts]
-        for words in all_words:
-            if (joined := " ".join(words)) in self._normalised:
-                return self._hit("normalised prompt", self._normalised[joined], 1.0)
-        for words in all_words if self._match == 2 else ():
-            covered = self._coverage(words)
-            if covered and covered[0] > COVERAGE:
-                return self._hit(f"{NGRAM}-grams", covered[1], covered[0])
+                return Hit("exact prompt", *self._exact[text], 1.0)
+        all_words = [words_of(text) for text in texts if self._normalised]
+        for words in map(" ".join, all_words):
+            if words in self._normalised:
+                return Hit("normalised prompt", *self._normalised[words], 1.0)
+        for words in all_words if self._holders else ():
+            covered, number = self._most_covered(words)
+            if covered > COVERAGE:
+                return Hit(f"{NGRAM}-grams", *self._prompts[number], covered)
         return None
 
-    def _hit(self, kind: str, number: int, overlap: float) -> Hit:
-        return Hit(kind, *self._prompts[number], overlap)
-
-    def _coverage(self, words: list[str]) -> tuple[float, int] | None:
+    def _most_covered(self, words: list[str]) -> tuple[float, int]:
         """(covered share of its words, number) of the benchmark prompt that is covered most."""
-        grams = np.unique(_ngrams(words, NGRAM))
-        left = np.searchsorted(self._keys, grams, "left")
-        right = np.searchsorted(self._keys, grams, "right")
-        covered: dict[int, set[int]] = {}
-        for first, last in zip(left[left < right], right[left < right], strict=True):
-            places = zip(self._owners[first:last], self._starts[first:last], strict=True)
-            for owner, start in places:
-                covered.setdefault(int(owner), set()).update(range(start, start + NGRAM))
-        parts = [(len(found) / self._lengths[owner], -owner) for owner, found in covered.items()]
-        part, owner = max(parts, default=(0.0, 0))
-        return (part, -owner) if parts else None
+        grams = _ngrams(words, NGRAM)
+        best = (0.0, 0)
+        for number in {n for gram in grams.tolist() for n in self._holders.get(gram, ())}:
+            starts = np.flatnonzero(np.isin(self._grams[number], grams))
+            covered = len(np.unique(starts[:, None] + np.arange(NGRAM)))
+            best = max(best, (covered / (len(self._grams[number]) + NGRAM - 1), -number))
+        return best[0], -best[1]
 
 
 class SeenPrompts:
-    """The prompts seen so far, each with its origin."""
+    """The prompts seen so far, each with its origin, to find those that differ in few words.
 
-    def __init__(self, near: bool) -> None:
-        """near: prompts that differ in few words count as seen; otherwise only equal texts do.
+    Texts are nearly equal if they have the same words or if their sets of 5-word shingles have
+    a Jaccard index of at least 0.8. Candidates come from minima of hash functions in bands
+    (Broder, 1997: On the resemblance and containment of documents) and are then compared.
+    """
 
-        Texts are nearly equal if they have the same words or if their sets of 5-word shingles have
-        a Jaccard index of at least 0.8. Candidates come from minima of hash functions in bands
-        (Broder, 1997: On the resemblance and containment of documents) and are then compared.
-        """
-        self._near = near
-        self._texts: dict[str, str] = {}
+    def __init__(self) -> None:
+        self._origins: dict[str, str] = {}
         self._shingles: list[tuple[np.ndarray, str]] = []
-        self._bands: dict[tuple[int, int], list[int]] = {}
+        self._bands: dict[tuple[int, int], list[int]] = defaultdict(list)
         draws = np.random.default_rng(0)
         self._factors = draws.integers(0, 2**63, (BANDS, MINIMA, 1), np.uint64) * 2 + 1
 
     def find(self, text: str) -> str | None:
         """The origin of an earlier prompt that is (nearly) equal to `text`, or None."""
-        if not self._texts:
-            return None
-        return self._texts.get(self._key(text)) or self._search(*self._describe(text))
+        return self._look_up(text)[0] if self._origins else None
 
     def add(self, text: str, where: str) -> str | None:
         """`find`; a prompt that is not found is noted as seen."""
-        key = self._key(text)
-        shingles, bands = self._describe(text)
-        found = self._texts.get(key) or self._search(shingles, bands)
+        found, key, shingles, bands = self._look_up(text)
         if found is None:
-            self._texts[key] = where
+            self._origins[key] = where
             for band in bands:
-                self._bands.setdefault(band, []).append(len(self._shingles))
+                self._bands[band].append(len(self._shingles))
             self._shingles.append((shingles, where))
         return found
 
-    def _key(self, text: str) -> str:
-        # Texts without any word, such as "?!", are compared unchanged.
-        return " ".join(words_of(text)) or text if self._near else text
-
-    def _describe(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """A text's shingle hashes (uint64, sorted, unique) and bands; empty if not near."""
-        shingles = np.unique(_ngrams(words_of(text) if self._near else (), SHINGLE))
-        return shingles, self._signature(shingles) if len(shingles) else []
-
-    def _search(self, shingles: np.ndarray, bands: list[tuple[int, int]]) -> str | None:
-        for number in sorted({n for band in bands for n in self._bands.get(band, ())}):
+    def _look_up(self, text: str) -> tuple[str | None, str, np.ndarray, list[tuple[int, int]]]:
+        """(the origin found, the text's words, its shingles' hashes, its bands' hashes)."""
+        words = words_of(text)
+        key = " ".join(words) or text  # "?!" has no words
+        shingles, bands = np.unique(_ngrams(words, SHINGLE)), []
+        if len(shingles):
+            minima = (self._factors * shingles).min(-1)  # [BANDS, MINIMA]
+            bands = list(enumerate(_polynomial(minima.T, MINIMA)[0].tolist()))
+        found = self._origins.get(key)
+        candidates = {n for band in bands for n in self._bands.get(band, ())} if not found else ()
+        for number in sorted(candidates):
             other, where = self._shingles[number]
             common = len(np.intersect1d(shingles, other, assume_unique=True))
             if common >= JACCARD * (len(shingles) + len(other) - common):
-                return where
-        return None
-
-    def _signature(self, shingles: np.ndarray) -> list[tuple[int, int]]:
-        """(band, a hash of the band's minima) for every band, from shingle hashes (uint64)."""
-        minima = (self._factors * shingles).min(-1)  # [BANDS, MINIMA]
-        return list(enumerate(_polynomial(minima.T, MINIMA)[0].tolist()))
+                found = where
+                break
+        return found, key, shingles, bands
 
 
 def _ngrams(words: Sequence[str], size: int) -> np.ndarray:
@@ -230,29 +203,18 @@ def _word_hash(word: str) -> int:
 # A row's prompt is in the first of these columns that it has: text, a list of texts (the turns of
 # MT-Bench), or a list of messages, of which only the user's are read.
 PROMPT_COLUMNS = (
-    "instruction",
-    "prompt",
-    "question",
-    "query",
-    "goal",
-    "problem",
-    "text",
-    "input",
-    "turns",
-    "conversations",
-    "messages",
-    "chosen",
+    *("instruction", "prompt", "question", "query", "goal", "problem", "text", "input"),
+    *("turns", "conversations", "messages", "chosen"),
 )
 
 
 def read_prompts(path: str) -> Iterator[tuple[str, str]]:
     """(where, prompt) of every prompt in a file, folder or dataset, except blank ones.
 
-    Raises:
-        UserError: the file cannot be read, a row has none of `PROMPT_COLUMNS`, or its prompt is
-            neither text nor a list of texts or messages.
+    Raises UserError if the file cannot be read or holds no prompt, a row has none of
+    `PROMPT_COLUMNS`, or its prompt is neither text nor a list of texts or messages.
     """
-    found = False
+    blank = True
     for where, row in read_rows(path):
         column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
         if column is None:
@@ -260,11 +222,10 @@ def read_prompts(path: str) -> Iterator[tuple[str, str]]:
                 f"{where}: no column holds a prompt; found the columns {', '.join(row)}; "
                 f"expected one of {', '.join(PROMPT_COLUMNS)}"
             )
-        for text in _texts(row, column, where):
-            if text.strip():
-                found = True
-                yield where, text
-    if not found:
+        for text in filter(str.strip, _texts(row, column, where)):
+            blank = False
+            yield where, text
+    if blank:
         raise UserError(f"{path}: every prompt is blank; expected prompts to compare with")
 
 

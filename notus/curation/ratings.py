@@ -10,18 +10,16 @@ Everything here is a pure function of one row.
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import NoneType
 from typing import Any, NamedTuple
 
-from notus.curation.rows import Row, read_text, reject_column
+from notus.curation.rows import Row, optional_text, read_text, reject_column
 from notus.errors import UserError
 
 Completion = dict[str, Any]
-Scored = tuple[Completion, float]
 
-REJECTED = ("random", "lowest", "zephyr")  # ways to choose the rejected completion
-
+# Reasons why a row gives no pair.
 TIED_RATINGS = "tied ratings"
 TOO_FEW_RATED = "fewer than two rated completions"
 UNCLEAR_TEN = "overall score of 10 that may be a 1"
@@ -48,20 +46,17 @@ class Choice(NamedTuple):
 
 
 def read_ultrafeedback(row: Row, where: str) -> RatedRow:
-    """openbmb/UltraFeedback, in any of its revisions; raises UserError that names `where`."""
+    """openbmb/UltraFeedback, in any of its revisions."""
     prompt = read_text(row, "instruction", where)
     # null means no completions: Parquet files written from JSON hold it for missing lists.
     completions = [] if row.get("completions", ()) is None else row.get("completions")
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         reject_column(row, "completions", where, "a list of objects")
-    return RatedRow(prompt, completions, read_source(row, where))
+    return RatedRow(prompt, completions, optional_text(row, "source", where))
 
 
 def read_rated(row: Row, where: str) -> RatedRow:
-    """`prompt`, `responses` (texts) and `ratings` (a number or null for each response).
-
-    Raises UserError that names `where`.
-    """
+    """`prompt`, `responses` (texts) and `ratings` (a number or null for each response)."""
     prompt = read_text(row, "prompt", where)
     for column in ("responses", "ratings"):
         if not isinstance(row.get(column), list):
@@ -69,38 +64,27 @@ def read_rated(row: Row, where: str) -> RatedRow:
     responses, ratings = row["responses"], row["ratings"]
     if len(responses) != len(ratings):
         raise UserError(f"{where}: {len(responses)} responses, but {len(ratings)} ratings")
-    together = zip(responses, ratings, strict=True)
-    completions = [{"response": response, "rating": rating} for response, rating in together]
-    return RatedRow(prompt, completions, read_source(row, where))
+    both = zip(responses, ratings, strict=True)
+    completions = [{"response": response, "rating": rating} for response, rating in both]
+    return RatedRow(prompt, completions, optional_text(row, "source", where))
 
 
-class RatedFormat(NamedTuple):
-    """How rows with rated responses are told apart and read."""
-
-    columns: tuple[str, ...]
-    read: Callable[[Row, str], RatedRow]
-
-
-RATED_FORMATS: dict[str, RatedFormat] = {
-    "ultrafeedback": RatedFormat(("instruction", "completions"), read_ultrafeedback),
-    "rated": RatedFormat(("prompt", "responses", "ratings"), read_rated),
+READ_RATED = {"ultrafeedback": read_ultrafeedback, "rated": read_rated}
+RATED_COLUMNS = {
+    "ultrafeedback": ("instruction", "completions"),
+    "rated": ("prompt", "responses", "ratings"),
 }
 
 
-def find_rated_format(row: Row, where: str) -> RatedFormat:
-    """The first of `RATED_FORMATS` whose columns a row has; raises UserError if there is none."""
-    for entry in RATED_FORMATS.values():
-        if all(column in row for column in entry.columns):
-            return entry
-    known = " or ".join(", ".join(entry.columns) for entry in RATED_FORMATS.values())
+def read_rated_row(row: Row, where: str) -> RatedRow:
+    """A row in the first format whose columns it has; raises UserError that names `where`."""
+    for name, columns in RATED_COLUMNS.items():
+        if all(column in row for column in columns):
+            return READ_RATED[name](row, where)
+    known = " or ".join(", ".join(columns) for columns in RATED_COLUMNS.values())
     raise UserError(
         f"{where}: no rated responses; found the columns {', '.join(row)}; expected {known}"
     )
-
-
-def read_source(row: Row, where: str) -> str | None:
-    """The row's `source`, or None."""
-    return None if row.get("source") is None else read_text(row, "source", where)
 
 
 # ------------------------------------------------------------------------------- scores
@@ -112,10 +96,8 @@ def mean_rating(completion: Completion) -> float | None:
     An aspect counts only if it holds a rating other than null and "N/A". Ratings are strings in
     the published revisions and numbers in some copies; the first revision holds a list of
     annotations for each aspect. This is Argilla's rule for
-    argilla/ultrafeedback-binarized-preferences.
-
-    Raises:
-        UserError: a rating is not a number from 1 to 5, or an annotation is not an object.
+    argilla/ultrafeedback-binarized-preferences. Raises UserError if a rating is not a number from
+    1 to 5, or an annotation is not an object.
     """
     ratings = [rating for _, rating in aspect_ratings(completion)]
     return sum(ratings) / len(ratings) if ratings else None
@@ -139,10 +121,7 @@ def overall_score(completion: Completion) -> float | None:
     """GPT-4's overall score of a completion as published, 1 to 10; None if there is none.
 
     Strings ("8", "8/10") are read as numbers. Revisions before 2023-12-29 hold 10 where 1 was
-    meant; this is not corrected here.
-
-    Raises:
-        UserError: the score is not a number from 1 to 10.
+    meant; this is not corrected here. Raises UserError if the score is not a number from 1 to 10.
     """
     found = completion.get("overall_score")
     if found is None or found == "N/A":
@@ -173,7 +152,7 @@ def rating(completion: Completion) -> float | None:
     return None if found is None else _number(found, "rating", -math.inf, math.inf)
 
 
-RULES: dict[str, Callable[[Completion], float | None]] = {
+RULES = {
     "mean-rating": mean_rating,
     "overall-score": overall_score,
     "overall-score-fixed": overall_score_fixed,
@@ -183,14 +162,13 @@ RULES: dict[str, Callable[[Completion], float | None]] = {
 
 def _number(found: Any, name: str, lowest: float, highest: float) -> float:
     """`found` as a number from `lowest` to `highest`."""
-    is_bounded = math.isfinite(highest)
-    expected = f"expected a number{f' from {lowest} to {highest}' if is_bounded else ''}"
     try:
         number = float(found)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(found, bool) or not lowest <= number <= highest or math.isinf(number):
-        raise UserError(f"{name} is {found!r:.60}; {expected}")
+        bounds = f" from {lowest} to {highest}" if math.isfinite(highest) else ""
+        raise UserError(f"{name} is {found!r:.60}; expected a number{bounds}")
     return number
 
 
@@ -207,47 +185,31 @@ def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -
       prompt's text, so neither the order of the rows nor other rows change it.
     - "lowest": the first with the lowest score.
     - "zephyr": drawn among all the others, equal scores included, by Python's `random`, seeded
-      for every row: HuggingFaceH4/ultrafeedback_binarized as it was first published.
+      for every row: the first published HuggingFaceH4/ultrafeedback_binarized.
 
-    Completions without a score are ignored.
-
-    Raises:
-        UserError: the rule or the way to reject is unknown, or a rating is out of range.
+    Completions without a score are ignored. Raises UserError if a rating is out of range.
     """
-    for name, known in ((rule, RULES), (rejected, REJECTED)):
-        if name not in known:
-            raise UserError(f'no curation rule "{name}"; expected one of {", ".join(known)}')
-    scored = [
-        (completion, score)
-        for completion in row.completions
-        if (score := RULES[rule](completion)) is not None
-    ]
+    scores = [(completion, RULES[rule](completion)) for completion in row.completions]
+    scored = [(completion, score) for completion, score in scores if score is not None]
     if any(math.isnan(score) for _, score in scored):
         return UNCLEAR_TEN
     if len(scored) < 2:
         return TOO_FEW_RATED
     best = max(score for _, score in scored)
     chosen = next(completion for completion, score in scored if score == best)
-    pick = _pick_rejected(rejected, scored, chosen, f"{seed}:{row.prompt}", seed)
-    return TIED_RATINGS if pick is None else Choice(chosen, pick[0], best, pick[1])
-
-
-def _pick_rejected(
-    rejected: str, scored: list[Scored], chosen: Completion, key: str, seed: int
-) -> Scored | None:
-    """The rejected completion by `rejected`, a name in `REJECTED`; None if there is none."""
+    if rejected == "zephyr":
+        others = [one for one in scored if one[0] != chosen]
+    else:
+        others = [one for one in scored if one[1] < best]
+    if not others:
+        return TIED_RATINGS
     if rejected == "zephyr":
         draws = random.Random(seed)
-        if all(completion == chosen for completion, _ in scored):
-            return None
-        while (candidate := draws.choice(scored))[0] == chosen:
+        while (pick := draws.choice(scored))[0] == chosen:
             pass
-        return candidate
-    best = max(score for _, score in scored)
-    lower = [candidate for candidate in scored if candidate[1] < best]
-    if not lower:
-        return None
-    if rejected == "lowest":
-        return min(lower, key=lambda candidate: candidate[1])
-    draw = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
-    return lower[draw % len(lower)]
+    elif rejected == "lowest":
+        pick = min(others, key=lambda one: one[1])
+    else:
+        key = hashlib.sha256(f"{seed}:{row.prompt}".encode()).digest()
+        pick = others[int.from_bytes(key, "big") % len(others)]
+    return Choice(chosen, pick[0], best, pick[1])

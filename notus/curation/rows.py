@@ -4,8 +4,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import pyarrow
 import pyarrow.parquet
@@ -46,63 +47,50 @@ def _read_files(files: Sequence[Path], split: str | None) -> Iterator[PlacedRow]
     if not named and split not in (None, "train"):
         names = ", ".join(file.name for file in files)
         raise UserError(f'{files[0].parent}: no file name contains the split "{split}": {names}')
-    for file in named or files:
-        yield from _read_file(file)
+    return chain.from_iterable(map(_read_file, named or files))
 
 
 def _read_file(file: Path) -> Iterator[PlacedRow]:
     if file.name.endswith(".parquet"):
-        rows = _read_parquet(file)
-    elif file.name.endswith(JSON_SUFFIXES):
-        rows = _read_json(file)
-    else:
-        raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
-    empty = True
+        return _placed(file, _read_parquet(file))
+    if file.name.endswith(JSON_SUFFIXES):
+        return _placed(file, _read_json(file))
+    raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
+
+
+def _placed(name: Path | str, rows: Iterable[tuple[int, Any]]) -> Iterator[PlacedRow]:
+    """(where, row) of numbered rows; raises UserError for one that is no object, and for none."""
+    number = 0
     for number, row in rows:
-        empty = False
         if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: the row is {kind_of(row)}; expected an object")
-        yield f"{file}:{number}", row
-    if empty:
-        raise UserError(f"{file}: the file holds no rows")
+            raise UserError(f"{name}:{number}: the row is {kind_of(row)}; expected an object")
+        yield f"{name}:{number}", row
+    if number == 0:
+        raise UserError(f"{name}: holds no rows")
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of an array or of lines, by their number in the array or the line's number."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    line = 0
     try:
-        with _open_text(file) as text:
+        # The "-sig" drops the byte order mark that editors on Windows put first.
+        with opened(file, "rt", encoding="utf-8-sig") as text:
             is_array = text.read(4096).lstrip().startswith("[")
             text.seek(0)
-            yield from _json_array(file, text) if is_array else _json_lines(file, text)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-
-
-def _open_text(file: Path) -> TextIO:
-    opener = gzip.open if file.suffix == ".gz" else open
-    # The "-sig" drops the byte order mark that editors on Windows put first.
-    return opener(file, "rt", encoding="utf-8-sig")
-
-
-def _json_lines(file: Path, text: TextIO) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}:{number}: not JSON: {error.msg} at column {error.colno}; "
-                "expected one object per line, or one array of objects in the file"
-            ) from None
-
-
-def _json_array(file: Path, text: TextIO) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from enumerate(json.load(text), start=1)
+            if is_array:
+                yield from enumerate(json.load(text), start=1)
+                return
+            for line, content in enumerate(text, start=1):
+                if content.strip():
+                    yield line, json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
+            f"{file}:{line or error.lineno}: not JSON: {error.msg} at column {error.colno}; "
+            "expected one object per line, or one array of objects in the file"
         ) from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
@@ -121,15 +109,14 @@ def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
         saved = datasets.load_from_disk(str(folder))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read as a saved dataset: {error}") from None
+    name = split or "train"
     if isinstance(saved, datasets.DatasetDict):
-        if (split or "train") not in saved:
-            raise UserError(
-                f'{folder}: no split "{split or "train"}"; the dataset has {", ".join(saved)}'
-            )
-        folder, saved = folder / (split or "train"), saved[split or "train"]
-    elif split not in (None, "train", saved.split and str(saved.split)):
+        if name not in saved:
+            raise UserError(f'{folder}: no split "{name}"; the dataset has {", ".join(saved)}')
+        folder, saved = folder / name, saved[name]
+    elif name not in ("train", saved.split and str(saved.split)):
         raise UserError(f'{folder}: no split "{split}"; the saved dataset has no splits')
-    return _dataset_rows(str(folder), saved)
+    return _placed(folder, enumerate(saved, start=1))
 
 
 def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
@@ -148,15 +135,7 @@ def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
     # An unknown split, several configurations; a loading script; files that cannot be parsed.
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f'{path}, split "{split}": {error}') from None
-    return _dataset_rows(f"{path}/{split}", dataset)
-
-
-def _dataset_rows(name: str, dataset: Iterable[Row]) -> Iterator[PlacedRow]:
-    number = 0
-    for number, row in enumerate(dataset, start=1):
-        yield f"{name}:{number}", row
-    if number == 0:
-        raise UserError(f"{name}: the dataset holds no rows")
+    return _placed(f"{path}/{split}", enumerate(dataset, start=1))
 
 
 KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
@@ -183,3 +162,8 @@ def read_text(row: Row, column: str, where: str) -> str:
     except UnicodeEncodeError as error:  # half a surrogate pair, which JSON's \\u can spell
         raise UserError(f'{where}: "{column}" is not valid Unicode: {error}') from None
     return text
+
+
+def optional_text(row: Row, column: str, where: str) -> str | None:
+    """`read_text`, or None if the column is missing or null."""
+    return None if row.get(column) is None else read_text(row, column, where)

@@ -4,7 +4,7 @@ formats         rows of many formats become pairs
 preferences     sources are mixed, split and cleaned
 tokenizer       the tokenizer of a model folder
 special_tokens  special tokens that a row's text spells out
-tokenized       a data set as token ids
+token_arrays    a data set as token ids, in flat arrays
 tokenization    pairs become token ids through the chat template
 planning        which pairs a step trains on, and how ranks and microbatches share them
 packing         pairs become rows of token slots, a prompt shared by its two responses

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from notus.data.formats import Pair
 from notus.data.packing import slots_of
 from notus.data.preferences import Source, load_preferences
+from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.data.tokenization import tokenize_pairs
-from notus.data.tokenized import Tokenized, TokenizedPairs
 from notus.errors import UserError, agreed
 
 # Gives each rank a contiguous share of the pairs and returns all ranks' results, in order.
@@ -24,9 +24,8 @@ MapOverRanks = Callable[
 class Dataset:
     """A data set as text and as tokens.
 
-    rows: its pairs as they were read; in supervised fine-tuning prompts with one response,
-    `chosen`. tokenized: their tokens. dropped: how many rows were dropped while reading, by reason;
-    a holdout's are counted with the training data's.
+    rows: its pairs as they were read. tokenized: their tokens. dropped: how many rows were dropped
+    while reading, by reason; a holdout's are counted with the training data's.
     """
 
     rows: Sequence[Pair]
@@ -44,31 +43,15 @@ class Dataset:
         return [self.rows[place] for place in self.tokenized.kept]
 
     @property
-    def origins(self) -> list[str]:
-        """The file and line that each pair comes from, for messages."""
-        return [pair.where for pair in self.kept]
-
-    @property
     def counts(self) -> dict[str, int]:
         """How many rows were dropped, cut or remarkable, by reason."""
-        return {f"dropped: {reason}": n for reason, n in self.dropped.items()} | (
-            self.tokenized.counts
-        )
+        dropped = {f"dropped: {reason}": n for reason, n in self.dropped.items()}
+        return dropped | self.tokenized.counts
 
     @property
     def notes(self) -> str:
         """`counts` as the end of a sentence."""
         return "".join(f"; {n:,} {reason}" for reason, n in self.counts.items())
-
-    @property
-    def in_pairs(self) -> bool:
-        """Whether there are rejected responses."""
-        return bool(self.pairs.lengths[:, 2].any())
-
-    @property
-    def unit(self) -> str:
-        """The unit of the data set's size."""
-        return "pairs" if self.in_pairs else "responses"
 
 
 def load_datasets(
@@ -89,30 +72,27 @@ def load_datasets(
     """The data sets "train" and, of `evaluation` sources or `holdout` rows, "eval".
 
     tokenization: the keyword arguments of `tokenize_pairs`. The last five: as for
-    `load_preferences`. Collective.
-
-    Raises:
-        UserError: on every rank, if a source cannot be read, a pair cannot be tokenized, no pair is
-            left, or one takes more than tokens_per_microbatch.
+    `load_preferences`. Collective. Raises UserError, on every rank, if a source cannot be read, a
+    pair cannot be tokenized, no pair is left, or one takes more than tokens_per_microbatch.
     """
     with agreed():
-        other = None
+        held_out = None
         if evaluation:
-            other = load_preferences(evaluation, seed=seed, responses_only=responses_only)
+            held_out = load_preferences(evaluation, seed=seed, responses_only=responses_only)
         found = load_preferences(
             train,
             seed=seed,
             holdout=holdout,
             holdout_seed=holdout_seed,
-            evaluation=other.train if other else (),
+            evaluation=held_out.train if held_out else (),
             drop_leaks=drop_leaks,
             responses_only=responses_only,
         )
     read = {"train": (found.train, found.dropped)}
-    if other:
-        read["eval"] = other.train, other.dropped
+    if held_out:
+        read["eval"] = (held_out.train, held_out.dropped)
     elif holdout:
-        read["eval"] = found.holdout, {}
+        read["eval"] = (found.holdout, {})
 
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **tokenization)
     datasets = {}

@@ -6,12 +6,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from os.path import commonprefix
 from types import NoneType
 from typing import NamedTuple
 
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import RATED_FORMATS
-from notus.curation.rows import PlacedRow, Row, read_text, reject_column
+from notus.curation.ratings import RATED_COLUMNS
+from notus.curation.rows import PlacedRow, Row, optional_text, read_text, reject_column
 from notus.errors import UserError
 
 Message = dict[str, str]
@@ -41,6 +42,7 @@ class Pair:
     labels: dict[str, str] = field(default_factory=dict, compare=False)
 
 
+PARTS = ("prompt", "chosen", "rejected")
 Outcome = list[Pair] | Dropped  # of one row
 Scores = tuple[float | None, float | None]  # of chosen and rejected
 
@@ -75,10 +77,7 @@ def _message(row: Row, column: str, where: str, keys: tuple[str, str]) -> Messag
 def read_messages(
     row: Row, column: str, where: str, keys: tuple[str, str] = MESSAGE_KEYS
 ) -> list[Message]:
-    """The messages in `row[column]`, whose roles and contents are under `keys`.
-
-    Raises UserError that names `where`, the column and the message's index.
-    """
+    """The messages in `row[column]`; raises UserError that names `where`, column and index."""
     messages = row.get(column)
     if not isinstance(messages, list):
         reject_column(row, column, where, "a list of messages")
@@ -86,17 +85,12 @@ def read_messages(
     return [_message(numbered, name, where, keys) for name in numbered]
 
 
-def _read_dialogue(row: Row, column: str, where: str) -> list[Message]:
-    """The messages in `row[column]`, the last one of the assistant."""
-    messages = read_messages(row, column, where)
-    _check_ends_with_answer(messages, column, where)
-    return messages
-
-
-def _check_ends_with_answer(messages: list[Message], column: str, where: str) -> None:
+def _answered(messages: list[Message], column: str, where: str) -> list[Message]:
+    """The messages of `column`; raises UserError unless the last one is of the assistant."""
     if not messages or messages[-1]["role"] != ASSISTANT:
         found = f"a message of the {messages[-1]['role']}" if messages else "no message"
         raise UserError(f'{where}: "{column}" ends with {found}; expected one of the assistant')
+    return messages
 
 
 def _scores(row: Row, where: str) -> Scores:
@@ -105,14 +99,11 @@ def _scores(row: Row, where: str) -> Scores:
     for place in (row, metadata if isinstance(metadata, dict) else {}):
         for columns in SCORE_COLUMNS:
             if all(column in place for column in columns):
-                return tuple(_score(place, column, where) for column in columns)
+                for column in columns:
+                    if not isinstance(place[column], int | float | NoneType):
+                        reject_column(place, column, where, "a number")
+                return tuple(None if place[c] is None else float(place[c]) for c in columns)
     return None, None
-
-
-def _score(row: Row, column: str, where: str) -> float | None:
-    if not isinstance(row[column], int | float | NoneType):
-        reject_column(row, column, where, "a number")
-    return None if row[column] is None else float(row[column])
 
 
 def labels_of(row: Row) -> dict[str, str]:
@@ -147,18 +138,15 @@ def convert_preference(row: Row, where: str) -> Outcome:
     if row.get("chosen") is None or row.get("rejected") is None:
         missing = "chosen" if row.get("chosen") is None else "rejected"
         reject_column(row, missing, where, "text or a list of messages")
-    convert = _convert_texts if isinstance(row["chosen"], str) else _convert_messages
-    return convert(row, where)
-
-
-def _convert_texts(row: Row, where: str) -> Outcome:
+    if not isinstance(row["chosen"], str):
+        return _convert_messages(row, where)
     chosen, rejected = read_text(row, "chosen", where), read_text(row, "rejected", where)
-    if "prompt" in row:
-        prompt = read_text(row, "prompt", where)
-    else:
+    implied = "prompt" not in row
+    if implied:
         length = common_prompt_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    implied = "prompt" not in row
+    else:
+        prompt = read_text(row, "prompt", where)
     return [Pair(prompt, chosen, rejected, where, *_scores(row, where), implied=implied)]
 
 
@@ -168,15 +156,17 @@ def common_prompt_length(chosen: str, rejected: str) -> int:
     A space at the prompt's end goes to the responses, and each response keeps a character even
     if one text begins with all of the other.
     """
-    shortest = min(len(chosen), len(rejected))
-    for index in range(shortest):
-        if chosen[index] != rejected[index]:
-            return index - 1 if chosen[:index].endswith(" ") else index
-    return max(shortest - 1, 0)
+    length, shortest = len(commonprefix([chosen, rejected])), min(len(chosen), len(rejected))
+    if length == shortest:
+        return max(shortest - 1, 0)
+    return length - 1 if chosen[:length].endswith(" ") else length
 
 
 def _convert_messages(row: Row, where: str) -> Outcome:
-    chosen, rejected = _read_dialogue(row, "chosen", where), _read_dialogue(row, "rejected", where)
+    chosen, rejected = (
+        _answered(read_messages(row, column, where), column, where)
+        for column in ("chosen", "rejected")
+    )
     if isinstance(row.get("prompt"), list):
         prompt = read_messages(row, "prompt", where)
         for column, response in (("chosen", chosen), ("rejected", rejected)):
@@ -190,18 +180,13 @@ def _convert_messages(row: Row, where: str) -> Outcome:
         if repeated and chosen[0]["role"] == rejected[0]["role"] == ASSISTANT:
             prompt = [{"role": USER, "content": repeated}]
         else:
-            length = _common_messages(chosen, rejected)
+            # The last message of either is a response, even if they are equal.
+            same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
+            length = (*same, False).index(False)
             prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
             if not chosen[0]["role"] == rejected[0]["role"] == ASSISTANT:
                 return PROMPTS_DIFFER
     return [Pair(prompt, chosen, rejected, where, *_scores(row, where))]
-
-
-def _common_messages(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many leading messages are equal; the last one of either is always a response."""
-    shortest = min(len(chosen), len(rejected)) - 1
-    equal = (chosen[index] == rejected[index] for index in range(shortest))
-    return next((index for index, same in enumerate(equal) if not same), shortest)
 
 
 def convert_turns(columns: tuple[str, str, str], row: Row, where: str) -> Outcome:
@@ -228,21 +213,20 @@ def _hh_turns(row: Row, column: str, where: str) -> list[Message]:
         {"role": USER if name == "Human" else ASSISTANT, "content": content.strip()}
         for name, content in zip(parts[::2], parts[1::2], strict=True)
     ]
-    _check_ends_with_answer(turns, column, where)
-    return turns
+    return _answered(turns, column, where)
 
 
 def convert_sharegpt(row: Row, where: str) -> Outcome:
     """LLaMA-Factory's ShareGPT preferences: a conversation and two messages that may follow it."""
     prompt = read_messages(row, "conversations", where, SHAREGPT_KEYS)
-    system = "" if row.get("system") is None else read_text(row, "system", where)
+    system = optional_text(row, "system", where) or ""
     if system.strip() and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
-    chosen = [_message(row, "chosen", where, SHAREGPT_KEYS)]
-    rejected = [_message(row, "rejected", where, SHAREGPT_KEYS)]
-    _check_ends_with_answer(chosen, "chosen", where)
-    _check_ends_with_answer(rejected, "rejected", where)
-    return [Pair(prompt, chosen, rejected, where, *_scores(row, where))]
+    responses = (
+        _answered([_message(row, column, where, SHAREGPT_KEYS)], column, where)
+        for column in ("chosen", "rejected")
+    )
+    return [Pair(prompt, *responses, where, *_scores(row, where))]
 
 
 # ---------------------------------------------------------------------- formats of one response
@@ -257,14 +241,12 @@ def convert_conversation(column: str, row: Row, where: str) -> Outcome:
 
 def convert_completion(row: Row, where: str) -> Outcome:
     """TRL's prompt and completion, as text or as messages."""
-    prompt, response = _prompt_and_completion(row, where)
+    if isinstance(row.get("prompt"), list):
+        prompt, response = (read_messages(row, name, where) for name in ("prompt", "completion"))
+        _answered(response, "completion", where)
+    else:
+        prompt, response = (read_text(row, name, where) for name in ("prompt", "completion"))
     return [Pair(prompt, response, type(response)(), where)]
-
-
-def _prompt_and_completion(row: Row, where: str) -> tuple[str | list[Message], str | list[Message]]:
-    if not isinstance(row.get("prompt"), list):
-        return read_text(row, "prompt", where), read_text(row, "completion", where)
-    return read_messages(row, "prompt", where), _read_dialogue(row, "completion", where)
 
 
 def convert_unpaired(row: Row, where: str) -> Outcome:
@@ -288,12 +270,12 @@ def pair_up(rows: Iterable[PlacedRow]) -> Iterator[Pair | Dropped]:
     bad: dict[str, deque[str | list[Message]]] = defaultdict(deque)
     for where, row in rows:
         is_good = _is_good(row, where)
-        prompt, response = _prompt_and_completion(row, where)
+        (pair,) = convert_completion(row, where)
+        prompt = json.dumps(pair.prompt)
         if is_good:
-            pair = Pair(prompt, response, "", where, labels=labels_of(row))
-            good.append((json.dumps(prompt), pair))
+            good.append((prompt, replace(pair, labels=labels_of(row))))
         else:
-            bad[json.dumps(prompt)].append(response)
+            bad[prompt].append(pair.chosen)
     left_over = len(good) + sum(map(len, bad.values()))
     for prompt, pair in good:
         if bad[prompt]:
@@ -337,7 +319,7 @@ def _is_preference(row: Row) -> bool:
 ARGILLA = ("instruction", "chosen_response", "rejected_response")
 # The first format that recognises a source's first row is taken, so the special ones come first.
 FORMATS: dict[str, Format] = {
-    **{name: _format(None, *rated.columns) for name, rated in RATED_FORMATS.items()},
+    **{name: _format(None, *columns) for name, columns in RATED_COLUMNS.items()},
     "argilla": _format(partial(convert_turns, ARGILLA), *ARGILLA),
     "sharegpt": _format(convert_sharegpt, "conversations", "chosen", "rejected"),
     "hh": Format('chosen, rejected as "\\n\\nHuman:" dialogues', _is_hh, convert_hh),
@@ -359,14 +341,11 @@ ONLY_ANSWERS = ("completion", "messages", "conversations")  # formats for superv
 
 def find_format(name: str | None, row: Row, where: str) -> str:
     """The name of a row's format in `FORMATS`: the one asked for, or the first to recognise it."""
-    known = "; ".join(f"{name} ({entry.columns})" for name, entry in FORMATS.items())
-    if name is not None and name not in FORMATS:
-        raise UserError(f'{where}: no preference format "{name}"; known are {known}')
     recognised = (name for name, entry in FORMATS.items() if entry.recognises(row))
     found = name or next(recognised, None)
-    if found is None:
-        raise UserError(
-            f"{where}: not a known preference format; found the columns {', '.join(row)}; "
-            f"known are {known}"
-        )
-    return found
+    if found in FORMATS:
+        return found
+    columns = f"not a known preference format; found the columns {', '.join(row)}"
+    problem = f'no preference format "{name}"' if name else columns
+    known = "; ".join(f"{name} ({entry.columns})" for name, entry in FORMATS.items())
+    raise UserError(f"{where}: {problem}; known are {known}")

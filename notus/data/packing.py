@@ -72,6 +72,9 @@ class Layout:
         inside the text under the "trl-0.7.4" tokenization; FlashAttention-2 took it out of the
         sequence, and so its attention output is 0).
     segments: the row as causal sequences; None if any token is hidden.
+    intervals: int32 [3, T], the slots that each slot attends to if nothing is hidden and no window
+        limits it: the first number up to and without the second, in its prompt, and the third up
+        to itself, in its own branch. Padding attends to itself.
     """
 
     document: Tensor
@@ -79,6 +82,7 @@ class Layout:
     position: Tensor
     hidden: Tensor
     segments: Segments | None = None
+    intervals: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,15 @@ def pack(
     branch = np.zeros(slots, np.int32)
     position = np.zeros(slots, np.int32)
     hidden = np.zeros(slots, bool)
+    intervals = np.zeros((3, slots), np.int32)
+    intervals[2] = np.arange(slots)
     rows, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     segments: list[tuple[slice, slice]] = []  # slots of the shared prompt, if any, and the queries
     cursor = 0
     documents = 0
 
-    def place(part: slice, kind: int, first_position: int) -> slice:
-        """Copy one part of a pair to the cursor; returns the slots that it takes."""
+    def place(part: slice, kind: int, prompt: slice) -> slice:
+        """Copy one part of a pair, after the slots `prompt`, to the cursor; returns its slots."""
         nonlocal cursor
         start, cursor = cursor, cursor + part.stop - part.start
         assert cursor <= slots, (cursor, slots)
@@ -150,7 +156,8 @@ def pack(
         hidden[here] = pairs.hidden[part]
         document[here] = documents
         branch[here] = kind
-        position[here] = np.arange(first_position, first_position + cursor - start)
+        position[here] = prompt.stop - prompt.start + np.arange(cursor - start)
+        intervals[:, here] = [[prompt.start], [prompt.stop], [start]]
         return here
 
     for pair in chosen_pairs:
@@ -161,10 +168,10 @@ def pack(
         for side, part in enumerate(responses):
             if side == 0 or not shared:
                 documents += 1
-                before = place(prompt, PROMPT, 0)
+                before = place(prompt, PROMPT, NO_SLOTS)
                 if shared:
                     segments.append((NO_SLOTS, before))
-            own = place(part, (CHOSEN, REJECTED)[side], prompt.stop - prompt.start)
+            own = place(part, (CHOSEN, REJECTED)[side], before)
             whole = slice(before.start, own.stop)
             segments.append((before, own) if shared else (NO_SLOTS, whole))
             # The prompt's last slot predicts the first token, each token the one after it.
@@ -174,19 +181,17 @@ def pack(
     for start in range(cursor, slots, PADDING_SEGMENT):
         segments.append((NO_SLOTS, slice(start, min(start + PADDING_SEGMENT, slots))))
 
-    def joined(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts))
-
     indices = np.asarray(chosen_pairs, dtype=np.int64)
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         layout=Layout(
             *(torch.from_numpy(x) for x in (document, branch, position, hidden)),
             segments=None if hidden.any() else _join(segments, slots),
+            intervals=torch.from_numpy(intervals),
         ),
         pairs=torch.from_numpy(indices),
-        rows=joined(rows),
-        targets=joined(targets),
+        rows=torch.from_numpy(np.concatenate(rows)),
+        targets=torch.from_numpy(np.concatenate(targets)),
         lengths=torch.from_numpy(pairs.lengths[indices, 1:].reshape(-1, 2)),
     )
 

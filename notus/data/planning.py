@@ -1,8 +1,7 @@
 """Which pairs a step trains on, and how ranks and microbatches share them: pure functions.
 
 The pairs of a step depend only on the seed and the step; how they are divided over ranks and
-microbatches changes neither the gradient nor any metric. Nothing here has state, so a run resumes
-from its step number, on any number of ranks.
+microbatches changes neither the gradient nor any metric.
 """
 
 import heapq
@@ -47,55 +46,33 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch; the last holds the remaining pairs."""
-        return steps_per_epoch(len(self.slot_counts), self.pairs_per_step)
+        return -(-len(self.slot_counts) // self.pairs_per_step)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the run."""
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def pairs_of(self, step: int) -> np.ndarray:
         """Indices of the pairs of optimiser step `step`, counted from 0: int64 [at most G].
 
-        Pure in the step, and the same on any number of ranks.
+        They are the next G of the epoch's permutation, which is keyed by (seed, epoch), or without
+        `shuffle` of the file's order. No step spans two epochs. The same on any number of ranks.
         """
-        return pairs_of_step(
-            step,
-            pairs=len(self.slot_counts),
-            pairs_per_step=self.pairs_per_step,
-            seed=self.seed,
-            shuffle=self.shuffle,
-        )
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.arange(len(self.slot_counts))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(order))
+        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
 
     def division(self, pairs: np.ndarray) -> Division:
         """The pairs divided over ranks and microbatches."""
         return divide_pairs(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget)
 
 
-def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
-    """Optimiser steps in one epoch; the last holds the remaining pairs."""
-    return -(-pairs // pairs_per_step)
-
-
-def pairs_of_step(
-    step: int, *, pairs: int, pairs_per_step: int, seed: int, shuffle: bool
-) -> np.ndarray:
-    """Indices of the pairs that optimiser step `step` (from 0) trains on: int64 [at most G].
-
-    They are the next G of the epoch's permutation, which is keyed by (seed, epoch), or without
-    `shuffle` of the file's order. No step spans two epochs.
-    """
-    epoch, within = divmod(step, steps_per_epoch(pairs, pairs_per_step))
-    order = np.random.default_rng((seed, epoch)).permutation(pairs) if shuffle else range(pairs)
-    return np.asarray(order[within * pairs_per_step : (within + 1) * pairs_per_step], np.int64)
-
-
 def idle_text(pairs_per_step: int, ranks: int, unit: str) -> str | None:
-    """A warning of ranks that have nothing to do in any step; None if there are none.
-
-    Such a run works: its idle ranks compute on empty rows, and hold their share of the model.
-    """
+    """A warning of ranks that idle in every step, on empty rows; None if there are none."""
     if ranks <= pairs_per_step:
         return None
     return (

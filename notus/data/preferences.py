@@ -1,28 +1,24 @@
 """Sources -> preference pairs: mixed by weight, held-out rows set aside, unusable pairs dropped.
 
-Read top to bottom: each row of a source is converted by its format's function (formats.py) or by
-its curation, the sources are mixed, held-out rows are drawn, and pairs that cannot be trained on
-are dropped with a named reason.
+Each row of a source is converted by its format's function (formats.py) or by its curation, the
+sources are mixed, held-out rows are drawn, and unusable pairs are dropped with a named reason.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row
-from notus.curation.decontamination import Dropped, SeenPrompts, asked, whole_text
-from notus.curation.ratings import RATED_FORMATS, RatedRow
-from notus.curation.rows import Row, read_rows
+from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
+from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
+from notus.curation.ratings import READ_RATED, Choice
+from notus.curation.rows import read_rows
 from notus.data.formats import (
     FORMATS,
     ONLY_ANSWERS,
-    Message,
-    Outcome,
     Pair,
     find_format,
     labels_of,
@@ -58,19 +54,32 @@ class Source:
 def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
     """A source's rows in file order, each as its pairs or as the reason why it gives none.
 
-    responses_only: pairs have no rejected response, and rows may be conversations, each of whose
-    answers is a pair.
+    responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
     """
     rows = read_rows(source.path, source.split)
     where, row = first = next(rows)
     name = find_format(source.format, row, where)
-    convert = _converter(source, name, where, seed, responses_only)
+    _check_use(source, name, where, responses_only)
+    convert, curation = FORMATS[name].convert, source.curation
+    screen = None if curation is None else Screen(curation)
     rows = chain([first], rows)
     if name == "unpaired" and not responses_only:
         yield from pair_up(rows)
         return
     for where, row in rows:
-        outcome = convert(row, where)
+        if convert is None:
+            rated = READ_RATED[name](row, where)
+            outcome = curate_row(rated, row, where, curation, screen, seed)
+            if isinstance(outcome, Choice):
+                chosen, rejected = outcome.chosen["response"], outcome.rejected["response"]
+                scores = (outcome.chosen_score, outcome.rejected_score)
+                outcome = [single_turn_pair(rated.prompt, chosen, rejected, where, scores)]
+        else:
+            outcome = convert(row, where)
+            if screen and not isinstance(outcome, Dropped):
+                prompt = outcome[0].prompt
+                left_out = screen.refuse(prompt, row, where) or screen.repeated(prompt, where)
+                outcome = left_out or outcome
         if isinstance(outcome, Dropped):
             yield outcome
             continue
@@ -79,71 +88,30 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
             yield replace(pair, rejected=rejected, labels=labels_of(row))
 
 
-def _converter(
-    source: Source, name: str, where: str, seed: int, responses_only: bool
-) -> Callable[[Row, str], Outcome]:
-    """The function that converts the source's rows, which are in the format `name`.
-
-    Raises UserError when the format does not fit the curation or the objective.
-    """
-    entry, curation = FORMATS[name], source.curation
-    is_rated = entry.convert is None
+def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:
+    """Raise UserError when the format `name` does not fit the curation or the objective."""
+    rule = source.curation.rule if source.curation else None
     if name in ONLY_ANSWERS and not responses_only:
         raise UserError(
             f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
             'or "train": {"objective": "sft"}'
         )
-    if is_rated and (curation is None or curation.rule is None):
-        raise UserError(
-            f"{source.path}: the rows hold ratings and no pairs yet; "
-            'give the source "curation": {"rule": "mean-rating"}'
-        )
-    if curation is None:
-        return entry.convert
-    if is_rated:
-        read = RATED_FORMATS[name].read
-        return partial(_convert_rated, read, curation, Screen(curation), seed)
-    if name in ("unpaired", *ONLY_ANSWERS):
+    if FORMATS[name].convert is None:
+        if rule is None:
+            raise UserError(
+                f"{source.path}: the rows hold ratings and no pairs yet; "
+                'give the source "curation": {"rule": "mean-rating"}'
+            )
+    elif source.curation and name in ("unpaired", *ONLY_ANSWERS):
         raise UserError(
             f'{source.path}: "curation" is not for rows of one response each (the format '
             f'"{name}"); remove it'
         )
-    if curation.rule is not None:
+    elif rule is not None:
         raise UserError(
             f'{source.path}: "curation" does nothing with a rule for rows in the format "{name}", '
             "which are pairs already; remove it"
         )
-    return partial(_convert_screened, entry.convert, Screen(curation))
-
-
-def _convert_rated(
-    read: Callable[[Row, str], RatedRow],
-    curation: Curation,
-    screen: Screen,
-    seed: int,
-    row: Row,
-    where: str,
-) -> Outcome:
-    """A prompt with rated responses: the pair that the curation makes of it."""
-    rated = read(row, where)
-    choice = curate_row(rated, row, where, curation, screen, seed)
-    if isinstance(choice, Dropped):
-        return choice
-    responses = (choice.chosen["response"], choice.rejected["response"])
-    scores = (choice.chosen_score, choice.rejected_score)
-    return [single_turn_pair(rated.prompt, *responses, where, scores)]
-
-
-def _convert_screened(
-    convert: Callable[[Row, str], Outcome], screen: Screen, row: Row, where: str
-) -> Outcome:
-    """A row that `convert` reads as a pair, unless the screen leaves it out."""
-    outcome = convert(row, where)
-    if isinstance(outcome, Dropped):
-        return outcome
-    prompt = outcome[0].prompt
-    refused = screen.refuse(asked(prompt), whole_text(prompt), row, where)
-    return refused or screen.repeated(whole_text(prompt), where) or outcome
 
 
 # -------------------------------------------------------------------------------------- mixing
@@ -175,43 +143,7 @@ def split_holdout(count: int, holdout: int, seed: int) -> tuple[np.ndarray, np.n
     return shuffled_twice[holdout:], shuffled_twice[:holdout]
 
 
-EMPTY_CHOSEN = "empty chosen response"
-EMPTY_REJECTED = "empty rejected response"
-IDENTICAL = "identical responses"
-EMPTY_PROMPT = "empty prompt"
 HELD_OUT_COPY = "copy of a held-out row"
-
-
-def reason_to_drop(pair: Pair, responses_only: bool = False) -> str | None:
-    """The reason why nothing can be learned from a pair or its chosen response; None if it can."""
-    if _is_blank(pair.chosen):
-        return EMPTY_CHOSEN
-    if not responses_only and _is_blank(pair.rejected):
-        return EMPTY_REJECTED
-    if pair.chosen == pair.rejected:
-        return IDENTICAL
-    return EMPTY_PROMPT if _is_blank(pair.prompt) else None
-
-
-def _is_blank(text: str | list[Message]) -> bool:
-    if isinstance(text, str):
-        return not text.strip()
-    return not any(message["content"].strip() for message in text)
-
-
-def _usable(
-    rows: Iterable[Pair | Dropped], dropped: Counter[str], responses_only: bool
-) -> list[Pair]:
-    """The pairs worth training on; the other rows are counted in `dropped` by reason."""
-    pairs = []
-    for row in rows:
-        is_dropped = isinstance(row, Dropped)
-        reason = row.reason if is_dropped else reason_to_drop(row, responses_only)
-        if reason is None:
-            pairs.append(row)
-        else:
-            dropped[reason] += 1
-    return pairs
 
 
 def find_leaks(pairs: Iterable[Pair], held_out: Iterable[Pair]) -> list[str | None]:
@@ -219,7 +151,7 @@ def find_leaks(pairs: Iterable[Pair], held_out: Iterable[Pair]) -> list[str | No
 
     `SeenPrompts` defines "nearly".
     """
-    seen = SeenPrompts(near=True)
+    seen = SeenPrompts()
     for pair in held_out:
         seen.add(whole_text(pair.prompt), pair.where)
     return [seen.find(whole_text(pair.prompt)) for pair in pairs]
@@ -244,11 +176,9 @@ def load_preferences(
     dropped from training and, with `drop_leaks`, so is every row whose prompt is, or nearly is,
     that of a held-out row or of one of the `evaluation` pairs. `dropped` counts rows as often as
     they enter, and once if curation leaves them out. responses_only (supervised fine-tuning): only
-    chosen responses are read, and each answer of a conversation is a row of its own.
-
-    Raises:
-        UserError: a source cannot be read or converted, `holdout` takes every row, or no pair is
-            left.
+    chosen responses are read, and each answer of a conversation is a row of its own. Raises
+    UserError if a source cannot be read or converted, `holdout` takes every row, or no pair is
+    left.
     """
     rows: list[Pair | Dropped] = []
     dropped: Counter[str] = Counter()
@@ -268,12 +198,26 @@ def load_preferences(
             "expected fewer than there are"
         )
 
+    def usable(indices: np.ndarray) -> list[Pair]:
+        """The pairs worth training on; the other rows are counted by reason."""
+        pairs = []
+        for row in (rows[index] for index in indices):
+            if isinstance(row, Dropped):
+                reason = row.reason
+            else:
+                rejected = None if responses_only else row.rejected
+                reason = reason_to_drop(row.prompt, row.chosen, rejected)
+            if reason is None:
+                pairs.append(row)
+            else:
+                dropped[reason] += 1
+        return pairs
+
     split_seed = seed if holdout_seed is None else holdout_seed
     train, held_out = (order[part] for part in split_holdout(len(order), holdout, split_seed))
     is_copy = np.isin(train, held_out)
     dropped += Counter({HELD_OUT_COPY: int(is_copy.sum())})
-    train_pairs = _usable((rows[index] for index in train[~is_copy]), dropped, responses_only)
-    holdout_pairs = _usable((rows[index] for index in held_out), dropped, responses_only)
+    train_pairs, holdout_pairs = usable(train[~is_copy]), usable(held_out)
     if responses_only:  # the answers of one conversation stay together
         conversations = {pair.where for pair in holdout_pairs}
         apart = [pair for pair in train_pairs if pair.where not in conversations]

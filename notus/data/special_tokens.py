@@ -12,7 +12,7 @@ from functools import lru_cache
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.formats import Message, Pair
+from notus.data.formats import PARTS, Message, Pair
 
 # Noncharacters, which no text should contain. BREAK splits a special token's text in a message
 # while the template renders it; the template's own special tokens become OPEN, their id, CLOSE.
@@ -32,34 +32,26 @@ def without_ends(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Pair:
     """
 
     def trimmed(response: str | list[Message]) -> str | list[Message]:
-        if isinstance(response, str):
-            return _without_final(response, tokenizer.eos_token)
         if not response:  # in supervised fine-tuning there is no rejected one
             return response
-        *first, last = response
-        return [*first, {**last, "content": _without_final(last["content"], tokenizer.eos_token)}]
+        if not isinstance(response, str):
+            *first, last = response
+            return [*first, {**last, "content": trimmed(last["content"])}]
+        while response.rstrip().endswith(tokenizer.eos_token):
+            response = response.rstrip().removesuffix(tokenizer.eos_token)
+        return response
 
-    prompt, bos = pair.prompt, tokenizer.bos_token
-    if isinstance(prompt, str) and bos:
-        prompt = prompt.removeprefix(bos)
+    prompt = pair.prompt
+    if isinstance(prompt, str):
+        prompt = prompt.removeprefix(tokenizer.bos_token or "")
     return replace(
         pair, prompt=prompt, chosen=trimmed(pair.chosen), rejected=trimmed(pair.rejected)
     )
 
 
-def _without_final(text: str, eos: str) -> str:
-    """The text without EOS tokens, and white space after them, at its end."""
-    while text.rstrip().endswith(eos):
-        text = text.rstrip().removesuffix(eos)
-    return text
-
-
 def _contents(pair: Pair) -> Iterator[str]:
     for part in (pair.prompt, pair.chosen, pair.rejected):
-        if isinstance(part, str):
-            yield part
-        else:
-            yield from (message["content"] for message in part)
+        yield from [part] if isinstance(part, str) else (message["content"] for message in part)
 
 
 @lru_cache(maxsize=4)
@@ -86,19 +78,13 @@ class Guard:
     def break_up(self, pair: Pair) -> Pair:
         """The conversation with a BREAK in every special token's text, ready to be rendered."""
 
-        def broken(messages: Sequence[Message]) -> list[Message]:
-            contents = (message["content"].translate(REMOVED) for message in messages)
-            return [
-                {**message, "content": self.pattern.sub(_broken, content)}
-                for message, content in zip(messages, contents, strict=True)
-            ]
+        def broken(message: Message) -> Message:
+            content = message["content"].translate(REMOVED)
+            halves = self.pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], content)
+            return {**message, "content": halves}
 
-        return replace(
-            pair,
-            prompt=broken(pair.prompt),
-            chosen=broken(pair.chosen),
-            rejected=broken(pair.rejected),
-        )
+        parts = {name: list(map(broken, getattr(pair, name))) for name in PARTS}
+        return replace(pair, **parts)
 
     def mark(self, rendered: str) -> str:
         """The rendered text, ready to be encoded: the template's tokens marked, BREAKs removed."""
@@ -117,10 +103,6 @@ class Guard:
         return [self.original.get(token, token) for token in ids]
 
 
-def _broken(match: re.Match[str]) -> str:
-    return match[0][0] + BREAK + match[0][1:]
-
-
 @lru_cache(maxsize=4)
 def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
     """The guard of a tokenizer; the tokenizer must not change afterwards."""
@@ -129,21 +111,15 @@ def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
     backend.no_padding()
     backend.encode_special_tokens = True  # the library's words for: as text
     special = {id: t for id, t in tokenizer.added_tokens_decoder.items() if t.special}
-    marks = {
-        f"{OPEN}{id}{CLOSE}": AddedToken(
-            f"{OPEN}{id}{CLOSE}",
-            single_word=token.single_word,
-            lstrip=token.lstrip,
-            rstrip=token.rstrip,
-            normalized=token.normalized,
-        )
-        for id, token in special.items()
-    }
-    backend.add_tokens(list(marks.values()))
+    marks = {id: f"{OPEN}{id}{CLOSE}" for id in special}
+    options = ("single_word", "lstrip", "rstrip", "normalized")
+    for id, token in special.items():
+        same = {name: getattr(token, name) for name in options}
+        backend.add_tokens([AddedToken(marks[id], **same)])
     return Guard(
         backend,
         _pattern(tokenizer),
         {token.content: id for id, token in special.items()},
-        {backend.token_to_id(mark): id for mark, id in zip(marks, special, strict=True)},
+        {backend.token_to_id(mark): id for id, mark in marks.items()},
         tokenizer.unk_token_id,
     )

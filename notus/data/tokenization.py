@@ -14,37 +14,27 @@ pairs are counted.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
-from typing import NamedTuple, TypeVar
+from os.path import commonprefix
+from typing import Any
 
 import jinja2
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.formats import Message, Pair
+from notus.data.formats import PARTS, Message, Pair
 from notus.data.special_tokens import guard_of, spells_special, without_ends
-from notus.data.tokenized import Tokenized, TokenizedPairs
+from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.errors import UserError
 
-Kind = TypeVar("Kind")
-
 PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
-PARTS = ("prompt", "chosen", "rejected")
 
 AS_TEXT = "with special-token text in content, read as text"
 AS_SPECIAL = "with special-token text in content, read as special tokens"
 
 
-class _Encoded(NamedTuple):
-    """One pair's tokens by part: prompt, chosen, rejected (empty if there is none).
-
-    hidden: for each token whether it is outside attention. remark: what else is counted of the
-    pair.
-    """
-
-    parts: list[list[int]]
-    hidden: list[list[bool]]
-    remark: str | None
+# A pair's token ids by part (a missing rejected response is empty), and what else is counted of it.
+_Encoded = tuple[list[list[int]], str | None]
 
 
 def tokenize_pairs(
@@ -63,9 +53,8 @@ def tokenize_pairs(
     pair when its prompt is not a prefix of both branches, in text or in tokens, and when a
     conversation meets a tokenizer without a chat template.
     """
-    encode = _clean if style == "clean" else _trl_0_7_4
+    encode, rule = (_clean, truncation) if style == "clean" else (_trl_0_7_4, "trl-0.7.4")
     tokens: list[int] = []
-    hidden: list[bool] = []
     lengths: list[tuple[int, int, int]] = []
     whole_lengths: list[tuple[int, int, int]] = []
     kept: list[int] = []
@@ -76,47 +65,46 @@ def tokenize_pairs(
         counts[name] += 1
         examples.setdefault(name, index)
 
-    for index, (parts, flags, remark) in enumerate(encode(pairs, tokenizer, system_prompt)):
+    for index, (parts, remark) in enumerate(encode(pairs, tokenizer, system_prompt)):
         if remark:
             count(remark)
         full = tuple(map(len, parts))
         if full[0] == 0:
             count("dropped: empty prompt")
             continue
-        cut = truncate(
-            *full,
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-            rule="trl-0.7.4" if style == "trl-0.7.4" else truncation,
-        )
+        cut = truncate(*full, max_length=max_length, max_prompt_length=max_prompt_length, rule=rule)
         if cut is None:
             count("dropped: longer than max_length")
             continue
-        if style == "clean" and parts[1][: cut[1]] == parts[2][: cut[2]]:
+        prompt, chosen, rejected = parts[0], parts[1][: cut[1]], parts[2][: cut[2]]
+        if style == "clean" and chosen == rejected:
             count("dropped: identical responses after truncation")
             continue
         for name, before, after in zip(PARTS, full, cut, strict=True):
             if after < before:
                 count(f"cut: {name}")
-        has_bos = style == "clean" and parts[0][0] == tokenizer.bos_token_id
-        kept_prompt = _keep_end(full[0], cut[0], has_bos)
-        for flat, (prompt, chosen, rejected) in ((tokens, parts), (hidden, flags)):
-            flat += [prompt[i] for i in kept_prompt] + chosen[: cut[1]] + rejected[: cut[2]]
+        if cut[0] < full[0]:  # the prompt keeps its end, and under "clean" its BOS
+            first = int(style == "clean" and prompt[0] == tokenizer.bos_token_id)
+            prompt = prompt[:first] + prompt[full[0] - cut[0] + first :]
+        tokens += prompt + chosen + rejected
         lengths.append(cut)
         whole_lengths.append(full)
         kept.append(index)
-    return Tokenized(
-        TokenizedPairs(
-            np.array(tokens, dtype=np.int32),
-            np.array(hidden, dtype=bool),
-            np.array(lengths, dtype=np.int64).reshape(-1, 3),
-        ),
-        np.array(kept, dtype=np.int64),
-        len(pairs),
-        np.array(whole_lengths, dtype=np.int64).reshape(-1, 3),
-        dict(counts),
-        examples,
-    )
+
+    flat = np.array(tokens, dtype=np.int32)
+    found = TokenizedPairs(flat, np.zeros(len(flat), bool), _by_part(lengths))
+    if style == "trl-0.7.4":  # hides every EOS but the one that was appended to each response
+        found.hidden[:] = flat == tokenizer.eos_token_id
+        is_whole = (found.lengths == _by_part(whole_lengths)) & (found.lengths > 0)
+        last = found.starts + found.lengths - 1
+        found.hidden[last[:, 1:][is_whole[:, 1:]]] = False
+    indices = np.array(kept, dtype=np.int64)
+    lengths_before = _by_part(whole_lengths)
+    return Tokenized(found, indices, len(pairs), lengths_before, dict(counts), examples)
+
+
+def _by_part(lengths: list[tuple[int, int, int]]) -> np.ndarray:
+    return np.array(lengths, dtype=np.int64).reshape(-1, 3)
 
 
 def truncate(
@@ -144,16 +132,9 @@ def truncate(
     return prompt, chosen, rejected
 
 
-def _keep_end(length: int, keep: int, has_bos: bool) -> list[int]:
-    """Indices of the last `keep` of `length` prompt tokens; a cut prompt keeps its BOS."""
-    if has_bos and keep < length:
-        return [0, *range(length - keep + 1, length)]
-    return list(range(length - keep, length))
-
-
 def _batches(
-    pairs: Sequence[Pair], kind: Callable[[Pair], Kind]
-) -> Iterator[tuple[Kind, list[Pair]]]:
+    pairs: Sequence[Pair], kind: Callable[[Pair], Any]
+) -> Iterator[tuple[Any, list[Pair]]]:
     """Runs of pairs of one kind, small enough to encode at once: (kind, pairs)."""
     for kind_of_run, run in groupby(pairs, key=kind):
         while batch := list(islice(run, PAIRS_AT_ONCE)):
@@ -179,19 +160,13 @@ def _clean(
             texts = [[guard.mark(text) for text in branch] for branch in texts]
         branches = [prompt + answer for prompt, *answers in texts for answer in answers]
         if guard:
-            encodings = iter(guard.backend.encode_batch(branches, add_special_tokens=False))
+            encodings = guard.backend.encode_batch(branches, add_special_tokens=False)
         else:
             # A conversation has the special tokens its template writes; plain text the tokenizer's.
-            encodings = iter(
-                tokenizer(
-                    branches,
-                    add_special_tokens=not is_conversation,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                ).encodings
-            )
+            encodings = tokenizer(branches, add_special_tokens=not is_conversation).encodings
+        left = iter(encodings)
         for pair, (prompt, *answers) in zip(batch, texts, strict=True):
-            encoded = list(islice(encodings, len(answers)))
+            encoded = list(islice(left, len(answers)))
             remark = AS_SPECIAL if special else None
             if guard and all(guard.is_tight(encoding.ids) for encoding in encoded):
                 remark = AS_TEXT
@@ -199,8 +174,7 @@ def _clean(
             for encoding in encoded:
                 ids = guard.restore(encoding.ids) if guard else encoding.ids
                 sides.append(_split(encoding, ids, prompt, tokenizer, pair))
-            parts = _join_branches(sides, tokenizer, pair)
-            yield _Encoded(parts, [[False] * len(part) for part in parts], remark)
+            yield _join_branches(sides, tokenizer, pair), remark
 
 
 def _join_branches(
@@ -214,24 +188,20 @@ def _join_branches(
         return [*sides[0], []]
     (prompt, chosen), (other, rejected) = sides
     if pair.implied:
-        same = [a == b for a, b in zip(prompt, other, strict=False)]
-        common = (*same, False).index(False)
+        common = len(commonprefix([prompt, other]))
         chosen, rejected = prompt[common:] + chosen, other[common:] + rejected
         prompt, other = prompt[:common], other[:common]
     if prompt != other:
         raise UserError(
             f"{pair.where}: the prompt's tokens differ between the two branches, "
-            f"{_tail(tokenizer, prompt)} and {_tail(tokenizer, other)}; expected the same"
+            f"{tokenizer.decode(prompt[-20:])!r} and {tokenizer.decode(other[-20:])!r}; expected "
+            "the same"
         )
     return [prompt, chosen, rejected]
 
 
 def _split(
-    encoding: Encoding,
-    ids: list[int],
-    prompt: str,
-    tokenizer: PreTrainedTokenizerFast,
-    pair: Pair,
+    encoding: Encoding, ids: list[int], prompt: str, tokenizer: PreTrainedTokenizerFast, pair: Pair
 ) -> tuple[list[int], list[int]]:
     """One encoded branch as (prompt tokens, response tokens), the response with one final EOS."""
     boundary = encoding.char_to_token(len(prompt))
@@ -261,29 +231,20 @@ def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> l
     return [*response, eos]
 
 
-def _tail(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    return repr(tokenizer.decode(ids[-20:]))
-
-
 # --------------------------------------------------------------------------------- "trl-0.7.4"
 
 
 def _trl_0_7_4(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
-    eos = tokenizer.eos_token_id
     for special, batch in _batches(pairs, lambda pair: spells_special(pair, tokenizer)):
         texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
         flat = [text for branch in texts for text in branch]
         encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
         for branch in texts:
             parts = list(islice(encoded, len(branch)))
-            hidden = [[token == eos for token in part] for part in parts]
-            for response, flags in zip(parts[1:], hidden[1:], strict=True):
-                response.append(eos)
-                flags.append(False)
-            missing = [[] for _ in PARTS[len(parts) :]]
-            yield _Encoded(parts + missing, hidden + missing, AS_SPECIAL if special else None)
+            responses = [[*response, tokenizer.eos_token_id] for response in parts[1:]]
+            yield [parts[0], *responses, []][:3], AS_SPECIAL if special else None
 
 
 # ------------------------------------------------------------------------------ the chat template
@@ -309,10 +270,10 @@ def _branch_texts(
             "chat_template in its tokenizer_config.json, or rows of plain text"
         )
     messages = with_system_prompt(pair.prompt, system_prompt)
-    prompt = _render(tokenizer, messages, pair, add_generation_prompt=True)
+    prompt = _render(tokenizer, messages, pair, opens_answer=True)
     texts = [prompt]
     for response in responses:
-        branch = _render(tokenizer, [*messages, *response], pair, add_generation_prompt=False)
+        branch = _render(tokenizer, [*messages, *response], pair, opens_answer=False)
         if not branch.startswith(prompt):
             raise UserError(
                 f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
@@ -324,14 +285,11 @@ def _branch_texts(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: list[Message],
-    pair: Pair,
-    add_generation_prompt: bool,
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], pair: Pair, *, opens_answer: bool
 ) -> str:
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=opens_answer
         )
     # A template may refuse roles or their order, or compute what the row's values do not allow.
     except (jinja2.TemplateError, TypeError) as error:

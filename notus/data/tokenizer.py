@@ -22,7 +22,13 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
     """
     try:
         if (folder / "tokenizer.json").is_file():
-            _check_tokenizer_json(folder / "tokenizer.json")
+            try:
+                Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the library raises this class, never a narrower one
+                raise UserError(
+                    f"{folder}/tokenizer.json: the tokenizer cannot be read ({error}); expected a "
+                    "file that the tokenizers library wrote"
+                ) from None
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         elif (folder / "tokenizer.model").is_file():
             backend = sentencepiece_backend(folder / "tokenizer.model")
@@ -41,16 +47,6 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def _check_tokenizer_json(path: Path) -> None:
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises this class, never a narrower one
-        raise UserError(
-            f"{path}: the tokenizer cannot be read ({error}); expected a file that the tokenizers "
-            "library wrote"
-        ) from None
-
-
 def sentencepiece_backend(path: Path) -> Tokenizer:
     """A fast tokenizer, with offsets, equal to the sentencepiece BPE model at `path`.
 
@@ -62,9 +58,21 @@ def sentencepiece_backend(path: Path) -> Tokenizer:
     except RuntimeError as error:
         raise UserError(f"{path}: not a sentencepiece model ({error})") from None
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    # sentencepiece joins the adjacent pair whose joined piece has the best score, so the merges are
+    # all splits of every piece into two known pieces, best piece first.
+    merges = []
+    for i, piece in enumerate(pieces):
+        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
+            continue  # no text is ever joined into one of these
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [split for split in splits if split[0] in ids and split[1] in ids]
+        known.sort(key=lambda split: (ids[split[0]], ids[split[1]]))
+        merges += [(-model.get_score(i), split) for split in known]
+    merges.sort(key=lambda merge: merge[0])  # stable: equal scores keep the pieces' order
     bpe = models.BPE(
-        {piece: i for i, piece in enumerate(pieces)},
-        sentencepiece_merges(model),
+        ids,
+        [split for _, split in merges],
         unk_token=pieces[model.unk_id()],
         fuse_unk=True,
         byte_fallback=True,
@@ -88,25 +96,3 @@ def sentencepiece_backend(path: Path) -> Tokenizer:
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, model.bos_id())]
     )
     return tokenizer
-
-
-def sentencepiece_merges(
-    model: sentencepiece.SentencePieceProcessor,
-) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece BPE model, in the order of their application.
-
-    sentencepiece joins the adjacent pair whose joined piece has the best score, so the merges are
-    all splits of every piece into two known pieces, best piece first.
-    """
-    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = []
-    for i, piece in enumerate(pieces):
-        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
-            continue  # no text is ever joined into one of these
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
-        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        merges += [(-model.get_score(i), pair) for pair in known]
-    merges.sort(key=lambda merge: merge[0])  # stable: equal scores keep the pieces' order
-    return [pair for _, pair in merges]

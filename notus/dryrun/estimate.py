@@ -1,4 +1,4 @@
-"""What a run takes: the rows of its steps, the memory of a GPU, FLOPs and hours.
+"""The cost of a run: the rows of its steps, the memory of a GPU, FLOPs and hours.
 
 Sizes are in bytes, speeds in FLOP/s, times in hours.
 """
@@ -11,23 +11,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.build import build_plan
+from notus.build import Models, build_plan, step_work
 from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
 from notus.data.tokenization import TokenizedPairs
-from notus.dryrun.memory import MemoryBudget, MemorySettings, ParameterCounts, memory_budget
-from notus.engine.flops import GIB, GPU, Work, forward_flops, hardware_flops, model_flops
+from notus.dryrun.memory import (
+    MemoryBudget,
+    MemorySettings,
+    ParameterCounts,
+    memory_budget,
+    parameter_counts,
+)
+from notus.engine.flops import GIB, GPU, forward_flops, hardware_flops, model_flops
 from notus.model.hf_config import ModelShape
 from notus.objective.loss import Loss
 
-# The part of a GPU's memory that tensors cannot have: CUDA's context, NCCL's buffers and the
-# workspaces of matrix products take about a fixed amount, and the allocator's gaps a share.
-# Estimates.
+# The part of a GPU's memory that tensors cannot have, an estimate: CUDA's context, NCCL's buffers
+# and the workspaces of matrix products take about a fixed amount, and the allocator's gaps a share.
 RESERVED = int(1.5 * GIB)
 USABLE_SHARE = 0.95
-# Share of the data-sheet peak at which all the FLOPs of a run are assumed to be done, whether they
-# count for the MFU or not. An assumption: published 7B trainings are between the outer two.
+# Share of the data-sheet peak at which all FLOPs are assumed to be done, whether they count for the
+# MFU or not: published 7B trainings are between the outer two.
 UTILISATION = (0.35, 0.45, 0.55)
 MOST_GPUS = 256  # tried
 SHORTEST_ROW = 1024  # slots: below, matrix products wait for the weights to be gathered
@@ -35,23 +40,19 @@ SHORTEST_ROW = 1024  # slots: below, matrix products wait for the weights to be 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
 
 
-def usable(gpu: GPU) -> int:
-    """Bytes of the GPU's memory that tensors can have."""
-    return int(USABLE_SHARE * gpu.memory) - RESERVED
+def usable(gpu: GPU | int) -> int:
+    """Bytes of the GPU's memory (or of so many bytes) that tensors can have."""
+    return int(USABLE_SHARE * (gpu if isinstance(gpu, int) else gpu.memory)) - RESERVED
 
 
 class RowCounts(NamedTuple):
-    """The rows of all steps, for one number of ranks and one token budget.
+    """The rows of all steps, for one number of ranks and one token budget."""
 
-    slots, scored: of the longest row and the most scored tokens of any. total: slots of all rows of
-    all ranks. microbatches: of all steps, on one rank; most: of one step.
-    """
-
-    slots: int
-    scored: int
-    total: int
-    microbatches: int
-    most: int
+    slots: int  # of the longest row
+    scored: int  # the most scored tokens of any row
+    total: int  # slots of all rows of all ranks
+    microbatches: int  # of all steps, on one rank
+    most: int  # microbatches of one step
 
 
 def count_rows(plan: Plan, pairs: TokenizedPairs, steps: Sequence[np.ndarray]) -> RowCounts:
@@ -123,7 +124,23 @@ class Estimate:
     @property
     def memory(self) -> MemoryBudget:
         """The memory of one rank, on the CPU if parallel.device says so."""
-        config, parallel, rows = self.config, self.config.parallel, self.rows
+        return self.memory_with(self.rows.slots, self.rows.scored)
+
+    def gathers_once(self, limit: int) -> bool:
+        """parallel.keep_gathered; "auto" is on where rows of the full budget fit `limit` with it.
+
+        limit: bytes of a GPU that tensors can have.
+        """
+        wanted, slots = self.config.parallel.keep_gathered, self.config.data.tokens_per_microbatch
+        if wanted != "auto":
+            return wanted
+        kept = self.with_setting("parallel.keep_gathered", True)
+        on_cpu = self.config.parallel.device == "cpu"
+        return not on_cpu and kept.memory_with(slots, slots).peak <= limit
+
+    def memory_with(self, slots: int, scored: int) -> MemoryBudget:
+        """The memory of one rank whose longest row has so many slots and scored tokens."""
+        config, parallel = self.config, self.config.parallel
         on_cpu = parallel.device == "cpu"
         width = WIDTHS[config.model.compute_dtype]
         resident = self.reference == "online" and not self.reference_is_base
@@ -136,8 +153,8 @@ class Estimate:
                 shard=self.shard,
                 counts=self.counts,
                 compute_width=width,
-                slots=rows.slots,
-                scored=rows.scored,
+                slots=slots,
+                scored=scored,
                 scoring_slots=config.data.tokens_per_microbatch,
                 optimizer=config.optimizer.name,
                 state_width=WIDTHS[config.optimizer.state_dtype],
@@ -145,7 +162,7 @@ class Estimate:
                 reference_width=reference_width if resident else 0,
                 kept_log_probs=0 if self.reference == "online" else responses,
                 cpu_offload=parallel.cpu_offload,
-                keep_gathered=parallel.keep_gathered,
+                keep_gathered=parallel.keep_gathered is True,
                 compiled=parallel.compile is True or (parallel.compile == "auto" and not on_cpu),
                 triton=parallel.kernels != "plain" and not on_cpu,
                 on_cpu=on_cpu,
@@ -159,11 +176,9 @@ class Estimate:
     @property
     def evaluations(self) -> int:
         """How often the held-out pairs are scored: at the start, when due, and at the end."""
-        if self.held_out is None:
-            return 0
-        steps, every = len(self.steps), self.config.evaluation.every
-        due = range(every, steps, every) if every else ()
-        return 2 + len(due)
+        every = self.config.evaluation.every
+        due = range(every, len(self.steps), every) if every else ()
+        return 0 if self.held_out is None else 2 + len(due)
 
     @property
     def flops(self) -> dict[str, float]:
@@ -173,14 +188,11 @@ class Estimate:
         reference, scoring the pairs first for a loss that couples them. reference: the pass for
         cached log-probs. evaluation: the held-out pairs, by the policy and an online reference.
         """
-        shape, held_out = self.shape, 0.0
+        shape, online = self.shape, self.reference == "online"
         trained = self.pairs.lengths[np.concatenate(self.steps)]
-        online, frozen = self.reference == "online", self.counts.frozen > 0
-        recomputed = self.config.parallel.activation_checkpointing == "full"
-        work = Work(frozen, recomputed, scorings=online + self.loss.couples_pairs * (1 + online))
-        model = model_flops(shape, trained, frozen)
-        if self.held_out is not None:
-            held_out = sum(forward_flops(shape, self.held_out.lengths))
+        work = step_work(self.config, self.loss)
+        model = model_flops(shape, trained, work.frozen)
+        held_out = sum(forward_flops(shape, self.held_out.lengths)) if self.held_out else 0.0
         once = held_out + sum(forward_flops(shape, self.pairs.lengths))
         return {
             "model": model,
@@ -194,17 +206,47 @@ class Estimate:
         return sum(self.flops.values()) / (self.gpus * gpu.peak_flops * utilisation) / 3600
 
 
+def estimate_run(
+    config: Config,
+    gpus: int,
+    models: Models,
+    loss: Loss,
+    pairs: TokenizedPairs,
+    held_out: TokenizedPairs | None,
+    steps: Sequence[np.ndarray],
+) -> Estimate:
+    """The estimate of the configured run on so many GPUs; see Estimate."""
+    counts = parameter_counts(models.shape, config.model.lora)
+    # An adapter given as the policy is merged into its base, which is then another model.
+    merged = models.adapter is not None and config.model.reference is not None
+    return Estimate(
+        config=config,
+        gpus=gpus,
+        shape=models.shape,
+        counts=counts,
+        loss=loss,
+        reference_is_base=counts.frozen > 0 and models.reference_is_policy and not merged,
+        pairs=pairs,
+        held_out=held_out,
+        steps=steps,
+    )
+
+
+def gathering_text(kept: bool) -> str:
+    """What "auto" means for parallel.keep_gathered in a run, and why."""
+    found = "on, because rows of the full budget fit" if kept else "off: the memory is not enough"
+    return f"parallel.keep_gathered: {found}"
+
+
 def fewest_gpus(estimate: Estimate, gpu: GPU) -> Estimate | None:
     """The run on the fewest GPUs on which it fits, in powers of two times the replicas.
 
     None if these are more than MOST_GPUS.
     """
     gpus = estimate.config.parallel.replicate
-    while gpus <= MOST_GPUS:
-        if (found := estimate.on_gpus(gpus)).fits(gpu):
-            return found
+    while gpus <= MOST_GPUS and not estimate.on_gpus(gpus).fits(gpu):
         gpus *= 2
-    return None
+    return estimate.on_gpus(gpus) if gpus <= MOST_GPUS else None
 
 
 def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:
@@ -214,20 +256,20 @@ def remedies(estimate: Estimate, gpu: GPU) -> Iterator[tuple[str, Estimate]]:
     by itself; the last is the fewest GPUs on which the run fits.
     """
     config = estimate.config
-    changes: list[tuple[str, Any]] = [
-        ("parallel.keep_gathered", False),
-        ("parallel.activation_checkpointing", "full"),
-        ("optimizer.state_dtype", "bfloat16"),
-        ("parallel.cpu_offload", True),
-    ]
+    fixed = estimate.reference == "online" and config.reference.sync_every is None
     longest = slots_of(estimate.pairs.lengths, config.data.prefix_sharing).max()
-    if (half := config.data.tokens_per_microbatch // 2) >= max(longest, SHORTEST_ROW):
-        changes.insert(2, ("data.tokens_per_microbatch", half))
-    if estimate.reference == "online" and config.reference.sync_every is None:
-        changes.insert(0, ("reference.log_probs", "cached"))
-    for key, value in changes:
+    half = config.data.tokens_per_microbatch // 2
+    changes: list[tuple[str, Any, bool]] = [
+        ("reference.log_probs", "cached", fixed),
+        ("parallel.keep_gathered", False, config.parallel.keep_gathered is True),
+        ("parallel.activation_checkpointing", "full", True),
+        ("data.tokens_per_microbatch", half, half >= max(longest, SHORTEST_ROW)),
+        ("optimizer.state_dtype", "bfloat16", True),
+        ("parallel.cpu_offload", True, True),
+    ]
+    for key, value, possible in changes:
         changed = estimate.with_setting(key, value)
-        if changed.config != config:
+        if possible and changed.config != config:
             yield f"{key}={value if isinstance(value, str) else json.dumps(value)}", changed
     if found := fewest_gpus(estimate, gpu):
         shard = f" parallel.shard={found.shard}" if config.parallel.shard else ""

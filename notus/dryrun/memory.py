@@ -1,13 +1,11 @@
 """The memory of one rank while it trains: the largest sum of tensors that exist together.
 
-Computed from the decoder's shape and the length of a row. What is kept for the backward pass
-follows model/mistral.py line by line; what is gathered when follows PyTorch's fully_shard
-(torch/distributed/fsdp/_fully_shard): a unit is a transformer block, the head, or the root with the
+What is kept for the backward pass follows model/mistral.py line by line; what is gathered when
+follows PyTorch's fully_shard: a unit is a transformer block, the head, or the root with the
 embedding. tests/dryrun/test_memory.py compares the sum with what the CPU allocator gave,
 benchmarks/memory.py with what the GPU's did. All sizes are in bytes.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,13 +16,13 @@ from notus.errors import UserError
 from notus.kernels.reference import CHUNK_LOGITS
 from notus.model.hf_config import ModelShape
 from notus.model.lora import LoraSettings, add_adapters
-from notus.model.mistral import MistralForCausalLM
+from notus.model.mistral import MistralForCausalLM, count_parameters
 
 MODES = ("none", "selective", "full")  # of activation checkpointing, by what is recomputed
 OPTIMIZER_STATES = {"adamw": 2, "rmsprop": 1}  # numbers per trainable parameter
 # Of kernels/linear_log_probs.py, which cannot be imported without Triton.
 TRITON_CHUNK_ROWS = 2048
-# The block that `block_bytes_kept` was written for; a bias keeps nothing.
+# The block that `block_bytes` was written for; a bias keeps nothing.
 BLOCK_PARAMETERS = {
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
@@ -34,30 +32,24 @@ BLOCK_PARAMETERS = {
 
 
 class ParameterCounts(NamedTuple):
-    """The policy's parameters, and the results of its adapters, if any.
+    """The policy's parameters, and the results of its adapters, if any."""
 
-    trainable: in float32. frozen: 0 in full training; with adapters, only these are trained.
-    adapter_results: numbers per token that the products of one block's adapters give.
-    """
-
-    trainable: int
-    frozen: int
-    adapter_results: int
+    trainable: int  # in float32
+    frozen: int  # 0 in full training; with adapters, only these are trained
+    adapter_results: int  # numbers per token that the products of one block's adapters give
 
 
 def parameter_counts(shape: ModelShape, lora: LoraSettings | None) -> ParameterCounts:
     """The counts, from the modules. Raises UserError for adapters that the decoder cannot have."""
+    base = count_parameters(shape)
+    if lora is None:
+        return ParameterCounts(trainable=base, frozen=0, adapter_results=0)
     with torch.device("meta"):
         model = MistralForCausalLM(shape)
-        if lora is not None:
-            add_adapters(model, lora)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    adapters = model.model.layers[0].parameters() if lora is not None else ()
-    return ParameterCounts(
-        trainable=_count(trainable),
-        frozen=_count(model.parameters()) - _count(trainable),
-        adapter_results=sum(len(p) for p in adapters if p.requires_grad),
-    )
+        add_adapters(model, lora)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    first = [p for p in model.model.layers[0].parameters() if p.requires_grad]
+    return ParameterCounts(sum(p.numel() for p in adapters), base, sum(len(p) for p in first))
 
 
 class UnitSizes(NamedTuple):
@@ -73,67 +65,48 @@ def unit_sizes(shape: ModelShape) -> UnitSizes:
     """The decoder's units, from its modules. Raises UserError for a block of other parameters."""
     with torch.device("meta"):
         model = MistralForCausalLM(shape)
-    names = {name for name, _ in model.model.layers[0].named_parameters()}
+    parameters = dict(model.model.layers[0].named_parameters())
+    names = {name for name in parameters if not name.endswith(".bias")}
     for name in sorted(names ^ BLOCK_PARAMETERS):
-        if name in BLOCK_PARAMETERS or not name.endswith(".bias"):
-            problem = "expects" if name in BLOCK_PARAMETERS else "does not know"
-            raise UserError(
-                f"the memory formula {problem} the parameter {name} of a block; edit "
-                "block_bytes_kept and BLOCK_PARAMETERS in notus/dryrun/memory.py"
-            )
-    block = _count(model.model.layers[0].parameters())
-    head = 0 if shape.tie_word_embeddings else _count(model.lm_head.parameters())
-    everything = _count(model.parameters())
-    return UnitSizes(block, everything - shape.num_hidden_layers * block - head, head)
-
-
-def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+        problem = "expects" if name in BLOCK_PARAMETERS else "does not know"
+        raise UserError(
+            f"the memory formula {problem} the parameter {name} of a block; edit "
+            "block_bytes and BLOCK_PARAMETERS in notus/dryrun/memory.py"
+        )
+    block = sum(p.numel() for p in parameters.values())
+    head = 0 if shape.tie_word_embeddings else model.lm_head.weight.numel()
+    return UnitSizes(block, count_parameters(shape) - shape.num_hidden_layers * block - head, head)
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """All that the memory of one rank depends on.
-
-    shard: ranks that divide one copy of the parameters. counts: see ParameterCounts. compute_width:
-    bytes of the type of forward and backward, and of each frozen parameter. slots: length of the
-    longest row trained on, of which `scored` predict a response token; scoring_slots: of the
-    longest row without gradient (evaluation, reference). state_width: bytes of each of the
-    optimiser's numbers per parameter, see OPTIMIZER_STATES. reference_width: bytes per parameter of
-    a resident reference, 0 without one. kept_log_probs: float32 reference log-probs on the device.
-    compiled: blocks are; triton: the head runs its Triton kernels, not their plain definition;
-    on_cpu: attention takes the "dense" backend's [T, T] mask, and the head multiplies in float32.
-    """
+    """All that the memory of one rank depends on. Widths are bytes of one number."""
 
     shape: ModelShape
-    shard: int
+    shard: int  # ranks that divide one copy of the parameters
     counts: ParameterCounts
-    compute_width: int
-    slots: int
-    scored: int
-    scoring_slots: int
+    compute_width: int  # of forward and backward, and of each frozen parameter
+    slots: int  # of the longest row trained on
+    scored: int  # of these, those that predict a response token
+    scoring_slots: int  # of the longest row without gradient (evaluation, reference)
     optimizer: str
-    state_width: int
+    state_width: int  # of the optimiser's numbers per parameter, see OPTIMIZER_STATES
     activation_checkpointing: str
-    reference_width: int
-    kept_log_probs: int
+    reference_width: int  # of a resident reference's parameters, 0 without one
+    kept_log_probs: int  # float32 reference log-probs on the device
     cpu_offload: bool
     keep_gathered: bool
-    compiled: bool
-    triton: bool
-    on_cpu: bool
+    compiled: bool  # the blocks
+    triton: bool  # the head runs its Triton kernels, not their plain definition
+    on_cpu: bool  # attention has a dense [T, T] mask, and the head multiplies in float32
 
 
 class MemoryBudget(NamedTuple):
-    """The memory of one rank, as names and bytes.
+    """The memory of one rank, as names and bytes."""
 
-    resident: held all the time. phases: the moments that can be the fullest, and what is held then
-    in addition. host: what CPU offload moves to the memory of the machine, for this rank.
-    """
-
-    resident: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    host: int
+    resident: dict[str, int]  # held all the time
+    phases: dict[str, dict[str, int]]  # held in addition in the moments that can be the fullest
+    host: int  # what CPU offload moves to the memory of the machine, for this rank
 
     @property
     def fullest(self) -> str:
@@ -145,57 +118,43 @@ class MemoryBudget(NamedTuple):
         return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
 
 
-def block_bytes_kept(shape: ModelShape, width: int, mode: str, compiled: bool) -> int:
-    """Bytes that one block keeps for its backward pass, per token slot.
+def block_bytes(shape: ModelShape, width: int, mode: str, compiled: bool) -> tuple[int, int]:
+    """Bytes per token slot that a block keeps for its backward pass, and what that pass adds.
 
-    mode: of activation checkpointing; width: bytes of the compute dtype. "none": a norm keeps its
-    input in float32, that scaled, and its result (compiled, only input and result, in the compute
-    dtype); attention its rotated queries and keys, values, output and float32 log-sum-exp, and the
-    rounded rotary tables; the feed-forward part gate, silu(gate) (recomputed if compiled), up and
-    their product. "selective": the input and the results of matrix products and of attention.
-    "full": the input.
+    mode: of activation checkpointing; width: bytes of the compute dtype. "none" keeps: of a norm,
+    its input in float32, that scaled, and its result (compiled, only input and result, in the
+    compute dtype); of attention, its rotated queries and keys, values, output and float32
+    log-sum-exp, and the rounded rotary tables; of the feed-forward part gate, silu(gate)
+    (recomputed if compiled), up and their product. "selective": the input and the results of matrix
+    products and of attention. "full": the input. The pass adds what is recomputed, and gradients:
+    of the product, of silu(gate) and of up at once, when the product itself is no longer needed,
+    and of the residual stream.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
     log_sum_exp = 4 * shape.num_attention_heads
-    if mode == "full":
-        return width * hidden
-    if mode == "selective":
-        # The feed-forward part's result is kept too, but a compiler sees that nothing reads it.
-        results = (1 if compiled else 2) * hidden + 2 * queries + 2 * keys + 2 * inner
-        return width * (hidden + results) + log_sum_exp
-    assert mode == "none", mode
     # In float32 the float32 input is the residual stream itself, and the tables need no rounding.
     norms = 2 * (2 * width if compiled else 4 + 2 * width) * hidden + 2 * 4
     tables = (2 if compiled else 4) * width * shape.head_dim if width < 4 else 0
     attention = width * (2 * queries + 2 * keys) + tables + log_sum_exp
-    return norms + attention + (3 if compiled else 4) * width * inner
-
-
-def block_bytes_at_work(shape: ModelShape, width: int, mode: str, compiled: bool) -> int:
-    """Bytes per token slot that a block's backward pass needs beyond `block_bytes_kept`.
-
-    What is recomputed, and the gradients: of the product, of silu(gate) and of up at once, when the
-    product itself is no longer needed, and of the residual stream.
-    """
-    inner, hidden = shape.intermediate_size, shape.hidden_size
+    everything = norms + attention + (3 if compiled else 4) * width * inner
     gradients = width * (2 * inner + 2 * hidden)
     if mode == "none":
-        return gradients
-    recomputed = block_bytes_kept(shape, width, "none", compiled)
-    if mode == "selective":  # gate, up, values and attention's output are there already
-        queries = shape.num_attention_heads * shape.head_dim
-        keys = shape.num_key_value_heads * shape.head_dim
-        recomputed -= width * (2 * inner + queries + keys)
-    return recomputed + gradients
+        return everything, gradients
+    if mode == "full":
+        return width * hidden, everything + gradients
+    assert mode == "selective", mode
+    # The feed-forward part's result is kept too, but a compiler sees that nothing reads it.
+    results = (1 if compiled else 2) * hidden + 2 * queries + 2 * keys + 2 * inner
+    present = width * (2 * inner + queries + keys)  # gate, up, values and attention's output
+    return width * (hidden + results) + log_sum_exp, everything - present + gradients
 
 
 def _block_activations(settings: MemorySettings) -> tuple[int, int]:
     """One block's activations: kept for its backward pass, and needed by that pass."""
     mode, width, slots = settings.activation_checkpointing, settings.compute_width, settings.slots
-    kept = block_bytes_kept(settings.shape, width, mode, settings.compiled)
-    at_work = block_bytes_at_work(settings.shape, width, mode, settings.compiled)
+    kept, at_work = block_bytes(settings.shape, width, mode, settings.compiled)
     if mode == "selective":  # the results of the adapters' products are kept too
         kept += width * settings.counts.adapter_results
     if settings.on_cpu and mode == "none":  # attention keeps the mask as numbers, in every block
@@ -205,18 +164,8 @@ def _block_activations(settings: MemorySettings) -> tuple[int, int]:
     return kept * slots, at_work * slots
 
 
-def _unit_parameters(settings: MemorySettings) -> tuple[UnitSizes, UnitSizes]:
-    """The parameters of each unit: all of them, which are gathered, and those with a gradient."""
-    units = unit_sizes(settings.shape)
-    if not settings.counts.frozen:
-        return units, units
-    # Adapters are in the blocks, and nothing else is trained.
-    adapters = settings.counts.trainable // settings.shape.num_hidden_layers
-    return units._replace(block=units.block + adapters), UnitSizes(adapters, 0, 0)
-
-
 def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int], ...]:
-    """What is gathered while a block works, while the head does, and while gradients are reduced.
+    """The bytes gathered for a block, for the head, and while gradients are reduced.
 
     A unit goes through a buffer, and the next one's buffer fills meanwhile.
     """
@@ -233,10 +182,10 @@ def _gathered(settings: MemorySettings, units: UnitSizes) -> tuple[dict[str, int
 
 
 def _reduction(settings: MemorySettings, parameters: int) -> dict[str, int]:
-    """The gradients, their float32 copy and its share; on one rank a full output and a copy."""
-    width, shard = settings.compute_width, settings.shard
-    shared = (4 + width) * parameters + 4 * parameters // shard
-    return {"float32 gradients being reduced": 12 * parameters if shard == 1 else shared}
+    """The gradients, which one rank no longer needs then, their float32 copy and its share."""
+    width = settings.compute_width if settings.shard > 1 else 0
+    share = 4 * parameters // settings.shard
+    return {"float32 gradients being reduced": (width + 4) * parameters + share}
 
 
 def _head(settings: MemorySettings) -> tuple[int, int, int]:
@@ -261,7 +210,7 @@ def _head(settings: MemorySettings) -> tuple[int, int, int]:
 
 
 def memory_budget(settings: MemorySettings) -> MemoryBudget:
-    """What one rank holds at the fullest moments of a step.
+    """The memory of one rank at the fullest moments of a step.
 
     The moments: the head's backward pass, with all blocks' activations; the last block's, in its
     feed-forward part and when all its gradients are there; the reduction of a block's gradients;
@@ -272,28 +221,25 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
     layers, hidden, inner = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
     trainable, frozen, _ = settings.counts
     states = settings.state_width * OPTIMIZER_STATES[settings.optimizer] * trainable // shard
-    sharded = {
+    resident = {
         "parameters": (4 * trainable + width * frozen) // shard,
         f"{settings.optimizer} state": states,
         "reference model": settings.reference_width * (frozen or trainable) // shard,
     }
     gradients = {"gradients (float32)": 4 * trainable // shard}
-    # RMSprop takes the square roots of all its averages at once; AdamW is fused, and with bfloat16
-    # state one parameter is updated after another.
-    at_once = settings.optimizer == "rmsprop" and settings.state_width == 4
-    roots = states if at_once and not (settings.cpu_offload or settings.on_cpu) else 0
     host = 0
     if settings.cpu_offload:
-        host = sum(sharded.values()) + sum(gradients.values())
-        sharded, gradients = {}, {}
-    masked = slots if settings.on_cpu else 0
-    resident = sharded | {
-        "reference log-probs (float32)": 4 * settings.kept_log_probs,
-        # int64 tokens and rows, the layout, two float32 tables, and on the CPU the mask
-        "microbatch and rotary tables": slots * (32 + 8 * shape.head_dim + masked),
-    }
+        host = sum(resident.values()) + sum(gradients.values())
+        resident, gradients = {}, {}
+    resident["reference log-probs (float32)"] = 4 * settings.kept_log_probs
+    # int64 tokens and rows, the layout, two float32 tables, and on the CPU the mask
+    per_slot = 32 + 8 * shape.head_dim + (slots if settings.on_cpu else 0)
+    resident["microbatch and rotary tables"] = slots * per_slot
 
-    units, trained = _unit_parameters(settings)
+    units = trained = unit_sizes(shape)
+    if frozen:  # adapters are in the blocks, and nothing else is trained
+        trained = UnitSizes(trainable // layers, 0, 0)
+        units = units._replace(block=units.block + trained.block)
     at_block, at_head, at_reduction = _gathered(settings, units)
     kept, at_work = _block_activations(settings)
     trained_logits, scored_logits, head_gradient = _head(settings)
@@ -337,7 +283,7 @@ def memory_budget(settings: MemorySettings) -> MemoryBudget:
             **gradients,
             **_reduction(settings, trained.root),
         },
-        "optimiser step": {**gradients, "square roots of the averages": roots},
+        "optimiser step": gradients,
         "scoring without gradient": {
             **at_block,
             "activations of one block": 3 * width * (inner + hidden) * settings.scoring_slots,

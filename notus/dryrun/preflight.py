@@ -5,7 +5,7 @@ Everything is checked as at the start of a run, on the CPU and without the model
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,18 @@ from notus.dryrun.estimate import (
     USABLE_SHARE,
     UTILISATION,
     Estimate,
+    estimate_run,
     fewest_gpus,
+    gathering_text,
     remedies,
     usable,
 )
-from notus.dryrun.memory import parameter_counts
 from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint, resume
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
 from notus.errors import UserError, agreed
+from notus.tables import text_table
 
 
 def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
@@ -44,24 +46,24 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         raise UserError(f'--gpu {gpu.name}: parallel.device is "cpu"; expected another device')
     if options.gpus is not None and options.gpus < 1:
         raise UserError(f"--gpus {options.gpus}: expected at least 1")
-    if options.price is not None and not 0 < options.price < math.inf:
-        raise UserError(f"--price {options.price:g}: expected the price of one GPU for one hour")
-    replicate = config.parallel.replicate
-    gpus = options.gpus or max(ranks.count, (config.parallel.shard or 1) * replicate)
-    shard = config.parallel.shard or max(1, gpus // replicate)
+    if options.price is not None and (gpu is None or not 0 < options.price < math.inf):
+        raise UserError(
+            f"--price {options.price:g}: expected the price of one GPU for one hour, with --gpu"
+        )
+    replicate, shard = config.parallel.replicate, config.parallel.shard
+    gpus = options.gpus or max(ranks.count, (shard or 1) * replicate)
+    shard = shard or max(1, gpus // replicate)
     if shard * replicate != gpus:
         raise UserError(
             f"parallel.shard ({shard}) x parallel.replicate ({replicate}) is {shard * replicate}, "
             f"but --gpus is {gpus}; expected the same number"
         )
-    loss = make_loss(config)
     with agreed():
         models = find_models(config, weights=False)
     data = load_data(config, models, ranks)
-    pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
-    style, unit = config.data.tokenization, config.train.unit
     if ranks.first:
-        report = token_report(data, load_tokenizer(models.tokenizer), style=style, unit=unit)
+        style, unit = config.data.tokenization, config.train.unit
+        report = token_report(data, load_tokenizer(models.tokenizer), style, unit)
         ranks.say(f"\n{report}\n")
     output = Path(config.output_dir)
     with agreed():
@@ -70,22 +72,10 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         checkpoint.check_sound(Path(options.resume))
     else:
         checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
-    counts = parameter_counts(models.shape, config.model.lora)
-    # An adapter given as the policy is merged into its base, which is then another model.
-    merged = models.adapter is not None and config.model.reference is not None
-    same_model = models.reference_is_policy and not merged
+    pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build_plan(config, pairs, gpus)
-    estimate = Estimate(
-        config=config,
-        gpus=gpus,
-        shape=models.shape,
-        counts=counts,
-        loss=loss,
-        reference_is_base=counts.frozen > 0 and same_model,
-        pairs=pairs,
-        held_out=held_out,
-        steps=[plan.pairs_of(step) for step in range(plan.steps)],
-    )
+    steps = [plan.pairs_of(step) for step in range(plan.steps)]
+    estimate = estimate_run(config, gpus, models, make_loss(config), pairs, held_out, steps)
     ranks.say(preflight(estimate, gpu, options.price))
     return 0 if gpu is None or estimate.fits(gpu) else 1
 
@@ -97,16 +87,17 @@ def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
     """
     on_cpu = estimate.config.parallel.device == "cpu"
     kind = "CPU" if on_cpu else "GPU" if gpu is None else gpu.name
-    parts = [
-        *plan_text(estimate),
-        "",
-        f"memory of one rank, on {estimate.gpus} x {kind}",
-        *memory_text(estimate),
-    ]
+    chosen = []
+    if gpu is not None and estimate.config.parallel.keep_gathered == "auto":
+        kept = estimate.gathers_once(usable(gpu))
+        estimate = estimate.with_setting("parallel.keep_gathered", kept)
+        chosen = ["  " + gathering_text(kept)]
+    memory = f"memory of one rank, on {estimate.gpus} x {kind}"
+    parts = [*plan_text(estimate), "", memory, *memory_text(estimate)]
     if gpu is not None:
-        parts += [*verdict_text(estimate, gpu), "", *time_text(estimate, gpu, price)]
+        parts += [*chosen, *verdict_text(estimate, gpu), "", *time_text(estimate, gpu, price)]
     elif not on_cpu:
-        parts += ["", *table_text(estimate, price)]
+        parts += ["", *table_text(estimate)]
     return "\n".join(parts)
 
 
@@ -125,52 +116,41 @@ def hours_text(time: float) -> str:
 
 def plan_text(estimate: Estimate) -> Iterator[str]:
     """The pairs (in supervised fine-tuning, responses), steps, tokens and rows of the run."""
-    train, data = estimate.config.train, estimate.config.data
-    pairs, held_out, rows, unit = estimate.pairs, estimate.held_out, estimate.rows, train.unit
-    steps, chosen = len(estimate.steps), np.concatenate(estimate.steps)
-    lengths = pairs.lengths[chosen]
-    real, filled = int(lengths.sum()), int(slots_of(lengths, data.prefix_sharing).sum())
-    held = "none" if held_out is None else f"{len(held_out):,}"
+    train, data, rows = estimate.config.train, estimate.config.data, estimate.rows
+    steps, unit = len(estimate.steps), train.unit
+    lengths = estimate.pairs.lengths[np.concatenate(estimate.steps)]
+    separate = int(slots_of(lengths, prefix_sharing=False).sum())
+    filled = int(slots_of(lengths, data.prefix_sharing).sum())
+    held = "none" if estimate.held_out is None else f"{len(estimate.held_out):,}"
     limit = "" if train.max_steps is None else f", at most {train.max_steps:,} steps"
-    per_epoch = math.ceil(len(pairs) / train.pairs_per_step)
-    tokens = f"{real:,}"
-    if unit == "pairs":
-        separate = int(slots_of(lengths, prefix_sharing=False).sum())
-        off = "" if data.prefix_sharing else ", but prefix sharing is off"
-        saved = f"({1 - real / separate:.1%} saved{off})"
-        tokens = f"{separate:,} in separate sequences, {real:,} with each prompt once {saved}"
+    per_epoch = math.ceil(len(estimate.pairs) / train.pairs_per_step)
+    saved = "" if filled == separate else f", {1 - filled / separate:.1%} fewer by prefix sharing"
     yield "plan"
-    yield f"  {unit:<12} {len(pairs):,} to train on, {held} held out"
+    yield f"  {unit:<13}{len(estimate.pairs):,} to train on, {held} held out"
     yield (
         f"  steps        {steps:,} of {train.pairs_per_step} {unit}; "
         f"{per_epoch:,} per epoch x {train.epochs}{limit}"
     )
-    yield f"  tokens       {tokens}"
+    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of all slots hold one"
     yield (
         f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}; "
         f"the longest row has {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
     )
-    yield f"  packing      {filled / rows.total:.1%} of all slots hold a token"
     if idle := idle_text(train.pairs_per_step, estimate.gpus, unit):
         yield f"  {idle}"
 
 
 def memory_text(estimate: Estimate) -> Iterator[str]:
     """The budget line by line: what is always held, then the fullest moment, then the peak."""
-    names = {}
-    if estimate.reference == "none":  # the loop then reads as many zeros as cached log-probs
-        names["reference log-probs (float32)"] = "zeros that stand for a reference (float32)"
-
-    def table(lines: Mapping[str, int]) -> Iterator[str]:
-        for name, size in lines.items():
-            if size:
-                yield f"  {names.get(name, name):<54}{size_text(size):>11}"
-
     budget = estimate.memory
-    yield from table(budget.resident)
-    yield f"  and in the fullest moment, {budget.fullest}:"
-    yield from table(budget.phases[budget.fullest])
-    yield from table({"peak": budget.peak, "in the host's memory (CPU offload)": budget.host})
+    lines = budget.resident | {f"and in the fullest moment, {budget.fullest}:": None}
+    lines |= budget.phases[budget.fullest] | {"peak": budget.peak}
+    lines |= {"in the host's memory (CPU offload)": budget.host}
+    for name, size in lines.items():
+        if estimate.reference == "none" and name == "reference log-probs (float32)":
+            name = "zeros that stand for a reference (float32)"
+        if size != 0:
+            yield f"  {name:<54}{'' if size is None else size_text(size):>11}".rstrip()
 
 
 def verdict_text(estimate: Estimate, gpu: GPU) -> Iterator[str]:
@@ -220,19 +200,17 @@ def time_text(estimate: Estimate, gpu: GPU, price: float | None) -> Iterator[str
     yield "  not counted: start, downloads, tokenization, checkpoints, sample answers"
 
 
-def table_text(estimate: Estimate, price: float | None) -> Iterator[str]:
+def table_text(estimate: Estimate) -> Iterator[str]:
     """Every known GPU: how many it takes with these settings, and for how long."""
-    yield "known GPUs, with these settings"
-    header = f"  {'GPU':<11}{'memory':>10}{f'fits on {estimate.gpus}':>13}{'needed':>8}"
-    yield header + f"{'hours':>8}{'GPU-hours':>11}" + (f"{'cost':>10}" if price else "")
+    heads = ("GPU", "memory", f"fits on {estimate.gpus}", "needed", "hours", "GPU-hours")
+    rows = []
     for gpu in GPUS:
-        fits = "yes" if estimate.fits(gpu) else "no"
-        line = f"  {gpu.name:<11}{size_text(gpu.memory):>10}{fits:>13}"
+        cells = [f"more than {MOST_GPUS}", "", ""]
         if needed := fewest_gpus(estimate, gpu):
             hours = needed.hours(gpu)
-            spent = hours * needed.gpus
-            line += f"{needed.gpus:>8}{hours_text(hours):>8}{hours_text(spent):>11}"
-            yield line + (f"{price * spent:>10,.2f}" if price else "")
-        else:
-            yield line + f"{f'more than {MOST_GPUS}':>20}"
+            cells = [str(needed.gpus), hours_text(hours), hours_text(hours * needed.gpus)]
+        fits = "yes" if estimate.fits(gpu) else "no"
+        rows.append((gpu.name, size_text(gpu.memory), fits, *cells))
+    yield "known GPUs, with these settings"
+    yield from (f"  {line}" for line in text_table(heads, rows).splitlines())
     yield f"  hours at {UTILISATION[1]:.0%} of the peak, an assumption; --gpu NAME says more"

@@ -13,41 +13,31 @@ from notus.curation.decontamination import whole_text, words_of
 from notus.data.dataset import Dataset
 from notus.data.formats import Pair
 from notus.data.preferences import find_leaks
-from notus.data.tokenization import AS_SPECIAL, AS_TEXT, Tokenized, TokenizedPairs
+from notus.data.tokenization import Tokenized
+from notus.tables import text_table
 
 PARTS = ("prompt", "chosen", "rejected")
 PERCENTS = (50, 90, 99)
-NEARLY = 0.9  # share of the longer response that nearly identical ones have in common
 LONG = 500  # characters of a text that are shown before its middle is left out
 
 
 def token_report(
-    datasets: Mapping[str, Dataset],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    style: str,
-    unit: str,
-    shown: int = 3,
+    datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerFast, style: str, unit: str
 ) -> str:
     """The report on the data sets "train" and perhaps "eval".
 
-    style: of the tokenization. unit: what a data set consists of, "pairs" or "responses". shown:
-    pairs whose text is printed.
+    style: of the tokenization. unit: what a data set consists of, "pairs" or "responses".
     """
     train = datasets["train"]
-    examples = telling_pairs(train.tokenized, shown)
-    count = len(train.tokenized.pairs)
+    examples = telling_pairs(train.tokenized, 3)
     sections = [
-        f"{len(examples)} of {count:,} training {unit}; special tokens: ⟦…⟧",
+        f"{len(examples)} of {len(train.pairs):,} training {unit}; special tokens: ⟦…⟧",
         *(pair_text(train, index, tokenizer, style) for index in examples),
         *("\n".join(_dataset_lines(name, data, unit)) for name, data in datasets.items()),
     ]
     if "eval" in datasets:
         sections.append("\n".join(_leak_lines(train.kept, datasets["eval"].kept)))
     return "\n\n".join(sections)
-
-
-# -------------------------------------------------------------------------------- pairs as text
 
 
 def telling_pairs(tokenized: Tokenized, count: int) -> list[int]:
@@ -114,27 +104,19 @@ def _shortened(text: str) -> str:
     return f"{text[: LONG // 2]} […{left_out:,} characters…] {text[-LONG // 2 :]}"
 
 
-# -------------------------------------------------------------------------------------- counts
-
-
 def _dataset_lines(name: str, data: Dataset, unit: str) -> Iterator[str]:
     tokenized = data.tokenized
-    yield f"{name}: {len(tokenized.pairs):,} {unit}"
-    yield from length_table(tokenized, unit)
+    yield f"{name}: {len(data.pairs):,} {unit}"
+    yield from (f"  {line}" for line in length_table(tokenized, unit).splitlines())
     for reason, number in data.dropped.items():
         yield f"  {number:,} dropped: {reason}"
     for reason, number in tokenized.counts.items():
-        if reason.startswith("dropped: ") or reason in (AS_TEXT, AS_SPECIAL):
+        if not reason.startswith("cut: "):
             yield f"  {number:,} {reason}, first {data.rows[tokenized.examples[reason]].where}"
     yield f"  {repeated_prompts(data.kept):,} with the prompt of an earlier one"
-    if unit == "pairs":
-        shares = common_shares(tokenized.pairs)
-        nearly = np.flatnonzero(shares >= NEARLY)
-        first = f", first {data.kept[nearly[0]].where}" if len(nearly) else ""
-        yield f"  {len(nearly):,} whose responses have {NEARLY:.0%} or more in common{first}"
 
 
-def length_table(tokenized: Tokenized, unit: str) -> Iterator[str]:
+def length_table(tokenized: Tokenized, unit: str) -> str:
     """Each part's length before truncation, and what truncation took, in columns.
 
     Percentiles are by nearest rank. The last row is the prompt with the longer response; cut are
@@ -145,17 +127,13 @@ def length_table(tokenized: Tokenized, unit: str) -> Iterator[str]:
     rows = {name: (whole[:, i], lost[:, i]) for i, name in enumerate(parts)}
     longer = "prompt + longer response" if unit == "pairs" else "prompt + response"
     rows[longer] = (whole[:, 0] + whole[:, 1:].max(1), lost.sum(1))
-    heads = [f"{percent}%" for percent in PERCENTS]
-    table = [["tokens before truncation", *heads, "longest", f"{unit} cut", "tokens lost"]]
+    table = []
     for name, (values, gone) in rows.items():
-        ranks = np.percentile(values, (*PERCENTS, 100), method="inverted_cdf")
+        ranks = np.percentile(values, (*PERCENTS, 100), method="inverted_cdf").astype(int)
         taken = "" if name == longer else _share(gone.sum(), values.sum())
-        cut = _share((gone > 0).sum(), len(whole))
-        table.append([name, *(f"{int(rank):,}" for rank in ranks), cut, taken])
-    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    for label, *cells in table:
-        padded = (f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
-        yield "  ".join(["", f"{label:{first}}", *padded]).rstrip()
+        table.append([name, *ranks.tolist(), _share((gone > 0).sum(), len(whole)), taken])
+    heads = [*(f"{percent}%" for percent in PERCENTS), "longest", f"{unit} cut", "tokens lost"]
+    return text_table(["tokens before truncation", *heads], table)
 
 
 def _share(part: int, total: int) -> str:
@@ -166,26 +144,6 @@ def repeated_prompts(rows: Sequence[Pair]) -> int:
     """Pairs whose prompt, without case, punctuation and spacing, an earlier pair has."""
     texts = (whole_text(row.prompt) for row in rows)
     return len(rows) - len({" ".join(words_of(text)) or text for text in texts})
-
-
-def common_shares(pairs: TokenizedPairs) -> np.ndarray:
-    """The share of each pair's longer response that both have in common: float64 [pairs].
-
-    Counted from both ends: the tokens of the longest common start and end. Identical: 1.
-    """
-    shares = np.empty(len(pairs))
-    for index in range(len(pairs)):
-        _, chosen, rejected = (pairs.tokens[part] for part in pairs.parts(index))
-        shorter = min(len(chosen), len(rejected))
-        start = _common(chosen[:shorter], rejected[:shorter])
-        end = _common(chosen[::-1][: shorter - start], rejected[::-1][: shorter - start])
-        shares[index] = (start + end) / max(len(chosen), len(rejected))
-    return shares
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """The number of equal tokens before the first that differ."""
-    return int(np.append(a != b, True).argmax())
 
 
 def _leak_lines(train: Sequence[Pair], held_out: Sequence[Pair]) -> Iterator[str]:

@@ -1,11 +1,11 @@
 """Everything around the step: ranks, optimiser, measurement, checkpoints.
 
+compilation   settings of torch.compile under which a run repeats
 rendezvous    how restarted ranks find each other
 distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
-flops         FLOPs of a step, and the known GPUs
-metrics       what a run measures
-evaluation    metrics over held-out pairs
+flops         FLOPs of a step, the known GPUs, speed
+metrics       what a run measures, in training and on held-out pairs
 log           metrics.jsonl, TensorBoard, progress on the console
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
@@ -15,4 +15,5 @@ saver         saving in the background, and the export of the model
 resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run
 profiling     a trace of some steps
+warmup        the first row, which compiles and shows whether memory is enough
 """

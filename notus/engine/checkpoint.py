@@ -13,10 +13,9 @@ Only trained parameters are stored. With a frozen base they are not a model, and
 the folder for one: it then has adapter-*.safetensors with their own index, and neither config.json
 nor tokenizer. No random state is stored: random numbers are drawn again from the seed and the step.
 
-saver.py writes a folder under another name and renames it when everything is on disk, so every
-folder named step-* is complete unless it was damaged later. A resumed run takes the newest
-checkpoint whose files match the manifest, and names those that it passes over. All ranks need the
-same output_dir, on a shared file system.
+A folder named step-* is complete (saver.py) unless it was damaged later. A resumed run takes the
+newest checkpoint whose files match the manifest, and names those that it passes over. All ranks
+need the same output_dir, on a shared file system.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ from torch.optim import Optimizer
 from notus.engine.metrics import Progress
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import local_rows
+from notus.model.weights import Shape, check_shapes, header_shapes, read_rows
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -68,13 +67,12 @@ def find_checkpoint(root: Path, resume: str, say: Callable[[str], None]) -> Path
     # One listing for all: a shared file system may show the ranks different ones.
     listed = [checkpoints(root)]
     dist.broadcast_object_list(listed, 0)
-    problem = None
     for folder in reversed(listed[0]):
         problem = _damage(folder)
         if problem is None:
             return folder
         say(f"passed over the damaged checkpoint {folder.name}: {problem}")
-    if problem is not None:
+    if listed[0]:
         raise UserError(
             f"{problem}; no sound checkpoint is left in {root}: restore one, or remove them to "
             "start from step 0"
@@ -140,19 +138,12 @@ def load_trained(folder: Path, model: MistralForCausalLM) -> None:
     prefix = next((p for p in (MODEL, ADAPTER) if index_file(folder, p).is_file()), None)
     if prefix is None:
         raise UserError(f"{folder}: no longer there; this run starts with its weights")
-    index = _read_index(folder, prefix)
+    found: dict[str, Shape] = {}
+    for file in folder.glob(f"{prefix}-*.safetensors"):
+        found |= header_shapes(file)
     tensors = dict(trained_parameters(model))
-    odd = sorted(index["weight_map"].keys() ^ tensors.keys())
-    if odd:
-        found = "holds" if odd[0] in index["weight_map"] else "lacks"
-        raise UserError(f"{folder}: {found} {odd[0]}; expected the tensors that this run trains")
-    for name, tensor in tensors.items():
-        with safe_open(folder / index["weight_map"][name], framework="pt") as handle:
-            shape = tuple(handle.get_slice(name).get_shape())
-        if shape != tuple(tensor.shape):
-            raise UserError(
-                f"{folder}: tensor {name} has shape {shape}, expected {tuple(tensor.shape)}"
-            )
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(folder, found, expected, "as this run trains")
     _load_tensors(folder, prefix, tensors)
 
 
@@ -168,18 +159,16 @@ def index_file(folder: Path, prefix: str) -> Path:
     return folder / f"{prefix}.safetensors.index.json"
 
 
-def _read_index(folder: Path, prefix: str) -> Plain:
-    return json.loads(index_file(folder, prefix).read_text())
+def _read_files(folder: Path, prefix: str) -> dict[str, str]:
+    """The file of each tensor, from the index."""
+    return json.loads(index_file(folder, prefix).read_text())["weight_map"]
 
 
-@torch.no_grad()
 def _load_tensors(folder: Path, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill plain or sharded tensors, each rank its own rows."""
-    index = _read_index(folder, prefix)
+    files = _read_files(folder, prefix)
     for name, tensor in tensors.items():
-        local, rows = local_rows(tensor)
-        with safe_open(folder / index["weight_map"][name], framework="pt") as handle:
-            local.copy_(handle.get_slice(name)[rows])
+        read_rows(tensor, folder / files[name], name)
 
 
 def _load_optimizer(
@@ -187,21 +176,18 @@ def _load_optimizer(
 ) -> None:
     if updates == 0:
         return
-    index = _read_index(folder, "optimizer")
-    # Fused optimisers keep the step on the device, the others on the host.
-    fused = any(group.get("fused") for group in optimizer.param_groups)
     for _, parameter in trained_parameters(model):
-        device = parameter.device if fused else "cpu"
+        # Fused optimisers keep the step on the device, the others on the host.
+        device = parameter.device if optimizer.defaults.get("fused") else "cpu"
         optimizer.state[parameter]["step"] = torch.tensor(float(updates), device=device)
-    tensors = {}
-    for tensor_name in index["weight_map"]:
+    for tensor_name, file in _read_files(folder, "optimizer").items():
         key, name = tensor_name.split("/", 1)
         parameter = model.get_parameter(name)
-        with safe_open(folder / index["weight_map"][tensor_name], framework="pt") as handle:
+        with safe_open(folder / file, framework="pt") as handle:
             dtype = handle.get_slice(tensor_name)[:0].dtype
-        tensors[tensor_name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        optimizer.state[parameter][key] = tensors[tensor_name]
-    _load_tensors(folder, "optimizer", tensors)
+        tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        optimizer.state[parameter][key] = tensor
+        read_rows(tensor, folder / file, tensor_name)
 
 
 def render_manifest(files: Plain) -> str:
@@ -236,14 +222,11 @@ def _own_damage(folder: Path) -> str | None:
         return f"{folder / MANIFEST}: its contents are not those that were written"
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         path, expected = folder / name, files[name]
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
-            seen = "nothing" if size is None else f"{size} bytes"
-            return f"{path}: found {seen}, expected {expected['bytes']} bytes"
         try:
-            digest = sha256(path)
-        except OSError as error:  # of a bad disk
+            if (size := path.stat().st_size) != expected["bytes"]:
+                return f"{path}: found {size} bytes, expected {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{path}: its contents are not those that were written"
+        except OSError as error:  # it is gone, or of a bad disk
             return f"{path}: {error.strerror}"
-        if digest != expected["sha256"]:
-            return f"{path}: its contents are not those that were written"
     return None

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from notus.engine.compilation import compile_repeatably
 from notus.engine.rendezvous import fresh_store
 from notus.errors import UserError, agreed
 from notus.model.mistral import MistralForCausalLM
@@ -182,6 +183,8 @@ def shard_model(
     the loss is divided once, by the number of pairs in the global step. dropout: whether blocks
     draw random numbers, which recomputation must then draw again.
     """
+    if compile_blocks:
+        compile_repeatably()
     for block in model.model.layers:
         if activation_checkpointing != "none":
             block.forward = _recomputed(block.forward, activation_checkpointing, dropout)
@@ -189,9 +192,12 @@ def shard_model(
             # Rows differ in length. Compiled for the first length and only then for all, a resumed
             # run would round its first steps differently from the uninterrupted run.
             block.forward = torch.compile(block.forward, dynamic=True)
-    offload = OffloadPolicy()
+    offload, on_gpu = OffloadPolicy(), device.type == "cuda"
     if cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        offload = CPUOffloadPolicy(pin_memory=on_gpu)
+    if cpu_offload and on_gpu:  # the optimiser's step is the CPU's; torchrun sets one thread
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     shard = partial(
         fully_shard,
         mesh=mesh,
@@ -209,7 +215,7 @@ def shard_model(
     units.append(model)
     for unit in units:
         shard(unit)
-    for unit in units:
+    for unit in units if mesh.size() > 1 else ():  # one rank would divide every gradient by 1
         unit.set_gradient_divide_factor(1.0)
         # Without this, a factor of 1 asks for a premultiplied sum, which gloo does not have.
         unit.set_force_sum_reduction_for_comms(True)
@@ -226,9 +232,15 @@ def accumulate(
     last backward pass has used them: less communication, but 2 bytes of bfloat16 more for every
     parameter of the model.
     """
+    parameter = next(model.parameters())
+    # Where a copy of the model is on one rank, its gradients can wait in float32 for the last
+    # microbatch: they take no more memory than sharded, unless those would be on the host.
+    undivided = parameter.device_mesh["shard"].size() == 1
+    waits = undivided and parameter.device.type == parameter.device_mesh.device_type
     model.set_reshard_after_forward(not keep_gathered)
     for index, batch in enumerate(batches, start=1):
         last = index == count
+        model.set_requires_gradient_sync(last or not waits)
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or not keep_gathered)
         yield batch

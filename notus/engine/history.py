@@ -1,7 +1,6 @@
 """history.jsonl in output_dir: each start and end of a run, for its model card.
 
-One line of JSON when the program starts and one when it ends by itself; a killed one has no end,
-and a resumed run has several starts. Times are UTC, ISO 8601.
+One line of JSON when the program starts and one when it ends by itself. Times are UTC, ISO 8601.
 """
 
 import json
@@ -10,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from notus.errors import UserError
-from notus.files import write_whole
+from notus.files import write_whole, writing
 
 NAME = "history.jsonl"
 PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "numpy")
@@ -42,13 +42,14 @@ def record_start(
     if dist.get_rank() == 0:
         _append(
             folder,
+            "start",
             {
-                "event": "start",
-                "time": _now(),
                 "continues": continues,
                 "command": command(sys.argv, os.environ),
                 "ranks": dist.get_world_size(),
-                "device": device_name(device),
+                "device": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"CPU ({platform.machine()})",
                 "versions": versions(),
                 "data": data,
                 "local": [path for path in dict.fromkeys(paths) if Path(path).exists()],
@@ -59,7 +60,7 @@ def record_start(
 def record_end(folder: Path) -> None:
     """Record the end of the last start, on rank 0 only. Raises UserError as above."""
     if dist.get_rank() == 0:
-        _append(folder, {"event": "end", "time": _now()})
+        _append(folder, "end", {})
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -81,31 +82,20 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[st
 
     torchrun does not set the address at which several machines meet: HOST:PORT stands in for it.
     """
-    machines = int(environment.get("GROUP_WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" not in environment:
         return ["python", *arguments]
-    launcher = ["torchrun"]
-    if machines > 1:
-        launcher += ["--nnodes", str(machines), "--rdzv_backend", "c10d"]
-        launcher += ["--rdzv_endpoint", "HOST:PORT"]
-    return [*launcher, "--nproc_per_node", environment["LOCAL_WORLD_SIZE"], *arguments]
-
-
-def device_name(device: torch.device) -> str:
-    """PyTorch's name of the GPU, or the kind of processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()})"
+    machines, processes = (environment[f"{kind}_WORLD_SIZE"] for kind in ("GROUP", "LOCAL"))
+    meet = f"--nnodes {machines} --rdzv_backend c10d --rdzv_endpoint HOST:PORT".split()
+    more = meet if machines != "1" else []
+    return ["torchrun", *more, "--nproc_per_node", processes, *arguments]
 
 
 def versions() -> dict[str, str]:
     """Versions by name, with the commit of this project if it is a git checkout."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # Triton exists for Linux only
             found[package] = version(package)
-        except PackageNotFoundError:  # Triton exists for Linux only
-            continue
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     commit = _commit(Path(__file__).parents[2])
@@ -117,21 +107,13 @@ def _commit(root: Path) -> str | None:
     if not (root / ".git").exists():
         return None
     describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
+    with suppress(FileNotFoundError):
         done = subprocess.run([*describe, "--exclude", "*"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _append(folder: Path, event: Mapping[str, Any]) -> None:
-    path = folder / NAME
-    events = [*read_history(folder), event]
-    try:
+def _append(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
+    path, now = folder / NAME, datetime.now(UTC).isoformat(timespec="seconds")
+    events = [*read_history(folder), {"event": event, "time": now, **facts}]
+    with writing(path):
         write_whole(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in events))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

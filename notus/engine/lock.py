@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from notus.engine.log import warn
 from notus.errors import UserError
+from notus.files import writing
 
 NAME = "lock"
 
@@ -45,27 +46,17 @@ class OutputLock(AbstractContextManager):
         path = self.folder / NAME
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
-        try:
+        with writing(path):
             file = path.open("a+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"output_dir: {self.folder} is in use by {_owner(path)}; wait for it, stop it, "
-                    "or give another output_dir"
+                    f"output_dir: {self.folder} is in use by another run ({path.read_text()}); "
+                    "wait for it, stop it, or give another output_dir"
                 ) from None
             except OSError as error:
                 warn(f"{path}: no lock ({error.strerror}); start no second run in {self.folder}")
             file.truncate(0)
             os.write(file.fileno(), json.dumps(about).encode())
-        except OSError as error:  # no permission, no space
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         self._file = file
-
-
-def _owner(path: Path) -> str:
-    try:
-        about = json.loads(path.read_text())
-        return f"process {about['pid']} on host {about['host']}, started {about['started']}"
-    except (ValueError, KeyError, TypeError):  # caught while it was being written
-        return "a run that has just started"

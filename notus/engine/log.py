@@ -6,35 +6,36 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from notus.errors import UserError
-from notus.files import write_whole
+from notus.files import write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+}  # by the bar
 
 
 class LinesFile:
     """A file of JSON objects, one per line.
 
-    Opening it removes torn lines and those of steps after `step`, which the resumed run will write
-    again; raises UserError when that fails. A line that the file system refuses (no space) is left
-    out, and the first one is reported.
+    Opening it removes torn lines and those of steps after `step`; raises UserError when that fails.
+    A line that the file system refuses (no space) is left out, and the first one is reported.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path, self._refused = path, False
-        if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        try:
-            write_whole(path, "".join(line for line in lines if _step_of(line) <= step))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        self.path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            with writing(path):
+                write_whole(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append a line; numbers that JSON does not have become null."""
@@ -50,9 +51,7 @@ class LinesFile:
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not self._refused:
-                warn(f"{self.path}: {error.strerror}; lines are lost, training continues")
-            self._refused = True
+            _warn_once(f"{self.path}: {error.strerror}; lines are lost, training continues")
 
 
 def _step_of(line: str) -> float:
@@ -68,12 +67,20 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
+_warn_once = cache(warn)
+
+
 class _Lines:
     """Standard error as a file for tqdm, in which each state of a bar is a line of its own."""
 
+    _last = ""
+
     def write(self, text: str) -> None:
-        if state := text.strip():  # without the carriage return
+        state = text.strip()  # without the carriage return
+        place = state.split(" of ")[0]
+        if place and place != self._last:  # closing the bar repeats a state that was due
             print(state, file=sys.stderr)
+            self._last = place
 
     def flush(self) -> None:
         sys.stderr.flush()
@@ -101,9 +108,9 @@ def progress(total: int, initial: int, unit: str) -> tqdm:
 class MetricsLog:
     """metrics.jsonl, nonfinite.jsonl, TensorBoard and the progress bar, on rank 0 only.
 
-    Opening it removes the lines that a run which starts or resumes at `step` will write again, and
-    raises UserError when the files cannot be opened. A full disk costs metrics, never the run:
-    lines that find no space are left out, and TensorBoard gets nothing more until the next start.
+    Opening it removes the lines that a run from `step` on will write again; raises UserError when
+    that fails. A full disk costs metrics, never the run: lines that find no space are left out, and
+    TensorBoard gets nothing more until the next start.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, active: bool) -> None:
@@ -113,12 +120,8 @@ class MetricsLog:
         # A run that starts from step 0 evaluates there again.
         self.lines = LinesFile(folder / "metrics.jsonl", step or -1)
         self.nonfinite = LinesFile(folder / NONFINITE_FILE, step)
-        board = folder / "tensorboard"
-        try:
-            self.board = SummaryWriter(str(board), purge_step=step + 1)
-        except OSError as error:
-            raise UserError(f"{board}: cannot be written ({error.strerror})") from None
-        self._refused = False
+        with writing(folder / "tensorboard"):
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.bar = progress(total, step, "step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -128,12 +131,7 @@ class MetricsLog:
         if metrics:
             self.lines.add({"step": step, **metrics})
             self.show(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
-        shown = {
-            "loss": metrics.get("loss"),
-            "accuracy": metrics.get("rewards/accuracies"),
-            "margin": metrics.get("rewards/margins"),
-        }
-        shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
+        shown = {name: f"{metrics[key]:.4f}" for name, key in SHOWN.items() if key in metrics}
         if shown:
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -143,10 +141,8 @@ class MetricsLog:
         try:
             action(self.board)
         except OSError as error:  # raised again by every later call: the writer's thread has ended
-            if not self._refused:
-                place = error.filename or self.board.log_dir
-                warn(f"{place}: {error.strerror}; this and later ones are lost, training continues")
-            self._refused = True
+            place = error.filename or self.board.log_dir
+            _warn_once(f"{place}: {error.strerror}; later ones are lost too, training continues")
 
     def close(self) -> None:
         if self.active:

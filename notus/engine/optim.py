@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Optimizer, RMSprop
+from torch.optim import AdamW, Optimizer
 
 
 def make_optimizer(
@@ -19,19 +19,84 @@ def make_optimizer(
     alpha: float,
     eps: float,
     state_dtype: torch.dtype = torch.float32,
+    offloaded: bool = False,
+    compiled: bool = False,
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101) or RMSprop over float32 parameters; the state is sharded like them.
 
-    state_dtype: torch.bfloat16 halves the state, see `LowMemory`.
+    state_dtype: torch.bfloat16 halves the state, see `LowMemory`. offloaded: the parameters are in
+    the host's memory, where AdamW then goes through it once instead of seven times. compiled:
+    whether RMSprop's update is one kernel.
     """
     parameters = list(parameters)
-    on_gpu = parameters[0].is_cuda
     if name == "adamw":
-        optimizer = AdamW(parameters, learning_rate, betas, eps, weight_decay, fused=on_gpu)
+        fused = offloaded or parameters[0].is_cuda
+        optimizer = AdamW(parameters, learning_rate, betas, eps, weight_decay, fused=fused)
     else:
         assert name == "rmsprop", name
-        optimizer = RMSprop(parameters, learning_rate, alpha, eps, weight_decay, foreach=on_gpu)
+        optimizer = RMSprop(parameters, learning_rate, alpha, eps, weight_decay, compiled)
     return optimizer if state_dtype == torch.float32 else LowMemory(optimizer)
+
+
+class RMSprop(Optimizer):
+    """torch.optim.RMSprop without momentum, to the bit, and with the same state.
+
+    One parameter is updated after another, so that no temporary is larger than a parameter's shard.
+    compiled: as one kernel, which reads and writes 20 bytes for each number (torch's: 52) and
+    rounds in another order.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        alpha: float,
+        eps: float,
+        weight_decay: float,
+        compiled: bool = False,
+    ) -> None:
+        defaults = {"lr": learning_rate, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, defaults)
+        self._update = torch.compile(_update_rmsprop, dynamic=True) if compiled else _update_rmsprop
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": torch.zeros(()), "square_avg": torch.zeros_like(parameter)}
+                state["step"] += 1
+                tensors = (parameter, parameter.grad, state["square_avg"])
+                # Not as views, of which the compiler would look at what they are a view of.
+                numbers = [_local(tensor).view(-1).data for tensor in tensors]
+                # A tensor: a number that changes from step to step would be compiled anew.
+                rate = numbers[0].new_full((), group["lr"])
+                if len(numbers[0]):  # a rank may have nothing of a small parameter
+                    settings = group["alpha"], group["eps"], group["weight_decay"]
+                    self._update(*numbers, rate, *settings)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _update_rmsprop(
+    parameter: Tensor,
+    gradient: Tensor,
+    average: Tensor,
+    rate: Tensor,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """average = alpha average + (1 - alpha) g^2; parameter -= rate g / (sqrt(average) + eps)."""
+    if weight_decay:
+        gradient = gradient.add(parameter, alpha=weight_decay)
+    average.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
+    parameter.sub_(rate * gradient / average.sqrt().add_(eps))
 
 
 class LowMemory(Optimizer):

@@ -4,7 +4,6 @@ The settings of an earlier start and today's are compared after both have been r
 key which the earlier program did not have counts with its default.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -16,8 +15,9 @@ import torch.distributed as dist
 from notus.data.tokenization import TokenizedPairs
 from notus.engine import checkpoint, lock
 from notus.errors import UserError
-from notus.files import partial_path, read_object, write_json
+from notus.files import partial_path, read_object, write_json, writing
 from notus.model.hf_config import ModelShape
+from notus.strict import show
 
 Plain = dict[str, Any]
 Resolve = Callable[[Plain], Plain]
@@ -45,19 +45,13 @@ PATHS = ("model.policy", "model.reference", "data.train")
 
 def settings_that_matter(settings: Plain, ignored: tuple[str, ...] = MAY_CHANGE) -> Plain:
     """The resolved settings by dotted key, without the `ignored` sections and keys."""
-    return {key: value for key, value in _flat(settings).items() if not _is_in(key, ignored)}
-
-
-def _flat(settings: Plain) -> Plain:
-    return {
-        f"{section}.{key}" if isinstance(values, dict) else section: value
-        for section, values in settings.items()
-        for key, value in (values if isinstance(values, dict) else {section: values}).items()
-    }
-
-
-def _is_in(key: str, places: tuple[str, ...]) -> bool:
-    return key in places or key.split(".")[0] in places
+    flat = {}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return {key: v for key, v in flat.items() if not {key, key.split(".")[0]} & set(ignored)}
 
 
 def holds_run(folder: Path) -> bool:
@@ -68,9 +62,8 @@ def holds_run(folder: Path) -> bool:
 def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolve) -> None:
     """Refuse an output_dir that holds anything except an earlier part of this same run.
 
-    resolve: settings of an earlier program -> the same with today's keys, defaults for those that
-    they lack; raises UserError for a key that there is no more. Raises UserError that names the
-    first setting that differs, or what was found there.
+    resolve: `build.settings_now`. Raises UserError that names the first settings that differ, or
+    what was found there.
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -109,7 +102,8 @@ def check_checkpoint(folder: Path, common: Plain, settings: Plain, resolve: Reso
     earlier = state["common"]
     try:
         earlier |= _resolved(state["settings"], settings, MAY_CHANGE + PATHS, resolve)
-        earlier["model_shape"] = _shape_defaults() | earlier["model_shape"]
+        defaults = {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
+        earlier["model_shape"] = defaults | earlier["model_shape"]
         different = differences(earlier, common)
     except UserError as error:
         different = str(error)
@@ -125,20 +119,13 @@ def _resolved(earlier: Plain, settings: Plain, ignored: tuple[str, ...], resolve
 
     Those that are `ignored` do not have to be readable: today's take their place.
     """
-    matter = settings_that_matter(earlier, ignored)
-    flat = matter | {key: v for key, v in _flat(settings).items() if _is_in(key, ignored)}
+    matter = settings_that_matter(settings, ignored)
+    today = {k: v for k, v in settings_that_matter(settings, ()).items() if k not in matter}
     nested: Plain = {}
-    for key, value in flat.items():
+    for key, value in (settings_that_matter(earlier, ignored) | today).items():
         section, _, name = key.partition(".")
-        if name:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[section] = value
+        nested[section] = nested.get(section, {}) | {name: value} if name else value
     return settings_that_matter(resolve(nested), ignored)
-
-
-def _shape_defaults() -> Plain:
-    return {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
 
 
 def what_must_match(
@@ -172,7 +159,7 @@ def differences(before: Plain, now: Plain) -> str:
     """The first three entries that differ, in words, and how many more do; "" if none do."""
     found = list(_differing(before, now))
     words = [
-        HASH_WORDS.get(key, f"{key} was {_short(one)} and is {_short(other)}")
+        HASH_WORDS.get(key, f"{key} was {show(one)} and is {show(other)}")
         for key, one, other in found[:3]
     ]
     return "; ".join([*words, f"and {len(found) - 3} more"] if len(found) > 3 else words)
@@ -191,20 +178,16 @@ def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any,
         yield key, before, now
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def recorded_start(folder: Path, given: Path | None) -> Plain | None:
-    """The contents of START in this output_dir; None if it is not there.
+    """The contents of START in an output_dir that holds a run; None if it is not there.
 
     given: the checkpoint whose weights this run is to start with, or None. Raises UserError when
     the run in the folder started with others.
     """
-    path = folder / START
-    record = read_object(path) if holds_run(folder) and path.exists() else None
-    if given is not None and holds_run(folder):
+    if not holds_run(folder):
+        return None
+    record = read_object(folder / START) if (folder / START).exists() else None
+    if given is not None:
         began = record["path"] if record else "model.policy"
         if began != str(given.resolve()):
             raise UserError(
@@ -217,24 +200,17 @@ def recorded_start(folder: Path, given: Path | None) -> Plain | None:
 def make_output_dir(folder: Path) -> None:
     """Create output_dir, on rank 0 only. Raises UserError there when it cannot."""
     if dist.get_rank() == 0:
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be made ({error.strerror})") from None
 
 
 def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
-    """Write START, if there is one, and the settings into output_dir, on rank 0 only.
-
-    Raises UserError there when the folder cannot be written to.
-    """
+    """Write START, if there is one, and the settings, on rank 0 only. Raises UserError there."""
     if dist.get_rank() == 0:
-        try:
+        with writing(folder):
             if start is not None:
                 write_json(folder / START, start, durable=True)
             write_json(folder / SETTINGS, settings, durable=True)
-        except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
 
 
 def check_shared(folder: Path) -> None:

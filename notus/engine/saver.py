@@ -1,31 +1,27 @@
 """Saving in the background: checkpoints during training, and the export of the trained model.
 
-A save. Every rank copies the complete tensors that it will write to the host; the next step then
+A save: every rank copies the complete tensors that it will write to the host; the next step then
 starts, while one thread per rank writes, syncs and hashes. Rank 0 writes the manifest, renames the
-folder and removes old ones. The folder gets its final name only when everything in it is on disk; a
-killed save leaves `.partial-step-*`, which the next one removes. At most one save runs at a time.
+folder, in which everything is then on disk, and removes old ones. A killed save leaves
+`.partial-step-*`, which the next one removes. At most one save runs at a time.
 
-When a save fails (no space, no permission), rank 0 reports it once, with path and reason; the files
-already written are removed, older checkpoints stay, and training continues. A run whose last save
-failed ends with an error, after its final model has been written.
+When a save fails (no space, no permission), rank 0 reports it once, what it wrote is removed, older
+checkpoints stay, and training continues. A run whose last save failed ends with an error, after its
+final model has been written.
 
-torch.distributed.checkpoint's HuggingFaceStorageWriter is no alternative: it writes slices, which
-one rank must read and write again before transformers can load the folder, and leaves optimiser
-state, hashes, the atomic rename and retention to its caller.
+torch.distributed.checkpoint's HuggingFaceStorageWriter writes slices, which one rank must write
+again before transformers can load the folder, and leaves everything else here to its caller.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -47,9 +43,9 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, sync, write_json
+from notus.files import partial_path, read_object, sync, write_json, write_whole, writing
 from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import copy_tokenizer, gather_own
+from notus.model.weights import copy_tokenizer, gather_own, save_tensors
 
 
 class Saver(AbstractContextManager):
@@ -58,9 +54,9 @@ class Saver(AbstractContextManager):
     keep: how many complete ones stay. source: the folder whose config.json and tokenizer describe
     the model. facts: further entries of state.json; `resume.check_checkpoint` reads "common" and
     "settings". previous: the step from which the run resumes.
-    host_bytes: limit for copies of tensors that wait on the host to be written; where this rank's
-    next file would exceed it, the step waits (one file may always wait). None: half of the host
-    memory that is free, divided by the ranks of this machine. All ranks must make the same calls.
+    host_bytes: room for the copies of this rank's tensors on the host; where they are larger, the
+    step waits until each file is written before the next is copied. None: half of the free memory,
+    divided by the ranks of this machine. All ranks must make the same calls.
     """
 
     def __init__(
@@ -100,26 +96,28 @@ class Saver(AbstractContextManager):
         """
         self.wait()
         folder = self.root / checkpoint_name(progress.step)
-        state = {**progress._asdict(), "updates": _updates(optimizer), **self.facts}
+        # Fewer than steps if some were skipped. Each parameter's state has the same number.
+        updates = next((int(state["step"]) for state in optimizer.state.values()), 0)
+        state = {**progress._asdict(), "updates": updates, **self.facts}
         groups = {
             weights_prefix(model): trained_parameters(model),
             "optimizer": _optimizer_tensors(model, optimizer),
         }
         if reference is not None:
             groups["reference"] = list(reference.named_parameters())
-        host_bytes = _spare_host_bytes() if self.host_bytes is None else self.host_bytes
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        room = free_host_bytes() // 2 // here if self.host_bytes is None else self.host_bytes
+        stored = [tensor for tensors in groups.values() for _, tensor in tensors]
+        size = sum(t.numel() * t.element_size() for t in stored) // dist.get_world_size()
         ready = self._thread.submit(self._prepare, partial_path(folder))
         indexes: dict[str, Plain] = {}
         jobs: list[Future[Plain]] = []
-        waiting: list[tuple[Future[Plain], int]] = []
         for prefix, tensors in groups.items():
-            size = _largest_share([tensor for _, tensor in tensors])
-            while waiting and size + sum(held for _, held in waiting) > host_bytes:
-                waiting.pop(0)[0].exception()  # only waits: `_publish` handles the error
+            if jobs and size > room:
+                jobs[-1].exception()  # only waits: `_publish` handles the error
             indexes[prefix], file, own = gather_own(tensors, prefix)
             path = partial_path(folder) / file
             jobs.append(self._thread.submit(_write_tensors, path, own, ready))
-            waiting.append((jobs[-1], size))
             del own  # the job's, which frees the tensors
         self._outcome = self._thread.submit(self._publish, folder, jobs, indexes, state)
 
@@ -131,7 +129,7 @@ class Saver(AbstractContextManager):
 
     def _prepare(self, partial: Path) -> None:
         """Make the folder to write into, and remove what killed saves have left."""
-        with agreed(self._group), _refusals():
+        with agreed(self._group), writing(partial):
             if dist.get_rank() == 0:
                 for left in self.root.glob(partial_path(Path("*")).name):
                     shutil.rmtree(left)
@@ -147,21 +145,19 @@ class Saver(AbstractContextManager):
     ) -> str | None:
         """Name the folder when every rank has written its files; returns why that failed."""
         first, partial = dist.get_rank() == 0, partial_path(folder)
-        files: Plain = {}
         try:
             with agreed(self._group):
-                for job in jobs:
-                    files |= job.result()
-            parts = [files] * dist.get_world_size()
-            dist.all_gather_object(parts, files, group=self._group)
-            with agreed(self._group), _refusals():
+                own = [entry for job in jobs for entry in job.result().items()]
+            parts = [own] * dist.get_world_size()
+            dist.all_gather_object(parts, own, group=self._group)
+            with agreed(self._group), writing(partial):
                 if first:
                     for prefix, index in indexes.items():
                         write_json(index_file(partial, prefix), index)
                     if MODEL in indexes:
                         _describe_model(partial, torch.float32, self.source)
                     write_json(partial / STATE, state)
-                    self._finish(folder, {name: part[name] for part in parts for name in part})
+                    self._finish(folder, dict(entry for part in parts for entry in part))
         except UserError as error:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -171,11 +167,10 @@ class Saver(AbstractContextManager):
             return str(error)
         if first:
             try:
-                with _refusals():
-                    retain(self.root, folder, previous=self.previous, keep=self.keep)
-            except UserError as error:
+                retain(self.root, folder, previous=self.previous, keep=self.keep)
+            except OSError as error:
                 warn(f"an old checkpoint was not removed: {error}")
-            self.previous = state["step"]
+        self.previous = state["step"]
         return None
 
     def _finish(self, folder: Path, files: Plain) -> None:
@@ -183,9 +178,7 @@ class Saver(AbstractContextManager):
         partial = partial_path(folder)
         others = [path for path in sorted(partial.iterdir()) if path.name not in files]
         files |= {path.name: _to_disk(path) for path in others}
-        (partial / MANIFEST).write_text(render_manifest(files))
-        sync(partial / MANIFEST)
-        sync(partial)
+        write_whole(partial / MANIFEST, render_manifest(files), durable=True)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which was passed over
         os.rename(partial, folder)
         sync(self.root)
@@ -195,14 +188,12 @@ def retain(root: Path, newest: Path, *, previous: int, keep: int) -> None:
     """Remove all but `newest`, which was just written, and the keep - 1 before it.
 
     previous: the step of the save before, or the one from which the run resumed. Checkpoints of
-    later steps are removed as well: the run passed them over, as damaged or by an explicit
-    --resume.
+    later steps, which the run passed over, are removed as well.
     """
     before = [path for path in checkpoints(root, previous) if path != newest]
     kept = {newest, *before[max(0, len(before) - (keep - 1)) :]}
-    for path in checkpoints(root):
-        if path not in kept:
-            shutil.rmtree(path)
+    for path in set(checkpoints(root)) - kept:
+        shutil.rmtree(path)
 
 
 def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:
@@ -212,18 +203,17 @@ def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:
     rank, when it cannot be written.
     """
     partial, first = partial_path(folder), dist.get_rank() == 0
-    refusals = f"{folder} was not written: "
+    tensors = ((name, p.detach().to(torch.bfloat16)) for name, p in model.named_parameters())
+    index, file, own = gather_own(tensors, MODEL)
     try:
-        with agreed(), _refusals(refusals):
+        with agreed(), writing(folder):
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        tensors = ((name, p.detach().to(torch.bfloat16)) for name, p in model.named_parameters())
-        index, file, own = gather_own(tensors, MODEL)
-        with agreed(), _refusals(refusals):
+        with agreed(), writing(folder):
             if own:
-                _save_file(partial / file, own)
-        with agreed(), _refusals(refusals):
+                save_tensors(partial / file, own)
+        with agreed(), writing(folder):
             if first:
                 write_json(index_file(partial, MODEL), index)
                 _describe_model(partial, torch.bfloat16, source)
@@ -237,55 +227,29 @@ def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:
         raise
 
 
-@contextmanager
-def _refusals(prefix: str = "") -> Iterator[None]:
-    """Raise UserError, with path and reason, for what the file system refuses in the block."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename2 or error.filename  # of a copy, where it goes
-        reason = f"{place}: {error.strerror}" if place else error.strerror
-        raise UserError(f"{prefix}{reason}") from None
-
-
 def _optimizer_tensors(model: MistralForCausalLM, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     """State tensors by "<state>/<parameter>"; none before the first update."""
     tensors = []
     for name, parameter in trained_parameters(model):
         state = optimizer.state.get(parameter, {})
         assert state or not optimizer.state, f"{name}: no state; is it the sharded parameter?"
-        # "step" is equal for all: state.json holds it as "updates".
         tensors += [(f"{key}/{name}", state[key]) for key in sorted(state) if key != "step"]
     return tensors
-
-
-def _updates(optimizer: Optimizer) -> int:
-    """How often the optimiser has been applied: fewer times than steps if some were skipped."""
-    return next((int(state["step"]) for state in optimizer.state.values()), 0)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], ready: Future[None]) -> Plain:
     """Write one safetensors file to disk and free its tensors; returns its manifest entry by name.
 
-    ready: done when the folder exists; its error is raised here. A rank without tensors has no
-    file.
+    ready: done when the folder exists; its error is raised here.
     """
     try:
         ready.result()
-        if not tensors:
-            return {}
-        with _refusals():
-            _save_file(path, tensors)
-            return {path.name: _to_disk(path)}
+        with writing(path.parent):
+            if tensors:  # a rank may have none, and no file
+                save_tensors(path, tensors)
+            return {path.name: _to_disk(path)} if tensors else {}
     finally:
         tensors.clear()
-
-
-def _save_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what safetensors makes of an OSError, without the path
-        raise OSError(0, str(error), str(path)) from None
 
 
 def _to_disk(path: Path) -> Plain:
@@ -296,19 +260,8 @@ def _to_disk(path: Path) -> Plain:
 
 def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
     """Add what makes weights a Hugging Face folder: the configuration and the tokenizer."""
-    config = json.loads((source / "config.json").read_text())
+    config = read_object(source / "config.json")
     config.pop("torch_dtype", None)  # the key's name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
     copy_tokenizer(source, folder)
-
-
-def _largest_share(tensors: Sequence[Tensor]) -> int:
-    """An upper bound on the bytes that `gather_own` gives to any rank."""
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    return sum(sizes) // dist.get_world_size() + max(sizes, default=0)
-
-
-def _spare_host_bytes() -> int:
-    """Half of this machine's free memory, or of its container's, for each rank on it."""
-    return free_host_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

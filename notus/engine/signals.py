@@ -5,10 +5,9 @@ code 0. SIGUSR1: save and continue. One signalled process is enough, because the
 `kill -TERM` of the process that `<output_dir>/lock` names ends the run on every rank. A second
 SIGINT kills at once.
 
-torchrun passes SIGTERM and SIGINT on to its processes, and kills those that have not ended after
-30 s: if a step and a save take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds
-(PyTorch 2.12; before, signal one of the processes instead). Its own exit code is then 1, though
-theirs is 0. torchrun does not pass SIGUSR1 on: that signal ends torchrun.
+torchrun passes SIGTERM and SIGINT on, and kills processes that have not ended after 30 s: if a step
+and a save take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds (PyTorch 2.12; before,
+signal one of the processes). Its own exit code is then 1, theirs 0. SIGUSR1 ends torchrun itself.
 """
 
 import signal

@@ -10,5 +10,5 @@ leaderboard   results of lm-evaluation-harness and the Open LLM Leaderboard
 harness       runs of lm-evaluation-harness
 comparison    a run compared with a published one
 published     the published numbers
-json_option   the option --json
+options       options that commands share: numbers, new files, decoding, --json
 """

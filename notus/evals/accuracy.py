@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -11,48 +12,18 @@ from notus.data.formats import Pair
 # RewardBench's sections: a section's accuracy weighs its subsets by these counts, and the total is
 # the mean over sections (allenai/reward-bench, constants.py; math-prm counts twice its rows).
 SECTIONS = {
-    "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984,
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
-    },
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95}
+    | {"mt-bench-easy": 28, "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100}
+    | {"llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92}
+    | {"llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100}
+    | {"xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984}
+    | dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164),
 }
 LENGTH_EDGES = (-200, -50, -10, 11, 51, 201)  # tokens by which the chosen response is longer
 RATING_EDGES = (0.0, 0.5, 1.0, 2.0)  # points by which the chosen response is rated higher
-
-
-class Group(NamedTuple):
-    """Pairs that have something in common. members: bool [pairs]."""
-
-    kind: str
-    name: str
-    members: np.ndarray
 
 
 class Row(NamedTuple):
@@ -81,50 +52,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def groups(pairs: Sequence[Pair], lengths: np.ndarray) -> Iterator[Group]:
-    """All pairs, then each file, source, subset, and range of length and rating difference.
-
-    lengths: int64 [pairs, 3]. A kind with all pairs in one group is left out, and so are the pairs
-    for which a kind is unknown.
-    """
-    yield Group("all", "all pairs", np.ones(len(pairs), bool))
-    for kind in ("file", "source", "subset"):
-        labels = np.array([_label(pair, kind) for pair in pairs])
-        names = sorted({*labels} - {""})
-        if len(names) > 1 or (names and (labels == "").any()):
-            yield from (Group(kind, name, labels == name) for name in names)
-    longer = (lengths[:, 1] - lengths[:, 2]).astype(float)
-    yield from _ranges("chosen longer by (tokens)", longer, LENGTH_EDGES)
-    rated = [
-        math.nan
-        if pair.chosen_score is None or pair.rejected_score is None
-        else pair.chosen_score - pair.rejected_score
-        for pair in pairs
-    ]
-    yield from _ranges("rated higher by", np.array(rated), RATING_EDGES)
-
-
-def _label(pair: Pair, kind: str) -> str:
-    """A pair's label of this kind, or ""; the file is its origin without the line."""
-    return pair.where.rpartition(":")[0] if kind == "file" else pair.labels.get(kind, "")
-
-
-def _ranges(kind: str, values: np.ndarray, edges: Sequence[float]) -> Iterator[Group]:
-    bounds = [-math.inf, *edges, math.inf]
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        members = (values >= low) & (values < high)  # NaN is in no range
-        if members.any():
-            yield Group(kind, _range_name(low, high), members)
-
-
-def _range_name(low: float, high: float) -> str:
-    if low == -math.inf:
-        return f"below {high:g}"
-    return f"{low:g} or more" if high == math.inf else f"{low:g} to below {high:g}"
-
-
-def table(found: Sequence[Group], margin: np.ndarray, lengths: np.ndarray) -> list[Row]:
-    """The row of each group. margin: float64 [pairs], lengths: int64 [pairs, 3]."""
+def table(pairs: Sequence[Pair], margin: np.ndarray, lengths: np.ndarray) -> list[Row]:
+    """The row of each group of pairs. margin: float64 [pairs], lengths: int64 [pairs, 3]."""
     right = margin > 0
     longer = np.sign(lengths[:, 1] - lengths[:, 2]) / 2 + 0.5
     return [
@@ -137,8 +66,38 @@ def table(found: Sequence[Group], margin: np.ndarray, lengths: np.ndarray) -> li
             margin[members].mean(),
             longer[members].mean(),
         )
-        for kind, name, members in found
+        for kind, name, members in _groups(pairs, lengths)
     ]
+
+
+def _groups(pairs: Sequence[Pair], lengths: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(kind, name, members as bool [pairs]) of all pairs, then of each group of each kind.
+
+    A kind with all pairs in one group is left out, and so are the pairs for which a kind is
+    unknown.
+    """
+    yield "all", "all pairs", np.ones(len(pairs), bool)
+    origins = [pair.labels | {"file": pair.where.rpartition(":")[0]} for pair in pairs]
+    for kind in ("file", "source", "subset"):
+        labels = np.array([origin.get(kind, "") for origin in origins])
+        names = sorted({*labels} - {""})
+        if len(names) > 1 or (names and (labels == "").any()):
+            yield from ((kind, name, labels == name) for name in names)
+    longer = (lengths[:, 1] - lengths[:, 2]).astype(float)
+    yield from _ranges("chosen longer by (tokens)", longer, LENGTH_EDGES)
+    rated = np.array([(pair.chosen_score, pair.rejected_score) for pair in pairs], float)
+    yield from _ranges("rated higher by", rated[:, 0] - rated[:, 1], RATING_EDGES)
+
+
+def _ranges(
+    kind: str, values: np.ndarray, edges: Sequence[float]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    names = [f"{low:g} to below {high:g}" for low, high in pairwise(edges)]
+    names = [f"below {edges[0]:g}", *names, f"{edges[-1]:g} or more"]
+    for name, (low, high) in zip(names, pairwise((-math.inf, *edges, math.inf)), strict=True):
+        members = (values >= low) & (values < high)  # NaN is in no range
+        if members.any():
+            yield kind, name, members
 
 
 def section_scores(rows: Sequence[Row]) -> dict[str, float]:

@@ -2,26 +2,21 @@
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from notus.generate.prompts import Prompt
 
 # FastChat's gen_model_answer; a category that is not here has OTHER_TEMPERATURE.
 MT_BENCH_TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
+    **dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0),
+    **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 OTHER_TEMPERATURE = 0.7  # also that of Zephyr's and Notus's AlpacaEval answers
 MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "prompts": 1024}
 # The default of transformers' generate, and so the value behind the published answers.
 TOP_K = 50
+SUFFIXES = {"alpaca_eval": ".json", "mt_bench": ".jsonl", "prompts": ".jsonl"}
 
 
 class Answered(NamedTuple):
@@ -31,72 +26,45 @@ class Answered(NamedTuple):
     time: float
 
 
-def alpaca_eval_text(prompts: Sequence[Prompt], answers: Sequence[Answered], name: str) -> str:
-    """AlpacaEval's model_outputs.json: a list of objects, `name` the leaderboard's generator."""
-    rows = []
-    for prompt, answered in zip(prompts, answers, strict=True):
-        origin = {"dataset": prompt.row["dataset"]} if "dataset" in prompt.row else {}
-        rows.append(
-            origin
-            | {
-                "instruction": prompt.row["instruction"],
-                "output": answered.responses[0],
-                "generator": name,
-            }
-        )
-    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+def answers_text(
+    kind: str, prompts: Sequence[Prompt], answers: Sequence[Answered], name: str
+) -> str:
+    """The file of a model's answers.
+
+    AlpacaEval's model_outputs.json is a list of objects, FastChat's model_answer file has a line
+    for each question, sorted by id. For other prompts: JSON lines, each prompt's row with
+    "response" and "generator" added.
+    """
+    rows = [_row(kind, *answered, name) for answered in zip(prompts, answers, strict=True)]
+    if kind == "alpaca_eval":
+        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    if kind == "mt_bench":
+        rows.sort(key=lambda row: row["question_id"])
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def mt_bench_text(prompts: Sequence[Prompt], answers: Sequence[Answered], name: str) -> str:
-    """FastChat's model_answer file: one line for each question, sorted by id."""
-    rows = [
-        {
-            "question_id": prompt.row["question_id"],
+def _row(kind: str, prompt: Prompt, answered: Answered, name: str) -> dict[str, Any]:
+    row, response = prompt.row, answered.responses[0]
+    if kind == "alpaca_eval":
+        kept = {key: row[key] for key in ("dataset", "instruction") if key in row}
+        return kept | {"output": response, "generator": name}
+    if kind == "mt_bench":
+        return {
+            "question_id": row["question_id"],
             "answer_id": secrets.token_urlsafe(16),  # 22 characters, as FastChat's short ids
             "model_id": name,
             "choices": [{"index": 0, "turns": answered.responses}],
             "tstamp": answered.time,
         }
-        for prompt, answered in zip(prompts, answers, strict=True)
-    ]
-    return _json_lines(sorted(rows, key=lambda row: row["question_id"]))
-
-
-def prompts_text(prompts: Sequence[Prompt], answers: Sequence[Answered], name: str) -> str:
-    """JSON lines: each prompt's row with "response" and "generator" added."""
-    return _json_lines(
-        [
-            prompt.row | {"response": answered.responses[0], "generator": name}
-            for prompt, answered in zip(prompts, answers, strict=True)
-        ]
-    )
-
-
-def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-class Form(NamedTuple):
-    """The format of a kind's answers: the file name's suffix, and the text of the file."""
-
-    suffix: str
-    text: Callable[[Sequence[Prompt], Sequence[Answered], str], str]
-
-
-FORMS = {
-    "alpaca_eval": Form(".json", alpaca_eval_text),
-    "mt_bench": Form(".jsonl", mt_bench_text),
-    "prompts": Form(".jsonl", prompts_text),
-}
+    return row | {"response": response, "generator": name}
 
 
 def temperature_of(prompt: Prompt, kind: str, override: float | None) -> float:
     """The temperature for a prompt: the override, else the benchmark's own."""
     if override is not None:
         return override
-    if kind == "mt_bench":
-        return MT_BENCH_TEMPERATURES.get(prompt.row["category"], OTHER_TEMPERATURE)
-    return OTHER_TEMPERATURE
+    category = prompt.row["category"] if kind == "mt_bench" else None
+    return MT_BENCH_TEMPERATURES.get(category, OTHER_TEMPERATURE)
 
 
 def seed_of(index: int, kind: str, seed: int) -> int:

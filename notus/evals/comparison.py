@@ -15,24 +15,13 @@ import numpy as np
 
 from notus.curation.rows import read_rows
 from notus.errors import UserError
-from notus.evals.json_option import add_json_option, check_new, keep_json
-from notus.evals.published import DPO_RUNS, DpoMetrics, DpoRun
+from notus.evals.options import add_json_option, at_least, report
+from notus.evals.published import DPO_RUNS, METRICS, DpoRun
 from notus.files import read_object
 from notus.tables import text_table
 
 LIMIT = 2.0  # a difference of fewer standard errors counts as agreement
 STEP = 100  # the step of the first evaluation on the model cards
-
-# The fields of DpoMetrics and their names in metrics.jsonl.
-METRICS = {
-    "loss": "eval_loss",
-    "accuracy": "eval_rewards/accuracies",
-    "margin": "eval_rewards/margins",
-    "rewards_chosen": "eval_rewards/chosen",
-    "rewards_rejected": "eval_rewards/rejected",
-    "logps_chosen": "eval_logps/chosen",
-    "logps_rejected": "eval_logps/rejected",
-}
 
 
 class Difference(NamedTuple):
@@ -45,55 +34,34 @@ class Difference(NamedTuple):
     standard_error: float | None  # of the difference; None if unknown
     pairs: int | None  # behind the run's value
     published_pairs: int
-
-    @property
-    def errors(self) -> float | None:
-        """The difference in standard errors."""
-        if self.standard_error is None:
-            return None
-        return (self.value - self.published) / self.standard_error
-
-    @property
-    def verdict(self) -> str:
-        if self.errors is None:
-            return ""
-        if abs(self.errors) < LIMIT:
-            return "agrees"
-        return "higher" if self.errors > 0 else "lower"
+    in_standard_errors: float | None  # the difference
+    verdict: str  # "agrees", "higher", "lower", or "" if the error is unknown
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `compare` to the command line."""
     about = "compare a run's loss, accuracy and margin with a published run's"
     parser = commands.add_parser("compare", help=about, description=about)
+    held_out = "the run's held-out pairs; needed unless data.eval is a holdout"
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the output_dir of a run")
     parser.add_argument("--to", default="notus-7b-v1", choices=sorted(DPO_RUNS))
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        help="the run's number of held-out pairs; needed unless data.eval is a holdout, whose "
-        "number is in config.json",
-    )
+    parser.add_argument("--pairs", type=at_least(1), help=held_out)
     add_json_option(parser)
     parser.set_defaults(run=compare)
 
 
 def compare(options: argparse.Namespace) -> None:
-    """The command `compare`."""
-    check_new(options.json)
-    if options.pairs is not None and options.pairs < 1:
-        raise UserError(f"--pairs: found {options.pairs}, expected at least 1")
     published = DPO_RUNS[options.to]
     evaluations = read_evaluations(options.run_folder / "metrics.jsonl")
     settings = read_object(options.run_folder / "config.json")
-    pairs = options.pairs or held_out_pairs(settings)
+    held_out = settings.get("data", {}).get("eval")
+    pairs = options.pairs or (held_out.get("holdout") if isinstance(held_out, dict) else None)
 
     last = max(evaluations)
     differences, notes = [], []
-    if published.step_100 is not None and STEP in evaluations:
+    if STEP in evaluations and published.step_100:
         at = f"step {STEP}"
         differences += differences_at(at, evaluations[STEP], published.step_100, published, pairs)
-    elif published.step_100 is not None:
+    elif published.step_100:
         notes.append(f"No evaluation at step {STEP} (evaluation.every), so none is compared.")
     differences += differences_at("end", evaluations[last], published.end, published, pairs)
     if not (options.run_folder / "final").is_dir():
@@ -106,24 +74,19 @@ def compare(options: argparse.Namespace) -> None:
         )
     header = ("at", "metric", "run", options.to, "difference", "± s.e.", "in s.e.", "")
     rows = [
-        (*d[:4], d.value - d.published, d.standard_error, d.errors, d.verdict, *d[-2:])
+        (*d[:4], d.value - d.published, d.standard_error, *d[7:], d.pairs, d.published_pairs)
         for d in differences
     ]
-    print(text_table((*header, "n", "n published"), rows, digits=4))
-    print(f"\n{options.to}: {published.source}\n\n{summary(differences)}")
-    print("".join(f"\n{note}" for note in notes))
-    found = [
-        d._asdict() | {"in_standard_errors": d.errors, "verdict": d.verdict} for d in differences
-    ]
+    table = text_table((*header, "n", "n published"), rows, digits=4)
     content = {
         "run": str(options.run_folder),
         "to": options.to,
         "source": published.source,
         "last_step": last,
-        "differences": found,
-        "notes": notes,
+        "differences": [d._asdict() for d in differences],
     }
-    keep_json(options.json, content)
+    table += f"\n\n{options.to}: {published.source}\n\n{summary(differences)}"
+    report(table, notes, options.json, content)
 
 
 def read_evaluations(file: Path) -> dict[int, Mapping[str, float]]:
@@ -137,30 +100,19 @@ def read_evaluations(file: Path) -> dict[int, Mapping[str, float]]:
     for where, row in read_rows(str(file)):
         if "eval_loss" not in row or row.get("step") == 0:
             continue
-        if not isinstance(row.get("step"), int):
-            raise UserError(f"{where}: step is {row.get('step')!r}; expected a whole number")
         for name in METRICS.values():
             if not isinstance(row.get(name), int | float) or not math.isfinite(row[name]):
                 raise UserError(f"{where}: {name} is {row.get(name)!r}; expected a finite number")
         found[row["step"]] = row
     if not found:
-        raise UserError(
-            f"{file}: no evaluation after step 0; expected eval_loss and more: a run with "
-            "data.eval, and evaluation.every steps long at least"
-        )
+        raise UserError(f"{file}: no evaluation after step 0; expected a run with data.eval")
     return found
-
-
-def held_out_pairs(settings: Mapping[str, Any]) -> int | None:
-    """data.eval.holdout of a run's resolved configuration, the number of its evaluation pairs."""
-    held_out = settings.get("data", {}).get("eval")
-    return held_out.get("holdout") if isinstance(held_out, dict) else None
 
 
 def differences_at(
     at: str,
     evaluation: Mapping[str, float],
-    published: DpoMetrics,
+    published: Mapping[str, float],
     run: DpoRun,
     pairs: int | None,
 ) -> list[Difference]:
@@ -172,19 +124,19 @@ def differences_at(
     """
     spreads = pair_spreads(published)
     rows = []
-    for metric, name in METRICS.items():
-        expected = getattr(published, metric)
-        if expected is None:
-            continue
+    for metric, expected in published.items():
+        value = evaluation[METRICS[metric]]
         over = run.pairs if metric == "loss" else run.reward_pairs
-        error = None
+        error, errors, verdict = None, None, ""
         if metric in spreads:
             error = spreads[metric] * math.sqrt(1 / over + (1 / pairs if pairs else 0))
-        rows.append(Difference(at, metric, evaluation[name], expected, error, pairs, over))
+            errors = (value - expected) / error
+            verdict = "agrees" if abs(errors) < LIMIT else "higher" if errors > 0 else "lower"
+        rows.append(Difference(at, metric, value, expected, error, pairs, over, errors, verdict))
     return rows
 
 
-def pair_spreads(published: DpoMetrics) -> dict[str, float]:
+def pair_spreads(published: Mapping[str, float]) -> dict[str, float]:
     """Standard deviation over pairs of loss, accuracy and margin, of a published DPO evaluation.
 
     The accuracy a implies its own: sqrt(a (1 - a)). The others were not published, so the margins
@@ -192,14 +144,14 @@ def pair_spreads(published: DpoMetrics) -> dict[str, float]:
     deviation m / quantile(a); the loss is log(1 + exp(-margin)) of these, integrated by
     Gauss-Hermite quadrature. For the published runs the implied mean loss is within 0.13 of theirs.
     """
-    normal = NormalDist()
-    margin = published.margin / normal.inv_cdf(published.accuracy)
+    accuracy, mean_margin = published["accuracy"], published["margin"]
+    margin = mean_margin / NormalDist().inv_cdf(accuracy)
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-    losses = np.logaddexp(0, -(published.margin + margin * nodes))
+    losses = np.logaddexp(0, -(mean_margin + margin * nodes))
     mean, square = np.average(losses, weights=weights), np.average(losses**2, weights=weights)
     return {
         "loss": math.sqrt(square - mean**2),
-        "accuracy": math.sqrt(published.accuracy * (1 - published.accuracy)),
+        "accuracy": math.sqrt(accuracy * (1 - accuracy)),
         "margin": margin,
     }
 
@@ -219,7 +171,7 @@ def recipe_notes(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
 
 def summary(differences: list[Difference]) -> str:
     """The metrics that differ, with the number of standard errors, as text."""
-    judged = [d for d in differences if d.errors is not None]
+    judged = [d for d in differences if d.verdict]
     apart = [d for d in judged if d.verdict != "agrees"]
     scope = (
         "Standard errors cover only the number of pairs: another seed changes a run too. Rewards "
@@ -227,5 +179,5 @@ def summary(differences: list[Difference]) -> str:
     )
     if not apart:
         return f"No difference of {LIMIT:g} standard errors or more in {len(judged)}. {scope}"
-    listed = ", ".join(f"{d.metric} at {d.at} ({d.errors:+.1f})" for d in apart)
+    listed = ", ".join(f"{d.metric} at {d.at} ({d.in_standard_errors:+.1f})" for d in apart)
     return f"{len(apart)} of {len(judged)} differ (in standard errors): {listed}. {scope}"

@@ -17,71 +17,63 @@ import torch
 
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
-from notus.evals.json_option import add_json_option, check_new
 from notus.evals.leaderboard import read_results, report_lm_eval
+from notus.evals.options import add_json_option, at_least
 from notus.evals.published import LEADERBOARD_TASKS
 from notus.files import write_whole
 from notus.model.weights import open_model
 
-FEW_SHOT = {task.name: task.few_shot for task in LEADERBOARD_TASKS}
+FEW_SHOT = {name: task.few_shot for name, task in LEADERBOARD_TASKS.items()}
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `harness` to the command line."""
     about = "run lm-evaluation-harness with the few-shot counts of Notus's table"
-    more = "; tasks that are not in the table have their own counts"
-    parser = commands.add_parser("harness", help=about, description=about + more)
+    parser = commands.add_parser("harness", help=about, description=about)
     add, dtypes, out = parser.add_argument, ("bfloat16", "float16", "float32"), "runs/lm_eval"
     add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
-    add("--tasks", default="openllm", help="names with commas between (default: the table's seven)")
+    add("--tasks", default="openllm", help="comma-separated names (default: the table's seven)")
     add("--tasks-dir", type=Path, help="a folder of your own task files (YAML), for --tasks")
     add("--out", type=Path, default=Path(out), help=f"results go to OUT/MODEL (default: {out})")
-    add("--batch-size", default="8", help="sequences at a time, or auto (default: 8)")
+    add("--batch-size", type=size_or_auto, default=8, help="sequences, or auto (default: 8)")
     add("--dtype", default="bfloat16", choices=dtypes, help="of the weights (default: %(default)s)")
     add("--bos", action="store_true", help="start with the tokenizer's BOS; Notus had none")
-    add("--limit", type=int, help="use only so many examples of each task, for a trial")
+    add("--limit", type=at_least(1), help="use only so many examples of each task, for a trial")
     add_json_option(parser)
     parser.set_defaults(run=run_harness)
 
 
-def run_harness(options: argparse.Namespace) -> None:
-    """Evaluate the tasks one after the other, because each has its own few-shot count.
+def size_or_auto(text: str) -> int | str:
+    return text if text == "auto" else at_least(1)(text)
 
-    The prompts are plain text without the chat template, as the leaderboard's were.
-    """
-    check_new(options.json)
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit: found {options.limit}, expected at least 1")
-    size = int(options.batch_size) if options.batch_size.isdigit() else options.batch_size
-    if size != "auto" and not (isinstance(size, int) and size):
-        raise UserError(f"--batch-size: found {options.batch_size}, expected 1 or more, or auto")
+
+def run_harness(options: argparse.Namespace) -> None:
+    """Evaluate each task with its own few-shot count, on plain text as the leaderboard did."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"harness needs lm-evaluation-harness, and there is no module {error.name}: "
-            "pip install -e '.[eval]'"
-        ) from None
+        raise UserError(f"harness needs {error.name}: pip install -e '.[eval]'") from None
     folder, _ = open_model(options.model)
     load_tokenizer(folder)
     manager = TaskManager(include_path=options.tasks_dir and str(options.tasks_dir))
     names = task_names(options.tasks, manager.all_tasks)
     output = options.out / options.model.strip("/").replace("/", "__")
     check_not_measured(output, names)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {output} cannot be made: {error}") from None
     for name in names:  # all data sets before the first task: some tasks take hours
         try:
             manager.load([name])
         except OSError as error:  # no network, no such data set, no such file
-            raise UserError(
-                f"{name}: its data set is not in the local cache and cannot be loaded: {error}"
-            ) from None
+            raise UserError(f"{name}: its data set cannot be loaded: {error}") from None
 
     arguments = {"dtype": options.dtype, "add_bos_token": options.bos}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=str(folder), device=device, batch_size=size, **arguments)
+    model = HFLM(pretrained=str(folder), device=device, batch_size=options.batch_size, **arguments)
     files = []
     for name in names:
         results = lm_eval.simple_evaluate(
@@ -90,7 +82,7 @@ def run_harness(options: argparse.Namespace) -> None:
             tasks=[name],
             num_fewshot=FEW_SHOT.get(name),
             task_manager=manager,
-            batch_size=size,
+            batch_size=options.batch_size,
             limit=options.limit,
             log_samples=False,
         )
@@ -110,20 +102,15 @@ def task_names(tasks: str, known: Iterable[str]) -> list[str]:
         return list(FEW_SHOT)
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     for name in set(names) - set(known):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise UserError(f'--tasks: there is no task "{name}"{hint}; --tasks-dir adds your own')
+        nearest = difflib.get_close_matches(name, list(known), n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise UserError(f"--tasks: there is no task {name!r}{hint}; --tasks-dir adds your own")
     return names
 
 
 def check_not_measured(output: Path, names: Sequence[str]) -> None:
-    """Raise UserError if `output` holds results of one of the tasks, or cannot be a folder."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {output} cannot be made: {error}") from None
-    _, results = read_results(sorted(output.glob("results*.json")))
-    for found in results:
+    """Raise UserError if `output` holds results of one of the tasks."""
+    for found in read_results(sorted(output.glob("results*.json")))[1]:
         if found.task in names:
             raise UserError(
                 f"{found.task}: {found.file} holds its results, which are not replaced; give "

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from notus.errors import UserError
-from notus.evals.json_option import keep_json
-from notus.evals.published import LEADERBOARD, LEADERBOARD_TASKS, MMLU_SUBTASKS, LeaderboardRow
+from notus.evals.options import report
+from notus.evals.published import LEADERBOARD, LEADERBOARD_TASKS, BoardRow
 from notus.files import read_object
 from notus.tables import text_table
-
-BOARD = {task.name: task for task in LEADERBOARD_TASKS}
 
 
 class Measured(NamedTuple):
@@ -29,7 +27,6 @@ class Measured(NamedTuple):
     few_shot: int | None
     limit: float | None  # the examples used, if not all
     file: Path
-    is_part: bool = False  # whether the task is part of another in the same file
 
     def plain(self) -> dict[str, Any]:
         return dict(zip(self._fields[1:6], self[1:6], strict=True))
@@ -39,31 +36,28 @@ def report_lm_eval(files: Sequence[Path], json_file: Path | None) -> None:
     """Print the results next to the leaderboard's rows, and keep them as JSON."""
     model, results = read_results(files)
     board = leaderboard_results(results)
-    others = [found for found in results if found.task not in BOARD and not found.is_part]
-    scores = (100 * board[name].value if name in board else None for name in BOARD)
-    measured = LeaderboardRow(model or "this model", "these results", tuple(scores))
+    others = [found for found in results if found.task not in board]
+    scores = (100 * board[name].value if name in board else None for name in LEADERBOARD_TASKS)
+    measured = BoardRow(model or "this model", "these results", tuple(scores))
+    tables = []
     if board:
-        header = ("model", "measured by", *(task.title for task in LEADERBOARD_TASKS))
+        header = ("model", "measured by", *(task.title for task in LEADERBOARD_TASKS.values()))
         rows = [(*row[:2], *row.scores, *averages(row.scores)) for row in (measured, *LEADERBOARD)]
-        print(text_table((*header, "average", "without DROP"), rows))
+        tables.append(text_table((*header, "average", "without DROP"), rows))
     if others:
-        print("\n" if board else "", end="")
         header = ("task", "metric", "value", "± s.e.", "shots")
-        print(text_table(header, [found[:5] for found in others], digits=4))
-    notes = leaderboard_notes(board)
-    print("".join(f"\n{note}" for note in notes))
+        tables.append(text_table(header, [found[:5] for found in others], digits=4))
     content = {
         "evaluator": "lm_eval",
         "model": model,
         "measured": _plain(measured) | {"tasks": {name: m.plain() for name, m in board.items()}},
         "other_tasks": {
-            task: [found.plain() for found in others if found.task == task]
-            for task in dict.fromkeys(found.task for found in others)
+            found.task: [other.plain() for other in others if other.task == found.task]
+            for found in others
         },
         "published": [_plain(row) for row in LEADERBOARD],
-        "notes": notes,
     }
-    keep_json(json_file, content)
+    report("\n\n".join(tables), leaderboard_notes(board), json_file, content)
 
 
 def result_files(path: Path) -> list[Path]:
@@ -71,14 +65,10 @@ def result_files(path: Path) -> list[Path]:
 
     Subfolders count too. Raises UserError if there is none.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    files = sorted(path.rglob("results*.json")) or sorted(path.rglob("*.json"))
-    if not files:
-        raise UserError(f"{path}: the folder holds no results*.json of lm-evaluation-harness")
-    return files
+    folder = sorted(path.rglob("results*.json")) or sorted(path.rglob("*.json"))
+    if not path.is_file() and not folder:
+        raise UserError(f"{path}: found no file results*.json of lm-evaluation-harness")
+    return folder or [path]
 
 
 def read_results(files: Iterable[Path]) -> tuple[str | None, list[Measured]]:
@@ -87,130 +77,105 @@ def read_results(files: Iterable[Path]) -> tuple[str | None, list[Measured]]:
     Raises UserError for a file in another format, for results of two models and for a task that is
     measured twice.
     """
-    results: list[Measured] = []
-    models: dict[str, Path] = {}
-    places: dict[str, Path] = {}
+    model, results, places = None, [], {}
     for file in files:
         content = read_object(file)
-        model = content.get("model_name") or content.get("config_general", {}).get("model_name")
-        if model is not None:
-            models.setdefault(model, file)
         table = content.get("results")
         if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
-            raise UserError(
-                f'{file}: there is no table "results" of tasks; expected a results file of '
-                "lm-evaluation-harness"
-            )
+            raise UserError(f'{file}: no table "results", expected lm-evaluation-harness\'s')
+        name = content.get("model_name") or content.get("config_general", {}).get("model_name")
+        model = model or name
+        if name not in (None, model):
+            raise UserError(f"{file}: results of {name}, expected those of {model} as before")
         in_2023 = any(key.startswith("harness|") for key in table)
         found = list(_results_of_2023(file, table) if in_2023 else _results_in(file, content))
         for task in dict.fromkeys(measured.task for measured in found):
-            if task in places:
+            if places.setdefault(task, file) != file:
                 raise UserError(
-                    f"{file}: {task} is measured here and in {places[task]}; expected it once: "
-                    "give the one file, or a folder with one result of each task"
+                    f"{file}: {task} is measured here and in {places[task]}; expected it once"
                 )
-            places[task] = file
         results += found
-    if len(models) > 1:
-        listed = ", ".join(f"{model} ({file})" for model, file in models.items())
-        raise UserError(f"results of several models: {listed}; expected those of one")
-    return next(iter(models), None), results
+    return model, results
 
 
 def _results_in(file: Path, content: Mapping[str, Any]) -> Iterator[Measured]:
-    """The metrics in a file of the harness since 0.4."""
+    """The metrics in a file of the harness since 0.4, without those of parts of other tasks."""
     limit = content.get("config", {}).get("limit")
     parts = {part for group in content.get("group_subtasks", {}).values() for part in group}
     for task, row in content["results"].items():
         shots = content.get("n-shot", {}).get(task)
         is_part = task in parts or row.get("alias", "").startswith(" ")  # 0.4.0 indents parts
+        if is_part and task not in LEADERBOARD_TASKS:
+            continue
         for metric, value in row.items():
             if isinstance(value, int | float) and not re.match("sample_|.*_stderr", metric):
                 # 0.4.0's name for the number after "####", as in the training answers
                 name = metric.replace(",get-answer", ",strict-match")
                 error = row.get(metric.replace(",", "_stderr,"))
                 error = error if isinstance(error, float) else None  # or "N/A"
-                yield Measured(task, name, value, error, shots, limit, file, is_part)
+                yield Measured(task, name, value, error, shots, limit, file)
 
 
 def _results_of_2023(file: Path, table: Mapping[str, Mapping[str, float]]) -> Iterator[Measured]:
     """The leaderboard's own "harness|arc:challenge|25" and so on, under today's names."""
-    for task in LEADERBOARD_TASKS:
+    for today, task in LEADERBOARD_TASKS.items():
         name, metric = task.in_2023
         found = [key for key in table if key.startswith(f"harness|{name}")]
-        if not found:
-            continue
-        if task.name == "mmlu" and len(found) != MMLU_SUBTASKS:
-            raise UserError(
-                f"{file}: found {len(found)} of MMLU's {MMLU_SUBTASKS} subtasks {name}*; expected "
-                "all of them"
-            )
-        # MMLU is the mean over its subtasks, whatever their sizes.
-        value = statistics.fmean(table[key][metric] for key in found)
-        yield Measured(task.name, task.metric, value, None, int(found[0].split("|")[2]), None, file)
+        if found:  # one row; of MMLU 57, whose mean is taken whatever their sizes
+            value = statistics.fmean(table[key][metric] for key in found)
+            shots = int(found[0].split("|")[2])
+            yield Measured(today, task.metric, value, None, shots, None, file)
 
 
 def leaderboard_results(results: Sequence[Measured]) -> dict[str, Measured]:
-    """The leaderboard's tasks among the results, each with its own metric, from 0 to 1.
+    """The leaderboard's tasks among the results, each with its own metric, a share.
 
     Raises UserError for a task without that metric.
     """
     files = {found.task: found.file for found in results}
     by_metric = {(found.task, found.metric): found for found in results}
     board = {}
-    for name, task in BOARD.items():
+    for name, task in LEADERBOARD_TASKS.items():
         if name not in files:
             continue
-        found = by_metric.get((name, task.metric))
-        if found is None:
+        if (name, task.metric) not in by_metric:
             raise UserError(f"{files[name]}: {name} has no {task.metric}")
-        if not 0 <= found.value <= 1:
-            raise UserError(
-                f"{found.file}: {task.metric} of {name} is {found.value}; expected a share, 0 to 1"
-            )
-        board[name] = found
+        board[name] = by_metric[name, task.metric]
     return board
 
 
-def averages(scores: Sequence[float | None]) -> tuple[float | None, float | None]:
+def averages(scores: Sequence[float | None]) -> list[float | None]:
     """The leaderboard's average of seven tasks, and of the six that it kept later, without DROP.
 
     None if a task is missing: an average over other tasks would not be comparable.
     """
-    six = [score for name, score in zip(BOARD, scores, strict=True) if name != "drop"]
-    return _average(scores), _average(six)
-
-
-def _average(scores: Sequence[float | None]) -> float | None:
-    return None if None in scores else statistics.fmean(scores)
+    six = [score for name, score in zip(LEADERBOARD_TASKS, scores, strict=True) if name != "drop"]
+    return [None if None in found else statistics.fmean(found) for found in (scores, six)]
 
 
 def leaderboard_notes(board: Mapping[str, Measured]) -> list[str]:
     """Reasons why the measured numbers are not comparable with the leaderboard's."""
     notes = []
-    for task in LEADERBOARD_TASKS if board else ():
-        found = board.get(task.name)
-        if found is None:
-            notes.append(f"{task.name} was not measured, so there is no average with it.")
+    for name, task in LEADERBOARD_TASKS.items() if board else ():
+        if name not in board:
+            notes.append(f"{name} was not measured, so there is no average with it.")
             continue
+        found = board[name]
         if found.few_shot not in (None, task.few_shot):
             notes.append(
-                f"{task.name} was measured with {found.few_shot} examples, the published with "
+                f"{name} was measured with {found.few_shot} examples, the published with "
                 f"{task.few_shot}: not comparable."
             )
         if found.limit is not None:
-            notes.append(
-                f"{task.name} was measured on a part (limit {found.limit:g}): not comparable."
-            )
+            notes.append(f"{name} was measured on a part (limit {found.limit:g}): not comparable.")
     return notes
 
 
-def _plain(row: LeaderboardRow) -> dict[str, Any]:
-    average, without_drop = averages(row.scores)
+def _plain(row: BoardRow) -> dict[str, Any]:
+    averaged = zip(("average", "average_without_drop"), averages(row.scores), strict=True)
     return {
         "model": row.model,
         "measured_by": row.measured_by,
-        "scores": dict(zip(BOARD, row.scores, strict=True)),
-        "average": average,
-        "average_without_drop": without_drop,
+        "scores": dict(zip(LEADERBOARD_TASKS, row.scores, strict=True)),
+        **dict(averaged),
     }

@@ -14,33 +14,127 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from notus.config import Curation, Source
+from notus.build import Setup, build_model, make_loss, set_up
+from notus.config import Config
 from notus.curation.ratings import RULES
-from notus.data.dataset import Dataset, load_datasets
-from notus.data.formats import Pair
-from notus.data.packing import Rows
-from notus.data.tokenization import TokenizedPairs
+from notus.data.dataset import Dataset
 from notus.engine import distributed
-from notus.engine.distributed import Ranks, map_over_ranks
-from notus.engine.evaluation import all_log_probs, summarize
+from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
-from notus.evals.accuracy import Row, groups, section_scores, table
+from notus.evals.accuracy import Row, section_scores, table
+from notus.evals.options import NewPath
 from notus.files import new_folder, write_json
-from notus.generate.answering import open_answerer
-from notus.model.hf_config import ModelShape
-from notus.model.mistral import MistralForCausalLM
+from notus.model.hf_config import read_shape
 from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import score
-from notus.objective.loss import Loss, build_loss
-from notus.objective.losses import PairLogProbs, log_ratios, margin
+from notus.objective.losses import PairLogProbs, log_ratios
+from notus.objective.reference import no_reference
+from notus.strict import parse
 from notus.tables import markdown_table
 
 
-def margins(scored: PairLogProbs, beta: float) -> np.ndarray:
-    """beta x (chosen's score - rejected's): float64 [pairs]. Without a reference its sums are 0."""
-    return (beta * margin(scored)).cpu().numpy()
+def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
+    parser = commands.add_parser(
+        "preferences",
+        help="how often a model prefers the chosen response",
+        description="Accuracy, margin and loss on preference pairs; also under torchrun.",
+    )
+    styles, dtypes = ("clean", "trl-0.7.4"), ("bfloat16", "float32")
+    add = parser.add_argument
+    add("model", help="folder or hub id")
+    add("--reference", help="folder or hub id; without it only the model's log-probs decide")
+    add("--data", nargs="+", required=True, help="files, folders or hub ids")
+    add("--split", help="of the data, where it has splits")
+    add("--format", help="of the data (default: recognized from the rows)")
+    add("--rule", choices=RULES, help="how rated responses become pairs")
+    add("--out", type=Path, action=NewPath, required=True, help="a new folder for the results")
+    add("--loss", default="sigmoid", help="a name of objective/losses.py")
+    add("--beta", type=float, help="of the loss and the margin (default: the loss's)")
+    add("--max-length", type=int, default=1024, help="tokens (1024)")
+    add("--max-prompt-length", type=int, default=512, help="tokens (512)")
+    add("--tokenization", choices=styles, default="clean")
+    add("--system-prompt", help='system turn of rows without one ("": empty)')
+    add("--tokens-per-microbatch", type=int, default=8192)
+    add("--compute-dtype", choices=dtypes, default="bfloat16")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(run=run)
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """The options as the configuration of a run. Raises UserError that names the key."""
+
+    def given(*keys: str) -> dict[str, Any]:
+        return {key: value for key, value in vars(options).items() if key in keys}
+
+    source = given("split", "format") | {"curation": options.rule and {"rule": options.rule}}
+    data = given("max_length", "max_prompt_length", "tokens_per_microbatch")
+    data |= given("tokenization", "system_prompt")
+    sections = {
+        "model": {"policy": options.model} | given("reference", "compute_dtype"),
+        "data": data | {"train": [source | {"path": path} for path in options.data]},
+        "loss": {"name": options.loss} | ({} if options.beta is None else given("beta")),
+        "train": {"seed": 0},
+        "parallel": given("device"),
+        "output_dir": str(options.out),
+    }
+    return parse(sections, Config)
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command `preferences`: writes --out and prints the report."""
+    config = configuration(options)
+    loss, referenced = make_loss(config), options.reference is not None
+    if loss.uses_reference and not referenced and options.loss != "sigmoid":
+        raise UserError(f"--loss {options.loss}: needs --reference")
+    ranks = distributed.start(options.device)
+    with agreed():
+        open_model(options.model)  # refuses an adapter, which would have to be merged
+    setup, datasets = set_up(config, ranks)
+    data = datasets["train"]
+    policy = log_probs(setup, setup.models.source, loss.uses_weights)
+    reference = no_reference(data.pairs, ranks.device).flat
+    if referenced:
+        reference = log_probs(setup, setup.models.reference)
+    scored = all_log_probs(policy, reference, data.pairs)
+    scores = [score.cpu().numpy() for score in log_ratios(scored)]
+    margin = (loss.beta if referenced else 1.0) * (scores[0] - scores[1])
+    metrics = summarize(scored, loss)
+    if loss.uses_reference and not referenced:
+        # Without a reference only the log-probs and their order are meaningful.
+        metrics = {k: v for k, v in metrics.items() if k.startswith("logps/")}
+        metrics |= {"accuracy": float((margin > 0).mean()), "margin": float(margin.mean())}
+    rows = table(data.kept, margin, data.pairs.lengths)
+    sections = section_scores(rows)
+    against = f"against {options.reference}" if referenced else "without a reference"
+    report = as_markdown(f"Preferences of {options.model}, {against}", metrics, rows, sections)
+    if not ranks.first:
+        return
+    with new_folder(options.out) as new:
+        drawn = "".join(f"\n![{name}]({name})\n" for name in figures(new, rows, margin, *scores))
+        (new / "report.md").write_text(report + drawn)
+        summary = {
+            "model": options.model,
+            "reference": options.reference,
+            "data": options.data,
+            "loss": loss.settings,
+            "metrics": metrics,
+            "rows": [row._asdict() for row in rows],
+            "sections": sections,
+        }
+        write_json(new / "summary.json", summary)
+        with (new / "pairs.jsonl").open("w") as file:
+            for record in pair_records(data, scored, margin, referenced):
+                file.write(json.dumps(record) + "\n")
+    print(f"\n{report}\nwrote {options.out}")
+
+
+def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
+    """The log-probs of all response tokens under the model in `folder`, flat; see `score`."""
+    model = build_model(setup, read_shape(folder), frozen=True)
+    with agreed():
+        load_weights(model, folder)
+    return score(model, setup.pairs, range(len(setup.pairs)), setup.rows, sum_squares)
 
 
 def as_markdown(
@@ -62,24 +156,22 @@ def as_markdown(
 
 
 def pair_records(
-    pairs: Sequence[Pair], lengths: np.ndarray, scored: PairLogProbs, referenced: bool
+    data: Dataset, scored: PairLogProbs, margin: np.ndarray, referenced: bool
 ) -> Iterator[dict[str, Any]]:
     """One object per pair: its origin, its log-probs (nats) and whether it is right."""
-    margin = margins(scored, 1.0)
     models = {"policy": scored.policy} | ({"reference": scored.reference} if referenced else {})
-    sums = {}
-    for name, found in models.items():
-        sums |= {
-            f"{name}_chosen": found.chosen.tolist(),
-            f"{name}_rejected": found.rejected.tolist(),
-        }
-    for i, pair in enumerate(pairs):
+    sums = {
+        f"{name}_{side}": getattr(found, side).tolist()
+        for name, found in models.items()
+        for side in ("chosen", "rejected")
+    }
+    for i, pair in enumerate(data.kept):
         yield {
             "where": pair.where,
             **pair.labels,
             **{name: values[i] for name, values in sums.items()},
-            "chosen_tokens": int(lengths[i, 1]),
-            "rejected_tokens": int(lengths[i, 2]),
+            "chosen_tokens": int(data.pairs.lengths[i, 1]),
+            "rejected_tokens": int(data.pairs.lengths[i, 2]),
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
             "right": bool(margin[i] > 0),
@@ -94,13 +186,11 @@ def figures(
     chosen, rejected: float64 [pairs], the responses' scores. Without matplotlib nothing is drawn.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    plot, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    plot = Figure(figsize=(7, 4), layout="constrained")
+    axes = plot.subplots()
     shown = [row for row in rows if row.kind == "chosen longer by (tokens)"]
     middles = np.arange(len(shown))
     spans = np.array([[row.accuracy - row.low, row.high - row.accuracy] for row in shown]).T
@@ -109,9 +199,9 @@ def figures(
     axes.set_xticks(middles, [f"{row.name}\nn = {row.n:,}" for row in shown], fontsize=8)
     axes.set(xlabel="tokens by which the chosen response is longer", ylabel="accuracy", ylim=(0, 1))
     plot.savefig(folder / "accuracy_by_length.png", dpi=120)
-    pyplot.close(plot)
 
-    plot, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    plot = Figure(figsize=(10, 4), layout="constrained")
+    left, right = plot.subplots(1, 2)
     bins = np.histogram_bin_edges(np.concatenate((chosen, rejected)), bins=40)
     left.hist(chosen, bins, alpha=0.6, label="chosen")
     left.hist(rejected, bins, alpha=0.6, label="rejected")
@@ -121,176 +211,4 @@ def figures(
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="margin, chosen - rejected", ylabel="pairs")
     plot.savefig(folder / "scores.png", dpi=120)
-    pyplot.close(plot)
     return ["accuracy_by_length.png", "scores.png"]
-
-
-def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add `preferences` to the command line."""
-    parser = commands.add_parser(
-        "preferences",
-        help="how often a model prefers the chosen response",
-        description="Accuracy, margin and loss on preference pairs; also under torchrun.",
-    )
-    styles, dtypes = ("clean", "trl-0.7.4"), ("bfloat16", "float32")
-    add = parser.add_argument
-    add("model", help="folder or hub id")
-    add("--reference", help="folder or hub id; without it only the model's log-probs decide")
-    add("--data", nargs="+", required=True, help="files, folders or hub ids")
-    add("--split", help="of the data, where it has splits")
-    add("--format", help="of the data (default: recognized from the rows)")
-    add("--rule", choices=RULES, help="how rated responses become pairs")
-    add("--out", type=Path, required=True, help="a new folder for the results")
-    add("--loss", default="sigmoid", help="a name of objective/losses.py")
-    add("--beta", type=float, help="of the loss and the margin (default: the loss's)")
-    add("--max-length", type=int, default=1024, help="tokens (1024)")
-    add("--max-prompt-length", type=int, default=512, help="tokens (512)")
-    add("--tokenization", choices=styles, default="clean")
-    add("--system-prompt", help='system turn of rows without one ("": empty)')
-    add("--tokens-per-microbatch", type=int, default=8192)
-    add("--compute-dtype", choices=dtypes, default="bfloat16")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> None:
-    """The command `preferences`: writes --out and prints the report."""
-    loss = _loss(options)
-    if min(options.max_length, options.max_prompt_length, options.tokens_per_microbatch) < 1:
-        raise UserError("--max-length, --max-prompt-length, --tokens-per-microbatch: expected >= 1")
-    if options.out.exists():
-        raise UserError(f"--out {options.out}: exists already; expected a new folder")
-    ranks = distributed.start(options.device)
-    try:
-        _evaluate(options, loss, ranks)
-    finally:
-        distributed.stop()
-
-
-def _loss(options: argparse.Namespace) -> Loss:
-    loss = build_loss(
-        {"name": options.loss} | ({} if options.beta is None else {"beta": options.beta})
-    )
-    if loss.uses_reference and options.reference is None and options.loss != "sigmoid":
-        raise UserError(f"--loss {options.loss}: needs --reference")
-    return loss
-
-
-def _evaluate(options: argparse.Namespace, loss: Loss, ranks: Ranks) -> None:
-    reference = None
-    with agreed():
-        source, tokenizer, shape = open_answerer(options.model)
-        if options.reference is not None:
-            reference = open_model(options.reference)
-            if reference[1].vocab_size != shape.vocab_size:
-                raise UserError(
-                    f"--reference {options.reference}: its vocabulary has "
-                    f"{reference[1].vocab_size} tokens, the model's {shape.vocab_size}; expected "
-                    "the same"
-                )
-    data = _load(options, tokenizer)
-    kept, tokens = data.kept, data.pairs
-    ranks.say(f"{len(kept):,} pairs{data.notes}")
-
-    policy_flat = _log_probs(options, ranks, source, shape, tokens, loss.uses_weights)
-    reference_flat = torch.zeros_like(policy_flat if policy_flat.dim() == 1 else policy_flat[0])
-    if reference is not None:
-        reference_flat = _log_probs(options, ranks, *reference, tokens)
-    scored = all_log_probs(policy_flat, reference_flat, tokens)
-    beta = loss.beta if reference is not None else 1.0
-    margin = margins(scored, beta)
-    metrics = summarize(scored, loss)
-    if reference is None and loss.uses_reference:
-        # Without a reference only the log-probs and their order are meaningful.
-        metrics = {k: v for k, v in metrics.items() if k.startswith("logps/")}
-        metrics |= {"accuracy": float((margin > 0).mean()), "margin": float(margin.mean())}
-    rows = table(list(groups(kept, tokens.lengths)), margin, tokens.lengths)
-    sections = section_scores(rows)
-    against = f"against {options.reference}" if reference else "without a reference"
-    report = as_markdown(f"Preferences of {options.model}, {against}", metrics, rows, sections)
-    if ranks.first:
-        summary = {
-            "model": options.model,
-            "reference": options.reference,
-            "data": options.data,
-            "loss": loss.settings,
-            "metrics": metrics,
-            "rows": [row._asdict() for row in rows],
-            "sections": sections,
-        }
-        records = pair_records(kept, tokens.lengths, scored, reference is not None)
-        _write(options.out, report, summary, records, rows, margin, log_ratios(scored))
-    ranks.say(f"\n{report}\nwrote {options.out}")
-
-
-def _load(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """The pairs to score. Collective."""
-    curation = None if options.rule is None else Curation(rule=options.rule)
-    sources = [
-        Source(path=path, split=options.split, format=options.format, curation=curation)
-        for path in options.data
-    ]
-    tokenization = {
-        "style": options.tokenization,
-        "truncation": "pair",
-        "max_length": options.max_length,
-        "max_prompt_length": options.max_prompt_length,
-        "system_prompt": options.system_prompt,
-    }
-    return load_datasets(
-        sources,
-        (),
-        tokenizer,
-        tokenization=tokenization,
-        prefix_sharing=True,
-        tokens_per_microbatch=options.tokens_per_microbatch,
-        map_over_ranks=map_over_ranks,
-        seed=0,
-    )["train"]
-
-
-def _log_probs(
-    options: argparse.Namespace,
-    ranks: Ranks,
-    folder: Path,
-    shape: ModelShape,
-    pairs: TokenizedPairs,
-    sum_squares: bool = False,
-) -> torch.Tensor:
-    """The log-probs of all response tokens under the model in `folder`, flat; see `score`."""
-    dtype = getattr(torch, options.compute_dtype)
-    with torch.device("meta"):
-        model = MistralForCausalLM(shape).to(dtype)
-    model.requires_grad_(False)
-    distributed.shard_model(
-        model,
-        distributed.make_mesh(ranks, None, 1),
-        ranks.device,
-        compute_dtype=dtype,
-        activation_checkpointing="none",
-        compile_blocks=ranks.device.type == "cuda",
-        cpu_offload=False,
-    )
-    with agreed():
-        load_weights(model, folder)
-    rows = Rows(options.tokens_per_microbatch, prefix_sharing=True, device=ranks.device)
-    return score(model, pairs, range(len(pairs)), rows, sum_squares)
-
-
-def _write(
-    folder: Path,
-    report: str,
-    summary: dict[str, Any],
-    records: Iterator[dict[str, Any]],
-    rows: Sequence[Row],
-    margin: np.ndarray,
-    scores: Sequence[torch.Tensor],
-) -> None:
-    """Write the results as a folder, which appears only when complete."""
-    with new_folder(folder) as new:
-        names = figures(new, rows, margin, *(score.cpu().numpy() for score in scores))
-        report += "".join(f"\n![{name}]({name})\n" for name in names)
-        (new / "report.md").write_text(report)
-        write_json(new / "summary.json", summary)
-        with (new / "pairs.jsonl").open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)

@@ -11,62 +11,55 @@ import argparse
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from notus.curation.rows import read_rows
 from notus.errors import UserError
-from notus.evals.json_option import add_json_option, check_new, keep_json
 from notus.evals.leaderboard import report_lm_eval, result_files
+from notus.evals.options import add_json_option, report
 from notus.evals.published import (
     ALPACA_EVAL,
     ALPACA_EVAL_PROMPTS,
-    BASELINES,
     MT_BENCH,
-    MT_BENCH_CATEGORIES,
+    MT_BENCH_TURNS,
     WinRate,
 )
-from notus.generate.prompts import read_columns, read_prompt_set
-from notus.strict import Bound
+from notus.generate.prompts import read_prompt_set
+from notus.strict import Bound, parse_part
 from notus.tables import text_table
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `score` to the command line."""
     about = "read an evaluator's output files, print the row of the table"
     score = commands.add_parser("score", help=about, description=about)
     evaluators = score.add_subparsers(metavar="EVALUATOR", required=True)
 
-    about = "win rate, standard error and length from AlpacaEval's annotations"
-    alpaca_eval = evaluators.add_parser("alpaca_eval", help=about, description=about)
-    alpaca_eval.add_argument("annotations", type=Path, help="its annotations.json")
-    alpaca_eval.set_defaults(run=score_alpaca_eval)
-
-    about = "mean score over both turns, and per category, from FastChat's judgments"
-    mt_bench = evaluators.add_parser("mt_bench", help=about, description=about)
-    mt_bench.add_argument("judgments", type=Path, help="its model_judgment/gpt-4_single.jsonl")
-    mt_bench.add_argument(
-        "--questions", type=Path, help="question.jsonl, if the questions are not MT-Bench's own 80"
-    )
-    mt_bench.set_defaults(run=score_mt_bench)
-
-    about = "the Open LLM Leaderboard's tasks and average from lm-evaluation-harness's results"
-    lm_eval = evaluators.add_parser("lm_eval", help=about, description=about)
-    lm_eval.add_argument("results", type=Path, help="its results file, or a folder of these")
-    lm_eval.set_defaults(run=score_lm_eval)
-
-    for parser in (alpaca_eval, mt_bench, lm_eval):
+    def evaluator(name: str, run: Callable, file: str, about: str) -> argparse.ArgumentParser:
+        parser = evaluators.add_parser(name, help=about, description=about)
+        parser.add_argument("file", type=Path, help=file)
         add_json_option(parser)
+        parser.set_defaults(run=run)
+        return parser
+
+    about = "win rate, standard error and length from AlpacaEval's annotations"
+    evaluator("alpaca_eval", score_alpaca_eval, "its annotations.json", about)
+    file = "its model_judgment/gpt-4_single.jsonl"
+    about = "mean score over both turns, and per category, from FastChat's judgments"
+    mt_bench = evaluator("mt_bench", score_mt_bench, file, about)
+    about = "question.jsonl, if the questions are not MT-Bench's own 80"
+    mt_bench.add_argument("--questions", type=Path, help=about)
+    file = "its results file, or a folder of these"
+    about = "the Open LLM Leaderboard's tasks and average from lm-evaluation-harness's results"
+    evaluator("lm_eval", score_lm_eval, file, about)
 
 
 # ------------------------------------------------------------------------------------ AlpacaEval
 
-Preference = Annotated[
-    float,
-    Bound("0 or a number from 1 (the baseline is better) to 2", lambda x: x == 0 or 1 <= x <= 2),
-]
+# 1: the baseline's answer is better, 2: the model's; 0 is an old 1.5.
+Preference = Annotated[float, Bound("0 or a number from 1 to 2", lambda x: x == 0 or 1 <= x <= 2)]
 
 
 @dataclass(frozen=True)
@@ -81,17 +74,13 @@ class Annotation:
 
 
 def score_alpaca_eval(options: argparse.Namespace) -> None:
-    """The command `score alpaca_eval`."""
-    check_new(options.json)
-    baseline, row, annotations = read_annotations(options.annotations)
-    version = BASELINES.get(baseline)
-    published = ALPACA_EVAL.get(version, ())
+    baseline, row, annotations = read_annotations(options.file)
+    published = ALPACA_EVAL.get(baseline, ())
     header = ("model", "win rate %", "± s.e.", "wins", "losses", "draws", "annotated")
     header += ("mean length", "length-controlled %")
     others = [(f"{other.model} (published)", *other[1:]) for other in published]
-    print(text_table(header, [row, *others]))
     notes = []
-    if version is None:
+    if not published:
         notes.append(f"No published row was compared with {baseline}.")
     if annotations != row.total:
         notes.append(f"{row.model}: {row.total} of {annotations} rows hold a preference.")
@@ -100,15 +89,13 @@ def score_alpaca_eval(options: argparse.Namespace) -> None:
             f"{row.model}: {annotations} rows, AlpacaEval has {ALPACA_EVAL_PROMPTS} prompts: "
             "not comparable with the published rows."
         )
-    print("".join(f"\n{note}" for note in notes))
     content = {
         "evaluator": "alpaca_eval",
         "baseline": baseline,
         "measured": [row._asdict() | {"rows": annotations}],
         "published": [other._asdict() for other in published],
-        "notes": notes,
     }
-    keep_json(options.json, content)
+    report(text_table(header, [row, *others]), notes, options.json, content)
 
 
 def read_annotations(file: Path) -> tuple[str, WinRate, int]:
@@ -118,29 +105,25 @@ def read_annotations(file: Path) -> tuple[str, WinRate, int]:
     baseline, an instruction that is annotated twice with the same answer.
     """
     places: dict[tuple[str, str], str] = {}
-    names: dict[tuple[str, str], str] = {}
     annotations = []
     for where, row in read_rows(str(file)):
-        found = read_columns(row, Annotation, where)
+        found = parse_part(row, Annotation, where)
         first = places.setdefault((found.instruction, found.output_2), where)
         if first != where:
-            raise UserError(
-                f"{where}: the same instruction and answer as {first}; expected each comparison "
-                "once"
-            )
-        names.setdefault((found.generator_1, found.generator_2), where)
+            raise UserError(f"{where}: the same instruction and answer as {first}")
         annotations.append(found)
-    if len(names) > 1:
-        listed = ", ".join(f"{b} and {a} ({where})" for (a, b), where in names.items())
-        raise UserError(f"{file}: several comparisons: {listed}; expected one model and baseline")
-    ((baseline, model),) = names
+        baseline, model = annotations[0].generator_1, annotations[0].generator_2
+        if (found.generator_1, found.generator_2) != (baseline, model):
+            raise UserError(
+                f"{where}: compares {found.generator_2} with {found.generator_1}, the first row "
+                f"{model} with {baseline}; expected one model and baseline"
+            )
     preferences = [found.preference for found in annotations]
     if not any(value is not None for value in preferences):
         raise UserError(f"{file}: not one row of {model} holds a preference")
     # AlpacaEval rounds the mean length down to a whole number of characters.
     length = int(statistics.fmean(len(found.output_2) for found in annotations))
-    row = win_rate(model, preferences)._replace(average_length=length)
-    return baseline, row, len(annotations)
+    return baseline, win_rate(model, preferences)._replace(average_length=length), len(annotations)
 
 
 def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
@@ -166,6 +149,7 @@ def win_rate(model: str, preferences: Iterable[float | None]) -> WinRate:
 
 # -------------------------------------------------------------------------------------- MT-Bench
 
+Turns = Mapping[tuple[int, int], str]  # (question id, turn) -> category
 Score = Annotated[float, Bound("1 to 10, or -1", lambda x: x == -1 or 0 <= x <= 10)]
 
 
@@ -178,11 +162,6 @@ class Judgment:
     turn: int
     score: Score
     judge: tuple[str, ...]
-
-
-class Question(NamedTuple):
-    category: str
-    turns: int
 
 
 class BenchScore(NamedTuple):
@@ -198,25 +177,17 @@ class BenchScore(NamedTuple):
     unparsable: int
 
 
-MT_BENCH_QUESTIONS = {
-    number: Question(category, 2) for number, category in MT_BENCH_CATEGORIES.items()
-}
-
-
 def score_mt_bench(options: argparse.Namespace) -> None:
-    """The command `score mt_bench`."""
-    check_new(options.json)
     own = options.questions is not None
-    questions = read_questions(options.questions) if own else MT_BENCH_QUESTIONS
+    questions = read_questions(options.questions) if own else MT_BENCH_TURNS
     published = {} if own else MT_BENCH
-    found = mt_bench_scores(options.judgments, questions)
+    found = mt_bench_scores(options.file, questions)
     header = ["model", "MT-Bench", "± s.e."]
     header += [f"turn {turn + 1}" for turn in range(len(found[0].turns))]
     header += found[0].categories
     rows = [(f.model, f.score, f.standard_error, *f.turns, *f.categories.values()) for f in found]
     unknown = [None] * (len(header) - 2)
     rows += [(f"{model} (published)", score, *unknown) for model, score in published.items()]
-    print(text_table(header, rows))
     notes = [
         f"{f.model}: {f.unparsable} of {f.judged + f.unparsable} judgments hold no score (-1) "
         "and are left out."
@@ -228,70 +199,58 @@ def score_mt_bench(options: argparse.Namespace) -> None:
         for f in found
         if published and f.judge != "gpt-4"
     ]
-    print("".join(f"\n{note}" for note in notes))
     content = {
         "evaluator": "mt_bench",
         "measured": [f._asdict() for f in found],
         "published": [{"model": model, "score": score} for model, score in published.items()],
-        "notes": notes,
     }
-    keep_json(options.json, content)
+    report(text_table(header, rows), notes, options.json, content)
 
 
-def read_questions(file: Path) -> dict[int, Question]:
-    """The questions of FastChat's question.jsonl, by id. Raises UserError for another file."""
-    found = read_prompt_set(str(file))
-    if found.kind != "mt_bench":
-        raise UserError(f"{file}: found the kind {found.kind}, expected FastChat's questions")
+def read_questions(file: Path) -> Turns:
+    """The turns of FastChat's question.jsonl. Raises UserError for another file."""
+    prompts, kind = read_prompt_set(str(file))
+    if kind != "mt_bench":
+        raise UserError(f"{file}: found the kind {kind}, expected FastChat's questions")
     return {
-        prompt.row["question_id"]: Question(prompt.row["category"], 1 + len(prompt.follow_ups))
-        for prompt in found.prompts
+        (prompt.row["question_id"], turn + 1): prompt.row["category"]
+        for prompt in prompts
+        for turn in range(1 + len(prompt.follow_ups))
     }
 
 
-def mt_bench_scores(file: Path, questions: Mapping[int, Question]) -> list[BenchScore]:
+def mt_bench_scores(file: Path, questions: Turns) -> list[BenchScore]:
     """Each model's scores from FastChat's judgments of single answers.
 
     Raises UserError unless every turn of every question is judged exactly once for each model.
     """
-    expected = {(number, t + 1) for number, q in questions.items() for t in range(q.turns)}
-    models: dict[str, dict[tuple[int, int], tuple[str, Judgment]]] = defaultdict(dict)
+    models: dict[str, dict[tuple[int, int], Judgment]] = defaultdict(dict)
     for where, row in read_rows(str(file)):
-        judgment = read_columns(row, Judgment, where)
-        model, key = judgment.model, (judgment.question_id, judgment.turn)
-        if key not in expected:
+        judgment = parse_part(row, Judgment, where)
+        judged, key = models[judgment.model], (judgment.question_id, judgment.turn)
+        if key not in questions or key in judged:
+            problem = "is judged twice" if key in judged else "is not a turn of the questions"
             raise UserError(
-                f"{where}: question_id {key[0]}, turn {key[1]} is not a turn of the "
-                f"{len(questions)} questions, {min(questions)} to {max(questions)}"
+                f"{where}: question_id {key[0]}, turn {key[1]} of {judgment.model} {problem}"
             )
-        if key in models[model]:
-            raise UserError(
-                f"{where}: question_id {key[0]}, turn {key[1]} of {model} is judged here and in "
-                f"{models[model][key][0]}; expected it once"
-            )
-        models[model][key] = where, judgment
+        judged[key] = judgment
     found = []
-    for model, judgments in models.items():
-        if missing := sorted(expected - judgments.keys()):
-            listed = ", ".join(f"{number} (turn {turn})" for number, turn in missing[:6])
-            more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+    for model, judged in models.items():
+        if missing := sorted(questions.keys() - judged.keys()):
             raise UserError(
-                f"{file}: no judgment of {model} for question_id {listed}{more}; expected "
-                f"{len(expected)} judgments, found {len(judgments)}"
+                f"{file}: {len(missing)} of {len(questions)} judgments of {model} are missing, the "
+                f"first of question_id {missing[0][0]}, turn {missing[0][1]}"
             )
-        scores = {key: judgment.score for key, (_, judgment) in judgments.items()}
+        scores = {key: judgment.score for key, judgment in judged.items()}
         if all(score == -1 for score in scores.values()):
             raise UserError(f"{file}: not one judgment of {model} holds a score: all are -1")
-        judge = next(iter(judgments.values()))[1].judge[0]
+        judge = next(iter(judged.values())).judge[0]
         found.append(bench_score(model, judge, scores, questions))
     return found
 
 
 def bench_score(
-    model: str,
-    judge: str,
-    scores: Mapping[tuple[int, int], float],
-    questions: Mapping[int, Question],
+    model: str, judge: str, scores: Mapping[tuple[int, int], float], questions: Turns
 ) -> BenchScore:
     """One model's means, from the score of each (question id, turn); -1, unparsable, is left out.
 
@@ -303,35 +262,31 @@ def bench_score(
     mean = statistics.fmean(kept.values())
     deviations: Counter[int] = Counter()
     turns, categories = defaultdict(list), defaultdict(list)
-    for (number, turn), score in kept.items():
-        deviations[number] += score - mean
-        turns[turn].append(score)
-        categories[questions[number].category].append(score)
+    for key, score in kept.items():
+        deviations[key[0]] += score - mean
+        turns[key[1]].append(score)
+        categories[questions[key]].append(score)
     q = len(deviations)
     squares = sum(deviation**2 for deviation in deviations.values())
     error = math.sqrt(q / (q - 1) * squares) / len(kept) if q > 1 else None
-    last = max(question.turns for question in questions.values())
-    names = dict.fromkeys(question.category for question in questions.values())
+
+    def mean_or_none(values: Sequence[float]) -> float | None:
+        return statistics.fmean(values) if values else None
+
     return BenchScore(
         model,
         judge,
         mean,
         error,
-        tuple(_mean(turns[turn]) for turn in range(1, last + 1)),
-        {name: _mean(categories[name]) for name in names},
+        tuple(mean_or_none(turns[turn]) for turn in sorted({turn for _, turn in questions})),
+        {name: mean_or_none(categories[name]) for name in dict.fromkeys(questions.values())},
         judged=len(kept),
         unparsable=len(scores) - len(kept),
     )
-
-
-def _mean(scores: Sequence[float]) -> float | None:
-    return statistics.fmean(scores) if scores else None
 
 
 # -------------------------------------------------------------------------- Open LLM Leaderboard
 
 
 def score_lm_eval(options: argparse.Namespace) -> None:
-    """The command `score lm_eval`."""
-    check_new(options.json)
-    report_lm_eval(result_files(options.results), options.json)
+    report_lm_eval(result_files(options.file), options.json)

@@ -9,23 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from notus.engine import distributed
-from notus.engine.distributed import Ranks
-from notus.errors import UserError, agreed
-from notus.evals.answers import (
-    BATCH_SIZES,
-    PROMPT_ROWS,
-    add_decoding_options,
-    check_free,
-    default_name,
-)
+from notus.errors import agreed
+from notus.evals.answers import default_name
+from notus.evals.options import BATCH_SIZES, NewPath, add_decoding_options
 from notus.files import write_whole
 from notus.generate.answering import open_answerer, respond_all
-from notus.generate.prompts import Prompt, check_template, read_prompt_set
+from notus.generate.prompts import PROMPT_ROWS, check_template, read_prompt_set
 from notus.generate.samples import samples_markdown
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add `samples` to the command line."""
     parser = commands.add_parser(
         "samples",
         help="answers of a model and its reference to the same prompts, side by side",
@@ -36,60 +29,33 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
     add("--reference", required=True, metavar="REF", help="another of the same")
     add("--prompts", required=True, help=f"a file: rows {PROMPT_ROWS}, or a benchmark's questions")
-    add("--out", type=Path, metavar="FILE", help="(default: standard output)")
+    add("--out", type=Path, action=NewPath, metavar="FILE", help="(default: standard output)")
     add("--system-prompt", help="a system turn for conversations without one")
     add_decoding_options(parser, max_new_tokens=256, temperature=0.0)
-    parser.set_defaults(run=run_samples)
+    parser.set_defaults(run=answer_both)
 
 
-def run_samples(options: argparse.Namespace) -> None:
-    try:
-        answer_both(options, distributed.start())
-    finally:
-        distributed.stop()
-
-
-def answer_both(options: argparse.Namespace, ranks: Ranks) -> None:
+def answer_both(options: argparse.Namespace) -> None:
     """Answer all prompts with both models and write or print the page. Collective."""
+    ranks = distributed.start()
     with agreed():
-        folders, prompts = check_options(options)
+        prompts, _ = read_prompt_set(options.prompts)
+        folders = {}
+        for role, model in (("reference", options.reference), ("policy", options.model)):
+            folder, tokenizer = open_answerer(model)
+            check_template(prompts, options.prompts, tokenizer)
+            folders[f"{role}: {default_name(model)}"] = folder
+    keys = ("max_new_tokens", "temperature", "top_k", "seed", "system_prompt", "dtype")
+    settings = {key: getattr(options, key) for key in keys}
+    settings["batch_size"] = options.batch_size or BATCH_SIZES["transformers"]
     columns = {}
     for name, folder in folders.items():
-        columns[name] = respond_all(
-            folder,
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            system_prompt=options.system_prompt,
-            batch_size=options.batch_size or BATCH_SIZES["transformers"],
-            dtype=options.dtype,
-            device=ranks.device,
-        )
+        columns[name] = respond_all(folder, prompts, device=ranks.device, **settings)
         gc.collect()  # the next model needs the memory
     text = samples_markdown(prompts, columns)
     if options.out is None:
         ranks.say(text)
     elif ranks.first:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, text)
         print(f"wrote {len(prompts)} prompts with both answers to {options.out}")
-
-
-def check_options(options: argparse.Namespace) -> tuple[dict[str, Path], list[Prompt]]:
-    """The models' folders by the headings of their columns, and the prompts. Raises UserError."""
-    if options.out is not None:
-        check_free(options.out)
-    prompts = read_prompt_set(options.prompts).prompts
-    folders, sizes = {}, {}
-    for role, model in (("reference", options.reference), ("policy", options.model)):
-        folder, tokenizer, shape = open_answerer(model)
-        check_template(prompts, options.prompts, folder, tokenizer)
-        folders[f"{role}: {default_name(model)}"] = folder
-        sizes[role] = shape.vocab_size
-    if sizes["policy"] != sizes["reference"]:
-        raise UserError(
-            f"--reference: {options.reference} has a vocabulary of {sizes['reference']} tokens, "
-            f"{options.model} one of {sizes['policy']}; expected the same"
-        )
-    return folders, prompts

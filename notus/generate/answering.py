@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -12,20 +13,16 @@ from notus.data.tokenizer import load_tokenizer
 from notus.engine.distributed import map_over_ranks
 from notus.generate.decoding import Backend, Request, transformers_backend
 from notus.generate.prompts import Prompt, encode_prompt
-from notus.model.hf_config import ModelShape
 from notus.model.weights import open_model
 
 Encode = Callable[[str | list[Message]], list[int]]
 Decode = Callable[[list[int]], str]
 
 
-def open_answerer(model: str) -> tuple[Path, PreTrainedTokenizerFast, ModelShape]:
-    """The folder, tokenizer and shape of a complete model that fits its tokenizer.
-
-    model: a folder or a hub id. Raises UserError.
-    """
+def open_answerer(model: str) -> tuple[Path, PreTrainedTokenizerFast]:
+    """The folder and tokenizer of a complete model, a folder or a hub id. Raises UserError."""
     folder, shape = open_model(model)
-    return folder, load_tokenizer(folder, shape.vocab_size), shape
+    return folder, load_tokenizer(folder, shape.vocab_size)
 
 
 def answer(
@@ -63,29 +60,25 @@ def answer(
 def decoder(tokenizer: PreTrainedTokenizerFast, strip: bool) -> Decode:
     """From token ids to text without special tokens, and without surrounding space if `strip`."""
 
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip() if strip else text
-
-    return decode
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return (lambda ids: decode(ids).strip()) if strip else decode
 
 
 def respond_all(
     folder: Path,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int,
     temperature: float,
-    top_k: int,
     seed: int,
     system_prompt: str | None,
     batch_size: int,
-    dtype: str,
     device: torch.device,
+    **decoding: Any,
 ) -> list[list[str]]:
     """The stripped responses of the model in `folder` to each prompt, one for each turn.
 
-    The ranks share the prompts, and every rank gets all responses. Collective.
+    decoding: the other arguments of `transformers_backend`. The ranks share the prompts, and every
+    rank gets all responses. Collective.
     """
 
     def respond(share: Sequence[tuple[int, Prompt]]) -> list[list[str]]:
@@ -94,14 +87,7 @@ def respond_all(
         tokenizer = load_tokenizer(folder)
         encode = partial(encode_prompt, tokenizer=tokenizer, system_prompt=system_prompt)
         decode = decoder(tokenizer, strip=True)
-        write = transformers_backend(
-            folder,
-            tokenizer,
-            device=device,
-            dtype=dtype,
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-        )
+        write = transformers_backend(folder, tokenizer, device=device, **decoding)
         responses: list[list[str]] = []
         for start in range(0, len(share), batch_size):
             numbers, batch = zip(*share[start : start + batch_size], strict=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from notus.errors import UserError
@@ -73,22 +73,6 @@ def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
     return list(ids[:end])
 
 
-class _OwnDraws(LogitsProcessor):
-    """Leaves `generate` one token per row: the one that the row's own random stream chooses."""
-
-    def __init__(
-        self, requests: Sequence[Request], stops: Sequence[int], prompt_length: int, top_k: int
-    ) -> None:
-        self.requests, self.stops, self.top_k = requests, torch.tensor(stops), top_k
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        answers_BT = input_ids[:, self.prompt_length :]
-        ended_B = torch.isin(answers_BT, self.stops.to(answers_BT.device)).any(1)
-        tokens_B = next_tokens(scores, self.requests, (~ended_B).tolist(), self.top_k)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
-
-
 def transformers_backend(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
@@ -107,6 +91,7 @@ def transformers_backend(
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = model.to(device).eval()
     stops = stop_tokens(folder, tokenizer)
+    ends = torch.tensor(stops, device=device)
     pad = tokenizer.eos_token_id  # never attended to
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad
@@ -120,11 +105,19 @@ def transformers_backend(
         for row, request in enumerate(requests):  # padded on the left: all answers start together
             ids_BT[row, longest - len(request.ids) :] = torch.tensor(request.ids)
             mask_BT[row, longest - len(request.ids) :] = 1
+
+        def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
+            """Leaves `generate` only the token that each row's own random stream chooses."""
+            ended_B = torch.isin(input_ids[:, longest:], ends).any(1)
+            tokens_B = next_tokens(scores, requests, (~ended_B).tolist(), top_k)
+            return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
+
         sampled = any(request.temperature > 0 for request in requests)
-        draws = [_OwnDraws(requests, stops, longest, top_k)] if sampled else []
         try:
             output = model.generate(
-                ids_BT.to(device), attention_mask=mask_BT.to(device), logits_processor=draws
+                ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                logits_processor=[draw] if sampled else [],
             )
         except torch.OutOfMemoryError:
             raise UserError(

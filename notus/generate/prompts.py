@@ -1,9 +1,8 @@
 """Prompt files and the benchmarks' own prompt sets, and how their prompts become tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
 from huggingface_hub import hf_hub_download
@@ -12,13 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from notus.curation.rows import read_rows
 from notus.data.formats import Message, read_messages
 from notus.data.tokenization import with_system_prompt
-from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
-from notus.strict import Invalid, Text, keys_of, parse
+from notus.strict import Text, parse_part
 
-Columns = TypeVar("Columns")
-
-PROMPT_FORMATS = ("template", "published")
+PROMPT_ROWS = '{"prompt": text or messages}'  # for messages
 
 
 class Prompt(NamedTuple):
@@ -41,26 +37,17 @@ class Prompt(NamedTuple):
 
 
 class PromptSet(NamedTuple):
-    """Prompts of one kind, "alpaca_eval", "mt_bench" or "prompts", and the name given for them."""
+    """Prompts of one kind: "alpaca_eval", "mt_bench" or "prompts"."""
 
-    kind: str
-    source: str
     prompts: list[Prompt]
+    kind: str
 
 
-class HubFile(NamedTuple):
-    """A benchmark's own file on the Hugging Face hub, and how many prompts it must hold."""
-
-    repository: str
-    repository_type: str
-    file: str
-    count: int
-
-
+# The benchmarks' own files on the Hugging Face hub: repository, its type, file, number of prompts.
 # Single files, because the datasets library no longer runs AlpacaEval's loading script.
 HUB_FILES = {
-    "alpaca_eval": HubFile("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval.json", 805),
-    "mt_bench": HubFile("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl", 80),
+    "alpaca_eval": ("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval.json", 805),
+    "mt_bench": ("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl", 80),
 }
 
 
@@ -73,9 +60,8 @@ def read_prompt_set(name: str) -> PromptSet:
     row's kind, for FastChat questions whose ids are not unique, and for a benchmark's file that is
     incomplete or cannot be downloaded.
     """
-    path = name
-    if name in HUB_FILES and not Path(name).exists():
-        path = _download(name)
+    own = name in HUB_FILES
+    path = _download(name) if own and not Path(name).exists() else name
     rows = list(read_rows(path))
     where, first = rows[0]
     kind = next((kind for kind, (columns, _) in KINDS.items() if columns <= first.keys()), None)
@@ -84,108 +70,64 @@ def read_prompt_set(name: str) -> PromptSet:
             f"{where}: the columns are {', '.join(first)}; expected prompt, or AlpacaEval's "
             "instruction, or FastChat's question_id, category and turns"
         )
-    convert = KINDS[kind][1]
-    prompts = [convert(row, where)._replace(row=row) for where, row in rows]
-    if kind == "mt_bench":
-        _check_unique_ids(rows)
-    if name in HUB_FILES and (kind != name or len(prompts) != HUB_FILES[name].count):
+    prompts, places = [], {}
+    for where, row in rows:
+        prompt = parse_part(row, KINDS[kind][1], where)
+        if isinstance(prompt.prompt, tuple):
+            prompt = prompt._replace(prompt=read_messages(row, "prompt", where))
+        prompts.append(prompt._replace(row=row))
+        if kind == "mt_bench" and places.setdefault(row["question_id"], where) != where:
+            raise UserError(
+                f"{where}: question_id {row['question_id']} is also that of "
+                f"{places[row['question_id']]}; expected every id once"
+            )
+    if own and (kind, len(prompts)) != (name, HUB_FILES[name][-1]):
         raise UserError(
             f"{path}: found {len(prompts)} prompts of the kind {kind}, expected {name}'s "
-            f"{HUB_FILES[name].count}"
+            f"{HUB_FILES[name][-1]}"
         )
-    return PromptSet(kind, name, prompts)
-
-
-def check_prompts(path: str, folder: Path) -> None:
-    """Raise UserError unless the model in `folder` can be given the prompts at `path`."""
-    check_template(read_prompt_set(path).prompts, path, folder, load_tokenizer(folder))
+    return PromptSet(prompts, kind)
 
 
 def check_template(
-    prompts: Sequence[Prompt], source: str, folder: Path, tokenizer: PreTrainedTokenizerFast
+    prompts: Sequence[Prompt], source: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Raise UserError if prompts are conversations and the tokenizer has no chat template."""
     conversational = any(not isinstance(prompt.prompt, str) for prompt in prompts)
     if conversational and not tokenizer.chat_template:
         raise UserError(
             f"{source}: found conversations, but the tokenizer has no chat template; expected "
-            f"chat_template in {folder}/tokenizer_config.json, or prompts of plain text"
+            "chat_template in the model's tokenizer_config.json, or prompts of plain text"
         )
 
 
 def _download(name: str) -> str:
-    wanted = HUB_FILES[name]
+    repository, kind, file, _ = HUB_FILES[name]
     try:
-        return hf_hub_download(wanted.repository, wanted.file, repo_type=wanted.repository_type)
+        return hf_hub_download(repository, file, repo_type=kind)
     except OSError as error:  # the class of the hub's errors and of the network's
         first_line = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--prompts {name}: {wanted.file} of the hub's {wanted.repository_type} "
-            f"{wanted.repository} is not in the local cache and cannot be downloaded "
-            f"({first_line}); give a copy of that file instead: --prompts PATH/"
-            f"{Path(wanted.file).name}"
+            f"--prompts {name}: {file} of the hub's {kind} {repository} is not in the local cache "
+            f"and cannot be downloaded ({first_line}); give a copy of that file instead: "
+            f"--prompts PATH/{Path(file).name}"
         ) from None
 
 
-def read_columns(row: dict[str, Any], columns: type[Columns], where: str) -> Columns:
-    """A row's values for the fields of a dataclass, checked; other columns are ignored.
-
-    Raises UserError that names `where` and the column.
-    """
-    try:
-        return parse({name: row[name] for name in keys_of(columns) if name in row}, columns)
-    except Invalid as error:
-        raise UserError(f"{where}: {error}") from None
+def _from_question(*, question_id: int, category: str, turns: tuple[Text, ...]) -> Prompt:
+    return Prompt([{"role": "user", "content": turns[0]}], follow_ups=turns[1:])
 
 
-@dataclass(frozen=True)
-class PromptRow:
-    prompt: Text | tuple[Any, ...]
-    answer: str | None = None
-
-
-@dataclass(frozen=True)
-class InstructionRow:
-    instruction: Text
-
-
-@dataclass(frozen=True)
-class QuestionRow:
-    question_id: int
-    category: str
-    turns: tuple[Text, ...]
-
-
-def _from_prompt(row: dict[str, Any], where: str) -> Prompt:
-    found = read_columns(row, PromptRow, where)
-    if isinstance(found.prompt, str):
-        return Prompt(found.prompt, found.answer)
-    return Prompt(read_messages(row, "prompt", where), found.answer)
-
-
-def _from_instruction(row: dict[str, Any], where: str) -> Prompt:
-    instruction = read_columns(row, InstructionRow, where).instruction
+def _from_instruction(*, instruction: Text) -> Prompt:
     return Prompt([{"role": "user", "content": instruction}])
 
 
-def _from_question(row: dict[str, Any], where: str) -> Prompt:
-    first, *follow_ups = read_columns(row, QuestionRow, where).turns
-    return Prompt([{"role": "user", "content": first}], follow_ups=tuple(follow_ups))
-
-
-def _check_unique_ids(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    places: dict[int, str] = {}
-    for where, row in rows:
-        earlier = places.setdefault(row["question_id"], where)
-        if earlier != where:
-            raise UserError(
-                f"{where}: question_id {row['question_id']} is also that of {earlier}; expected "
-                "every id once"
-            )
+def _from_prompt(*, prompt: Text | tuple[Any, ...], answer: str | None = None) -> Prompt:
+    return Prompt(prompt, answer)
 
 
 # By kind: the columns that identify it, and the function from one of its rows to a prompt.
-KINDS: dict[str, tuple[set[str], Callable[[dict[str, Any], str], Prompt]]] = {
+KINDS: dict[str, tuple[set[str], Callable[..., Prompt]]] = {
     "mt_bench": ({"question_id", "turns"}, _from_question),
     "alpaca_eval": ({"instruction"}, _from_instruction),
     "prompts": ({"prompt"}, _from_prompt),

@@ -39,18 +39,32 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
             prompt._replace(follow_ups=()) for prompt in read_prompt_set(samples.prompts).prompts
         ]
         reference = model_folder(config.model.reference) if config.model.reference else source
-        before = first_responses(config, ranks, reference, prompts)
-        final = output / "final"
-        if config.model.lora is None or config.model.lora.merge:
-            after = first_responses(config, ranks, final, prompts)
-        else:  # transformers answers only for a full model; this one is needed for a moment
-            merged = output / ".merged"
+        policy = output / "final"
+        unmerged = config.model.lora is not None and not config.model.lora.merge
+        if unmerged:  # transformers answers only for a full model; this one is needed for a moment
+            adapter, policy = policy / "adapter", output / ".merged"
             with agreed():
                 if ranks.first:
-                    merge(source, final / "adapter", merged)
-            after = first_responses(config, ranks, merged, prompts)
-            if ranks.first:
-                shutil.rmtree(merged)
+                    merge(source, adapter, policy)
+        answers = []
+        for folder in (reference, policy):
+            gc.collect()  # cycles still hold an earlier model, whose memory this one needs
+            responses = respond_all(
+                folder,
+                prompts,
+                max_new_tokens=samples.max_new_tokens,
+                temperature=samples.temperature,
+                top_k=0,
+                seed=config.train.seed,
+                system_prompt=config.data.system_prompt,
+                batch_size=PROMPTS_AT_ONCE,
+                dtype="auto",
+                device=ranks.device,
+            )
+            answers.append([response for (response,) in responses])
+        before, after = answers
+        if unmerged and ranks.first:
+            shutil.rmtree(policy)
         marks = [share_right(prompts, responses) for responses in (before, after)]
         if None not in marks:
             rows.append((f"right answers of {len(prompts)}", *marks))
@@ -58,26 +72,6 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
     if rows:
         ranks.say("\n" + text_table(("", "before", "after"), rows, digits=4))
     ranks.say("\n" + shown)
-
-
-def first_responses(
-    config: Config, ranks: Ranks, folder: Path, prompts: Sequence[Prompt]
-) -> list[str]:
-    """The response of the saved model in `folder` to each prompt, sampled from all tokens."""
-    gc.collect()  # cycles still hold an earlier model, whose memory this one needs
-    responses = respond_all(
-        folder,
-        prompts,
-        max_new_tokens=config.evaluation.samples.max_new_tokens,
-        temperature=config.evaluation.samples.temperature,
-        top_k=0,
-        seed=config.train.seed,
-        system_prompt=config.data.system_prompt,
-        batch_size=PROMPTS_AT_ONCE,
-        dtype="auto",
-        device=ranks.device,
-    )
-    return [response for (response,) in responses]
 
 
 def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:

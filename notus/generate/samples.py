@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
@@ -96,10 +95,10 @@ def _answer_row(
     device: torch.device,
 ) -> list[list[int]]:
     """The answer's tokens for each request, up to `stop`. Every rank takes equally many steps."""
-    tokens_T = torch.zeros(slots, dtype=torch.int64)
-    document_T = torch.full((slots,), PADDING, dtype=torch.int32)
-    position_T = torch.zeros(slots, dtype=torch.int32)
-    last_S = torch.zeros(len(requests), dtype=torch.int64)
+    tokens_T = torch.zeros(slots, dtype=torch.int64, device=device)
+    document_T = torch.full((slots,), PADDING, dtype=torch.int32, device=device)
+    position_T = torch.zeros(slots, dtype=torch.int32, device=device)
+    last_S = torch.zeros(len(requests), dtype=torch.int64, device=device)
     cursor = 0
     for number, request in enumerate(requests):
         length, end = len(request.ids), cursor + len(request.ids) + max_new_tokens
@@ -108,9 +107,6 @@ def _answer_row(
         position_T[cursor:end] = torch.arange(end - cursor)
         last_S[number] = cursor + length - 1
         cursor = end
-    tokens_T, document_T, position_T, last_S = (
-        tensor.to(device) for tensor in (tokens_T, document_T, position_T, last_S)
-    )
     # The room for an answer comes after its prompt, so causal attention never sees it empty.
     layout = Layout(
         document=document_T,
@@ -129,16 +125,11 @@ def _answer_row(
             live[i] &= token != stop
             if live[i]:
                 answers[i].append(token)
-        if not _anywhere(any(live), device):
+        going = torch.tensor(any(live), dtype=torch.float32, device=device)
+        dist.all_reduce(going, dist.ReduceOp.MAX)
+        if not going:  # on any rank
             break
     return answers
-
-
-def _anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is true on any rank. Collective."""
-    found: Tensor = torch.tensor(float(flag), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
 
 
 def record_samples(

@@ -3,11 +3,12 @@
 A microbatch is one row of T token slots that holds many documents side by side. Every slot knows
 its document, its branch within the document (the prompt, or one of the responses that continue
 it), its position, and whether it takes part in attention at all. From these four numbers
-`may_attend` decides for every (query, key) pair. Every backend applies it except FlashAttention,
-which computes only causal sequences; `check_segments` compares the two.
+`may_attend` decides for every (query, key) pair. FlexAttention computes the same from intervals of
+slots, and takes the predicate itself where they differ; FlashAttention computes only causal
+sequences, and `check_segments` makes a difference an error.
 
     backend  device  computation
-    flex     CUDA    FlexAttention over the blocks in which the predicate holds somewhere
+    flex     CUDA    FlexAttention over the blocks of slots in which the predicate holds somewhere
     varlen   any     a causal sequence for each branch (`packing.Segments`): on CUDA FlashAttention,
                      only in bfloat16, whose backward pass adds in no fixed order; on the CPU one
                      sequence after another
@@ -16,7 +17,7 @@ which computes only causal sequences; `check_segments` compares the two.
 Shapes: T slots, N query heads, K key/value heads, H head dimension.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -31,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from notus.data.packing import PADDING, PROMPT, Layout, Segments
 from notus.errors import UserError
+from notus.model.intervals import BLOCK, agrees, agrees_on, block_mask
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class SegmentMask:
 
 
 AttentionMask = Tensor | BlockMask | SegmentMask
+
+# With these, FlexAttention's backward kernel for bfloat16 heads of 128 spills few registers on an
+# H100 or an A100; with PyTorch's own it spills many.
+TILES = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")}
+TILES |= {"bwd_num_stages": 2, "bwd_num_warps": 8}
 
 # Since torch 2.12 fewer key than query heads must be allowed by name.
 _GROUPED_QUERIES = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -88,6 +95,9 @@ def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMas
     if backend == "varlen" and layout.segments is None:
         backend = "flex" if slots.is_cuda else "dense"
     if backend == "flex":
+        in_blocks = layout.intervals is not None and len(slots) % BLOCK == 0
+        if in_blocks and agrees(may_attend, window):
+            return block_mask(layout, window)
 
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return may_attend(layout, query, key, window)
@@ -102,54 +112,37 @@ def build_mask(layout: Layout, window: int | None, backend: str) -> AttentionMas
 
 
 def _in_segments(layout: Layout, window: int | None) -> SegmentMask | None:
-    """The predicate within each segment; None where it allows a key outside its query's segment."""
-    masks: list[Tensor | None] = []
-    for _, _, mask, complete in _segments(layout, window):
-        if not complete:
-            return None
-        causal = mask.shape[0] == mask.shape[1] and torch.equal(mask, torch.ones_like(mask).tril())
-        masks.append(None if causal else mask)
-    return SegmentMask(layout.segments, window, masks)
-
-
-def _segments(layout: Layout, window: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-    """Of each segment: slots of queries [Q] and keys [K], predicate [Q, K], and is that all of it?
+    """The predicate within each segment; None where it allows a key outside its query's segment.
 
     One segment's queries at a time: over all T x T slots at once, the predicate takes longer and 7
     bytes for each pair of slots (450 MiB if T is 8,192).
     """
+    masks: list[Tensor | None] = []
     segments = layout.segments
     slots = torch.arange(len(layout.document))
     edges = torch.stack((segments.query_edges, segments.key_edges), 1).tolist()
     for (query, key), (query_end, key_end) in pairwise(edges):
-        queries, keys = slots[query:query_end], segments.key_slots[key:key_end]
-        allowed = may_attend(layout, queries[:, None], slots[None, :], window)
-        mask = allowed[:, keys]
-        yield queries, keys, mask, bool(mask.sum() == allowed.sum())
+        allowed = may_attend(layout, slots[query:query_end, None], slots[None, :], window)
+        mask = allowed[:, segments.key_slots[key:key_end]]
+        if mask.sum() < allowed.sum():
+            return None
+        causal = mask.shape[0] == mask.shape[1] and torch.equal(mask, torch.ones_like(mask).tril())
+        masks.append(None if causal else mask)
+    return SegmentMask(segments, window, masks)
 
 
 def check_segments(layout: Layout, sliding_window: int | None) -> None:
-    """Raise UserError if `may_attend` differs from what FlashAttention computes on a packed row.
+    """Raise UserError if `may_attend` was edited, which FlashAttention would ignore.
 
-    layout: of one row, on the CPU. FlashAttention's causal mask of a segment is aligned to its end:
-    the last query is the last key. Padding, whose output nobody reads, is not compared; a row with
-    hidden tokens, which has no segments, takes another backend.
+    layout: of a packed row, on the CPU, which is compared like the rows of `agrees`.
     """
-    if layout.segments is None:
-        return
-    for queries, keys, mask, complete in _segments(layout, sliding_window):
-        if (layout.document[queries] == PADDING).all():
-            continue
-        distance = queries[:, None] - queries[-1] - torch.arange(1 - len(keys), 1)
-        causal = distance >= 0
-        if sliding_window is not None:
-            causal &= distance < sliding_window
-        if not (complete and torch.equal(mask, causal)):
-            raise UserError(
-                'parallel.attention: found "varlen", expected "flex" or "dense": on CUDA it '
-                "is FlashAttention, which computes only causal sequences, and may_attend in "
-                "notus/model/attention.py allows something else"
-            )
+    same = agrees(may_attend, sliding_window) and agrees_on(may_attend, layout, sliding_window)
+    if not same:
+        raise UserError(
+            'parallel.attention: found "varlen", expected "flex" or "dense": on CUDA it '
+            "is FlashAttention, which computes only causal sequences, and may_attend in "
+            "notus/model/attention.py allows something else"
+        )
 
 
 def default_backend(device: torch.device, head_dim: int, compiled: bool = False) -> str:
@@ -176,10 +169,20 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
         # Part of a compiled block; elsewhere compiled by itself, or it would store all scores.
         if q.is_cuda and not torch.compiler.is_compiling():
             flex = _compiled_flex_attention()
-        out = flex(q, k, v, block_mask=mask, enable_gqa=True)
+        options = _kernel_options(q)
+        out = flex(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
+
+
+def _kernel_options(q: Tensor) -> dict[str, int] | None:
+    """FlexAttention's, for queries [1, N, T, H]; None leaves all to PyTorch."""
+    if q.shape[2] % BLOCK:
+        return None
+    return {"IS_DIVISIBLE": True} | (
+        TILES if (q.dtype, q.shape[3]) == (torch.bfloat16, 128) else {}
+    )
 
 
 def _attend_in_segments(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: SegmentMask) -> Tensor:

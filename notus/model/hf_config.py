@@ -1,16 +1,22 @@
 """The decoder's shape, from the config.json of a Hugging Face model folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from notus.errors import UserError
 from notus.files import read_object
-from notus.strict import Bound, Count, Invalid, Positive, keys_of, parse
+from notus.strict import Bound, Positive, keys_of, parse_part
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
-Even = Annotated[int, Bound("an even number of at least 2", lambda x: x >= 2 and x % 2 == 0)]
+# Far above every model; within them no product of three sizes overflows, and a model without
+# storage is built in seconds.
+Size = Annotated[int, Bound("an integer from 1 to 1048576", lambda x: 1 <= x <= 2**20)]
+Layers = Annotated[int, Bound("an integer from 1 to 1024", lambda x: 1 <= x <= 1024)]
+Span = Annotated[int, Bound("an integer from 1 to 2147483647", lambda x: 1 <= x < 2**31)]
+Even = Annotated[
+    int, Bound("an even number from 2 to 1048576", lambda x: 2 <= x <= 2**20 and x % 2 == 0)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,7 @@ class Llama3Rope:
     factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
-    original_max_position_embeddings: Count
+    original_max_position_embeddings: Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +37,20 @@ class ModelShape:
     which the decoder computes what it did before: shapes recorded without the field then have it.
     """
 
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count  # in config.json by default num_attention_heads
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size  # in config.json by default num_attention_heads
     head_dim: Even  # in config.json by default hidden_size / num_attention_heads
     rms_norm_eps: Positive
     rope_theta: Positive = 10000.0
     rope_scaling: Llama3Rope | None = None
-    sliding_window: Count | None = None
+    sliding_window: Span | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any], key: str = "model_shape") -> "ModelShape":
-        """The shape that `dataclasses.asdict` wrote, perhaps before some fields existed.
-
-        Raises Invalid, a UserError, for an unknown or missing entry and for a wrong value; `key` is
-        the entries' own name in the message.
-        """
-        return parse(entries, cls, key)
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -88,31 +85,20 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(f"{path}: the rope settings are {rope!r}, expected an object")
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = _rope_scaling(rope, path)
+    kind, config["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        config["rope_scaling"] = {key: rope[key] for key in keys_of(Llama3Rope) if key in rope}
+    elif kind != "default":
+        raise UserError(f"{path}: rope scaling {kind!r} found, expected none or 'llama3'")
     heads, hidden_size = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
     if config.get("head_dim") is None and type(hidden_size) is type(heads) is int and heads > 0:
         config["head_dim"] = hidden_size // heads
-    try:
-        shape = parse(
-            {key: config[key] for key in keys_of(ModelShape) if key in config}, ModelShape
-        )
-    except Invalid as error:
-        raise UserError(f"{path}: {error}") from None
+    shape = parse_part(config, ModelShape, path)
     if heads % shape.num_key_value_heads:
         raise UserError(
             f"{path}: num_key_value_heads: found {shape.num_key_value_heads}, expected a divisor "
             f"of num_attention_heads, {heads}"
         )
     return shape
-
-
-def _rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The entries of Llama3Rope that the rope settings hold; None for plain rotary embeddings."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{path}: rope scaling {kind!r} found, expected none or 'llama3'")
-    return {key: rope[key] for key in keys_of(Llama3Rope) if key in rope}

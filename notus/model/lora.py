@@ -7,15 +7,14 @@ LoRA, arXiv 2106.09685: a frozen linear layer W gains a trained product of two t
 with B = 0 at first, so that training begins at the base model. rsLoRA, arXiv 2312.03732, scales by
 alpha / sqrt(rank) instead, so that a high rank learns as fast as a low one.
 
-Base weights keep their names, so a Hugging Face folder still loads without renaming. With its
-adapters switched off the model is exactly the base, which is therefore the reference without a
-second copy.
+Base weights keep their names. With its adapters switched off the model is exactly the base, which
+is therefore the reference without a second copy.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -25,29 +24,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from notus.errors import UserError
+from notus.model.hf_config import Size
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import local_rows
-from notus.strict import Count, FractionBelowOne, Positive, Text
+from notus.strict import FractionBelowOne, Positive, Text
 
 ALL_LINEAR = "all-linear"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters: only they are trained, and the base is kept in compute_dtype."""
 
-    rank: Count  # of a layer's change B A: rows of A, columns of B
+    rank: Size  # of a layer's change B A: rows of A, columns of B
     alpha: Positive  # the adapters' product is scaled by alpha / rank
     # probability that an entry of an adapter's input is dropped in training
     dropout: FractionBelowOne = 0.0
     # linear layers by name or by the end of their name from a dot on ("q_proj", "mlp.up_proj"),
     # or "all-linear" for all those of the blocks
-    target_modules: tuple[Text, ...] | Literal["all-linear"] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
+    target_modules: tuple[Text, ...] | Literal["all-linear"] = ATTENTION
     rslora: bool = False  # scaled by alpha / sqrt(rank) instead
     merge: bool = False  # final/ also gets base and adapters as one model
 
@@ -61,14 +57,13 @@ class LoraLinear(nn.Linear):
     """A linear layer with an adapter; `weight` and `bias` are those of the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, settings: LoraSettings) -> None:
-        inner, outer, device = linear.in_features, linear.out_features, linear.weight.device
+        inner, outer = linear.in_features, linear.out_features
         super().__init__(inner, outer, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        options = {"dtype": torch.float32, "device": device}
+        options = {"dtype": torch.float32, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.zeros(settings.rank, inner, **options))
         self.lora_B = nn.Parameter(torch.zeros(outer, settings.rank, **options))
-        self.scaling = settings.scaling
-        self.dropout = settings.dropout
+        self.scaling, self.dropout = settings.scaling, settings.dropout
         self.adapter_on = True
 
     def forward(self, input: Tensor) -> Tensor:
@@ -91,32 +86,26 @@ def add_adapters(model: MistralForCausalLM, settings: LoraSettings) -> None:
 
     The model may be on any device and must not be sharded yet. The base keeps its dtype (call
     `model.to(torch.bfloat16)` first to hold it in 2 bytes); adapters are float32, zero until
-    `initialize_adapters` or `peft.load_adapter`. Raises UserError for a target that names no linear
-    layer, with the names that exist.
+    `initialize_adapters`. Raises UserError for a target that names no linear layer, with the names
+    that exist.
     """
     linears = {n: module for n, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = _chosen(linears, settings.target_modules)
-    model.requires_grad_(False)
-    for name in chosen:
-        model.set_submodule(name, LoraLinear(linears[name], settings))
-
-
-def _chosen(linears: Iterable[str], targets: tuple[str, ...] | str) -> list[str]:
-    """The layers that `targets` select: all whose name is a target, or ends in one after a dot."""
+    targets = settings.target_modules
     if targets == ALL_LINEAR:
-        return list(linears)
+        targets = tuple(linears)
+    chosen = []
     for target in targets:
-        if not any(_ends_in(name, target) for name in linears):
+        named = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not named:
             there = dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears)
             raise UserError(
                 f"model.lora.target_modules: {json.dumps(target)} names no linear layer of the "
                 f'blocks, expected some of {", ".join(there)}, or "{ALL_LINEAR}"'
             )
-    return [name for name in linears if any(_ends_in(name, target) for target in targets)]
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+        chosen += named
+    model.requires_grad_(False)
+    for name in dict.fromkeys(chosen):
+        model.set_submodule(name, LoraLinear(linears[name], settings))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -131,15 +120,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is bit-identical to its base: no adapter is computed, no dropout drawn."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    before = [layer.adapter_on for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and m.adapter_on]
     for layer in layers:
         layer.adapter_on = False
     try:
         yield
     finally:
-        for layer, on in zip(layers, before, strict=True):
-            layer.adapter_on = on
+        for layer in layers:
+            layer.adapter_on = True
 
 
 @torch.no_grad()

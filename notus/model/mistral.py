@@ -138,8 +138,7 @@ class Decoder(nn.Module):
 class LogProbHead(nn.Module):
     """Output projection and log-softmax in one, so that logits never have to be stored."""
 
-    def __init__(self, shape: ModelShape, kernels: str = "auto") -> None:
-        """kernels: "auto", "triton" or "plain", as in notus/kernels/dispatch.py."""
+    def __init__(self, shape: ModelShape, kernels: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
         self.kernels = kernels
@@ -163,15 +162,15 @@ class LogProbHead(nn.Module):
 
 
 class MistralForCausalLM(nn.Module):
-    """The decoder and its head. Keys of the state dict equal those of transformers' class."""
+    """The decoder and its head. Keys of the state dict equal those of transformers' class.
+
+    kernels: the head's implementation, see notus/kernels/dispatch.py. attention: the backend for
+    packed rows, see notus/model/attention.py; None: the device's.
+    """
 
     def __init__(
         self, shape: ModelShape, kernels: str = "auto", attention: str | None = None
     ) -> None:
-        """kernels: the head's implementation, "auto", "triton" or "plain".
-
-        attention: the backend for packed rows, see notus/model/attention.py; None: the device's.
-        """
         super().__init__()
         self.shape = shape
         self.attention = attention
@@ -189,12 +188,11 @@ class MistralForCausalLM(nn.Module):
         targets_S: Tensor | None,
         sum_squares: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs of `targets_S` as predicted at the slots `rows_S`, float32 [S], and the final
-        hidden states there, [S, D] in the compute dtype.
+        """The head's output at the slots `rows_S`, and the final hidden states there: [S, D].
 
         tokens_T, position_T: integers, the packed row; mask: of `attention.build_mask`; rows_S,
         targets_S: int64, a slot may predict more than one target (the prompt's last slot predicts
-        the first token of both responses), None: the logits instead; sum_squares: see LogProbHead.
+        the first token of both responses); targets_S, sum_squares: see LogProbHead.
         """
         hidden_SD = self.model(tokens_T, position_T, mask, rows_S)
         return self.lm_head(hidden_SD, targets_S, sum_squares), hidden_SD

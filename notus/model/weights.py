@@ -5,6 +5,7 @@ that every rank writes one file and none ever holds the entire model.
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -40,15 +41,19 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names of those that weights may have
 # Buffers that old checkpoints carry; the decoder computes them.
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+Shape = tuple[int, ...]
 
 
 class Stored(NamedTuple):
     """A tensor's file, and its shape there."""
 
     file: Path
-    shape: tuple[int, ...]
+    shape: Shape
 
 
 # Why a hub id cannot be used: the first class that fits. The library's words are for programmers.
@@ -66,22 +71,15 @@ def model_folder(path: str, weights: bool = True) -> Path:
     weights: False if only config.json and the tokenizer are needed.
     Raises UserError when `path` is neither a folder nor an accessible repository.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # unlike pathlib's, False for a name that no file can have
         return Path(path)
-    if Path(path).exists():
+    if os.path.exists(path):
         raise UserError(f"{path}: found a file, expected the folder of a model")
+    wanted = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
+    if weights:
+        wanted += ["*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(
-            snapshot_download(
-                path,
-                allow_patterns=[
-                    *(("*.safetensors", "*.safetensors.index.json") if weights else ()),
-                    "config.json",
-                    "adapter_config.json",
-                    *TOKENIZER_FILES,
-                ],
-            )
-        )
+        return Path(snapshot_download(path, allow_patterns=wanted))
     except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         first_line = str(error).strip().split("\n")[0]
         known = (reason for kind, reason in HUB_REASONS if isinstance(error, kind))
@@ -92,10 +90,13 @@ def model_folder(path: str, weights: bool = True) -> Path:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model folder by name, read only from the files' headers.
 
-    Raises UserError for missing, truncated or unreadable files.
+    Raises UserError for missing, truncated or unreadable files, and those of another folder.
     """
     if (folder / INDEX).is_file():
-        files = _indexed_files(folder / INDEX)
+        files = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise UserError(f'{folder / INDEX}: found no "weight_map", expected files by tensor')
+        files = sorted({str(file) for file in files.values()})
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -103,33 +104,48 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     tensors = {}
     for name in files:
         file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing, though {INDEX} names it")
+        if "/" in name or not name.isprintable():
+            raise UserError(f"{folder / INDEX}: found {name!r}, expected a file of this folder")
         tensors |= {key: Stored(file, shape) for key, shape in header_shapes(file).items()}
     return tensors
 
 
-def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file. Raises UserError if it is damaged."""
+def header_shapes(file: Path) -> dict[str, Shape]:
+    """The shape of every tensor in a safetensors file.
+
+    Raises UserError if it is unreadable, and names a tensor that does not hold DTYPES.
+    """
     try:
+        file.open("rb").close()  # safetensors takes every refusal for a missing file
         with safe_open(file, framework="pt") as handle:
-            names = handle.keys()  # a list: the handle is no mapping
-            return {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            dtypes = {name: found.get_dtype() for name, found in slices.items()}
+            shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise UserError(
             f"{file}: found no complete safetensors file ({error}); expected one; copy or "
             "download it again"
         ) from None
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{file}: tensor {name}: found {dtype}, expected one of {', '.join(DTYPES)}"
+            )
+    return shapes
 
 
-def _indexed_files(index: Path) -> list[str]:
-    """The files over which an index distributes the tensors, sorted."""
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(
-            f'{index}: found no "weight_map", expected {{"weight_map": {{tensor: file, ...}}}}'
-        )
-    return sorted({str(file) for file in weight_map.values()})
+def check_shapes(
+    place: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], why: str
+) -> None:
+    """Raise UserError that names the first tensor which is missing, unknown or of another shape."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{place}: tensor {name}: found {found.get(name, 'none')}, expected "
+                f"{expected.get(name, 'none')} {why}"
+            )
 
 
 def check_weights(
@@ -138,28 +154,12 @@ def check_weights(
     """The stored tensors, after a check that they are the expected ones in name and shape.
 
     expected: full shapes by name. tied: the head shares the embedding, and a stored
-    `lm_head.weight` is redundant. Raises UserError that names file, tensor and both shapes.
+    `lm_head.weight` is redundant. Raises UserError that names folder, tensor and both shapes.
     """
     stored = stored_tensors(folder)
-    for name, shape in expected.items():
-        if name not in stored:
-            raise UserError(f"{folder}: tensor {name} is missing; expected shape {tuple(shape)}")
-        if stored[name].shape != tuple(shape):
-            raise UserError(
-                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected "
-                f"{tuple(shape)} by config.json"
-            )
-    redundant = {"lm_head.weight"} if tied else set()
-    unknown = [
-        name
-        for name in stored
-        if name not in expected and name not in redundant and not name.endswith(IGNORED_SUFFIX)
-    ]
-    if unknown:
-        raise UserError(
-            f"{stored[unknown[0]].file}: tensor {unknown[0]} is not part of the model that "
-            "config.json describes; expected only its parameters"
-        )
+    ignored = (IGNORED_SUFFIX, "lm_head.weight") if tied else IGNORED_SUFFIX
+    found = {n: t.shape for n, t in stored.items() if n in expected or not n.endswith(ignored)}
+    check_shapes(folder, found, {n: tuple(s) for n, s in expected.items()}, "by config.json")
     return stored
 
 
@@ -185,7 +185,6 @@ def open_model(path: str, weights: bool = True) -> tuple[Path, ModelShape]:
     return folder, shape
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -> None:
     """Fill the model's parameters from a Hugging Face folder, each rank its own slices.
 
@@ -193,22 +192,24 @@ def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -
     others: names of parameters that are not in the folder and stay unchanged. Raises UserError,
     only on the ranks that read them, for values that are not finite.
     """
-    parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    parameters = {name: p for name, p in parameters.items() if name not in others}
+    # A tied head appears once, as the embedding.
+    parameters = {name: p for name, p in model.named_parameters() if name not in others}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     stored = check_weights(folder, shapes, tied=model.shape.tie_word_embeddings)
-    by_file: dict[Path, list[str]] = {}
-    for name in parameters:
-        by_file.setdefault(stored[name].file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as handle:
-            for name in names:
-                local, rows = local_rows(parameters[name])
-                local.copy_(handle.get_slice(name)[rows])
-                if not local.isfinite().all():
-                    raise UserError(
-                        f"{file}: tensor {name} holds NaN or infinite values; expected finite ones"
-                    )
+    for name, parameter in parameters.items():
+        file = stored[name].file
+        if not read_rows(parameter, file, name).isfinite().all():
+            raise UserError(
+                f"{file}: tensor {name} holds NaN or infinite values; expected finite ones"
+            )
+
+
+@torch.no_grad()
+def read_rows(tensor: Tensor, file: Path, name: str) -> Tensor:
+    """Fill a plain or sharded tensor from a safetensors file; returns this rank's part of it."""
+    local, rows = local_rows(tensor)
+    with safe_open(file, framework="pt") as handle:
+        return local.copy_(handle.get_slice(name)[rows])
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
@@ -243,17 +244,15 @@ def hash_weights(path: str, folder: Path) -> dict[str, str]:
     return {"path": path, "sha256": combined}
 
 
-def save_sharded(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, prefix: str
-) -> dict[str, Any]:
-    """Write tensors as `<prefix>-0000r-of-0000W.safetensors`, every rank its own full tensors.
-
-    Collective. Returns the Hugging Face index, equal on all ranks, for the caller to write.
-    """
-    index, file, own = gather_own(tensors, prefix)
-    if own:
-        save_file(own, folder / file, metadata={"format": "pt"})
-    return index
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError, which names it, when the file system refuses."""
+    path.touch()
+    mode = path.stat().st_mode  # of a new file, by the umask; safetensors makes it the owner's only
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except SafetensorError as error:  # what safetensors makes of an OSError, without the path
+        raise OSError(0, str(error), str(path)) from None
 
 
 def gather_own(
@@ -277,9 +276,7 @@ def gather_own(
         full = tensor.detach()
         full = full.full_tensor() if isinstance(full, DTensor) else full
         if owner == rank:
-            own[name] = torch.empty_like(
-                full, device="cpu", memory_format=torch.contiguous_format
-            ).copy_(full)
+            own[name] = full.to("cpu", copy=True).contiguous()
         del full
     index = {"metadata": {"total_size": sum(given)}, "weight_map": weight_map}
     return index, f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors", own

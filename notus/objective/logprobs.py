@@ -39,9 +39,8 @@ def pair_log_probs(
 ) -> PairLogProbs:
     """The input of the losses, in float64, for B pairs with S scored tokens.
 
-    policy_S: float32 [S] with gradient, or [2, S] with log sum_v p(v)^2 in the second row, for
-    losses that weight pairs by it. reference_S: float32 [S]. lengths_B2: int64 [B, 2].
-    mean_chosen_length: chosen tokens per pair over the complete optimiser step.
+    policy_S: float32 [S] with gradient, or [2, S] of `token_log_probs`. reference_S: float32 [S].
+    lengths_B2: int64 [B, 2]. mean_chosen_length: see PairLogProbs.
     """
     weights = (None, None)
     if policy_S.dim() == 2:
@@ -106,13 +105,10 @@ def score(
     """
     wanted = pairs.select(indices)
     slot_counts = slots_of(wanted.lengths, rows.prefix_sharing)
-    division = divide_pairs(
-        range(len(wanted)), slot_counts, ranks=dist.get_world_size(), budget=rows.budget
-    )
+    ranks, size = dist.get_world_size(), int(wanted.response_starts[-1])
+    division = divide_pairs(range(len(wanted)), slot_counts, ranks=ranks, budget=rows.budget)
     starts = torch.from_numpy(wanted.response_starts).to(rows.device)
-    size = int(wanted.response_starts[-1])
-    shape = (2, size) if sum_squares else (size,)
-    flat = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+    flat = torch.zeros((2, size) if sum_squares else size, device=rows.device)
     model.eval()  # no dropout in what is measured
     for batch in pack_division(division, wanted, dist.get_rank(), rows):
         flat[..., flat_positions(batch, starts)] = token_log_probs(model, batch, sum_squares)
@@ -125,12 +121,10 @@ def flat_positions(batch: Microbatch, response_starts: Tensor) -> Tensor:
 
     response_starts: int64 [pairs + 1], `TokenizedPairs.response_starts` on the batch's device.
     """
-    counts = batch.lengths.sum(1)
+    counts, size = batch.lengths.sum(1), len(batch.rows)
     shift = response_starts[batch.pairs] - (counts.cumsum(0) - counts)
-    size = len(batch.rows)
-    return torch.arange(size, device=shift.device) + shift.repeat_interleave(
-        counts, output_size=size
-    )
+    shift_S = shift.repeat_interleave(counts, output_size=size)
+    return torch.arange(size, device=shift.device) + shift_S
 
 
 def gather_pairs(

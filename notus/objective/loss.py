@@ -1,22 +1,20 @@
 """The configured loss: one of `losses.LOSSES` or a weighted sum, with its options resolved.
 
-`build_loss` reads the configuration's `loss` section. `couple` and `couple_step` make a loss that
-looks at all pairs of a step additive over microbatches.
+`build_loss` reads the configuration's `loss` section. `couple` makes a loss that looks at all pairs
+of a step additive over microbatches.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError
-from notus.objective.logprobs import pair_log_probs
-from notus.objective.losses import LOSSES, LossEntry, PairLogProbs, Sums
-from notus.strict import Positive, did_you_mean, keys_of, parse, parse_keywords
+from notus.objective.losses import LOSSES, PairLogProbs, Sums
+from notus.strict import Invalid, Positive, parse
 
 # The names of other trainers and papers; by spelling, "dpo" is nearest to "dpop".
 OTHER_NAMES = {
@@ -37,10 +35,6 @@ class Term:
     weight: float
     options: dict[str, Any]
 
-    @property
-    def entry(self) -> LossEntry:
-        return LOSSES[self.name]
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -49,24 +43,18 @@ class Loss:
     terms: tuple[Term, ...]
 
     def __call__(self, pairs: PairLogProbs) -> Tensor:
-        values = [term.weight * term.entry.function(pairs, **term.options) for term in self.terms]
+        values = [
+            term.weight * LOSSES[term.name].function(pairs, **term.options) for term in self.terms
+        ]
         return torch.stack(values).sum(dim=0)
 
-    @property
-    def uses_reference(self) -> bool:
-        return any(term.entry.uses_reference for term in self.terms)
+    uses_reference = property(lambda self: self._any("uses_reference"))
+    uses_rejected = property(lambda self: self._any("uses_rejected"))
+    uses_weights = property(lambda self: self._any("uses_weights"))
+    couples_pairs = property(lambda self: self._any("couples_pairs"))
 
-    @property
-    def uses_rejected(self) -> bool:
-        return any(term.entry.uses_rejected for term in self.terms)
-
-    @property
-    def uses_weights(self) -> bool:
-        return any(term.entry.uses_weights for term in self.terms)
-
-    @property
-    def couples_pairs(self) -> bool:
-        return any(term.entry.couples_pairs for term in self.terms)
+    def _any(self, need: str) -> bool:
+        return any(getattr(LOSSES[term.name], need) for term in self.terms)
 
     @property
     def beta(self) -> float:
@@ -92,21 +80,13 @@ class Loss:
         return len(self.terms) == 1 and self.terms[0].weight == 1.0
 
 
-# --- losses that couple the pairs of a step ---
-
-
 @dataclass(frozen=True)
 class Coupled:
-    """A loss that couples pairs, evaluated over a step's N pairs; made by `couple`.
+    """A loss that couples pairs, evaluated over a step's N pairs; made by `couple`."""
 
-    indices: int64 [N], the pairs' indices in the data set, ascending. values: [N], each pair's
-    share of the loss. gradients: [N] each, the derivatives of the step's summed loss with respect
-    to the policy's sums.
-    """
-
-    indices: Tensor
-    values: Tensor
-    gradients: Sums
+    indices: Tensor  # int64 [N], the pairs' indices in the data set, ascending
+    values: Tensor  # [N], each pair's share of the loss
+    gradients: Sums  # [N] each, of the step's summed loss with respect to the policy's sums
 
     def __call__(self, pairs: PairLogProbs, indices: Tensor) -> Tensor:
         """Losses [B] of a microbatch of the step; indices: int64 [B], as in the data set.
@@ -138,23 +118,6 @@ def couple(loss: Loss, pairs: PairLogProbs, indices: Tensor) -> Coupled:
     )
 
 
-def couple_step(
-    loss: Loss, policy: Tensor, reference: Tensor, pairs: TokenizedPairs, indices: np.ndarray
-) -> Coupled:
-    """`couple` from the flat log-probs of the step's pairs `indices`, in that order."""
-    lengths = pairs.lengths[indices, 1:]
-    scored = pair_log_probs(
-        policy,
-        reference,
-        torch.from_numpy(lengths).to(policy.device),
-        float(lengths[:, 0].mean()),
-    )
-    return couple(loss, scored, torch.from_numpy(indices).to(policy.device))
-
-
-# --- from the configuration ---
-
-
 def build_loss(section: Mapping[str, Any]) -> Loss:
     """The configuration's `loss` section as a callable.
 
@@ -164,58 +127,35 @@ def build_loss(section: Mapping[str, Any]) -> Loss:
     """
     if "mix" not in section:
         return Loss((_term(section, 1.0, "loss"),))
-    mix = section["mix"]
     for key in section.keys() - {"mix"}:
         raise UserError(f"loss.{key}: has no effect with loss.mix; give it inside a term of mix")
-    if not isinstance(mix, list | tuple) or not mix:
-        raise UserError(f"loss.mix: found {mix!r}, expected a non-empty list of losses")
-    return Loss(tuple(_weighted_term(term, f"loss.mix.{i}") for i, term in enumerate(mix)))
-
-
-def _weighted_term(section: Any, where: str) -> Term:
-    if not isinstance(section, Mapping):
-        raise UserError(f"{where}: found {section!r}, expected an object with name and weight")
-    if "weight" not in section:
-        raise UserError(f"{where}.weight: missing; every loss of a mix needs a weight")
-    options = {key: value for key, value in section.items() if key != "weight"}
-    return _term(options, parse(section["weight"], Positive, f"{where}.weight"), where)
+    terms = []
+    for i, term in enumerate(parse(section["mix"], tuple[dict[str, Any], ...], "loss.mix")):
+        weight = parse(term.pop("weight", None), Positive, f"loss.mix.{i}.weight")
+        terms.append(_term(term, weight, f"loss.mix.{i}"))
+    return Loss(tuple(terms))
 
 
 def _term(section: Mapping[str, Any], weight: float, where: str) -> Term:
-    if "name" not in section:
-        raise UserError(f"{where}.name: missing; expected one of {', '.join(LOSSES)}")
-    name = section["name"]
-    if not isinstance(name, str) or name not in LOSSES:
-        hint = did_you_mean(OTHER_NAMES.get(name, name), LOSSES) if isinstance(name, str) else ""
+    """A loss with all its options, given or default, except those that have no effect."""
+    name = parse(section.get("name"), str, f"{where}.name")
+    if name not in LOSSES:
+        nearest = difflib.get_close_matches(OTHER_NAMES.get(name, name), LOSSES, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise UserError(
             f"{where}.name: unknown loss {name!r}{hint}; expected one of {', '.join(LOSSES)}"
         )
-    given = {key: value for key, value in section.items() if key != "name"}
-    return Term(name, weight, _resolve_options(name, given, where))
-
-
-def _resolve_options(name: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All options of a loss, given or default, except those that have no effect."""
-    loss = LOSSES[name]
-    for key in given:
-        if key not in keys_of(loss.function):
-            raise UserError(f"{where}.{key}: {_misplaced(key, name)}")
-    options = parse_keywords(given, loss.function, where)
+    loss, given = LOSSES[name], {key: value for key, value in section.items() if key != "name"}
+    try:
+        options = parse(given, loss.function, where)
+    except Invalid as error:
+        raise UserError(f"{error} (loss {name!r})") from None
     for key, (other, needed) in loss.option_needs.items():
-        if options[other] == needed:
-            continue
-        if key in given:
-            raise UserError(
-                f"{where}.{key}: acts only with {other} {needed!r}, and {where}.{other} is "
-                f"{options[other]!r}"
-            )
-        del options[key]
-    return options
-
-
-def _misplaced(key: str, name: str) -> str:
-    options = keys_of(LOSSES[name].function)
-    takes = f"takes {', '.join(options)}" if options else "takes no options"
-    if any(key in keys_of(entry.function) for entry in LOSSES.values()):
-        return f"not used by loss {name!r}, which {takes}"
-    return f"unknown option{did_you_mean(key, options)}; loss {name!r} {takes}"
+        if options[other] != needed:
+            if key in given:
+                raise UserError(
+                    f"{where}.{key}: acts only with {other} {needed!r}, and {where}.{other} is "
+                    f"{options[other]!r}"
+                )
+            del options[key]
+    return Term(name, weight, options)

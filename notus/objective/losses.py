@@ -51,39 +51,29 @@ class Sums(NamedTuple):
 
 
 class PairLogProbs(NamedTuple):
-    """The input of a loss: B pairs under both models. Tensors are float [B] unless noted.
+    """The input of a loss: B pairs under both models. Tensors are float [B] unless noted."""
 
-    policy: with gradient. reference: without; zeros if there is none.
-    chosen_length, rejected_length: tokens of each response. mean_chosen_length: 0-d, chosen tokens
-    per pair over the complete optimiser step, so that a token average does not depend on how the
-    step is split. chosen_weight, rejected_weight: exp(mean over tokens of (log pi(token) - log sum
-    over the vocabulary of pi^2)), without gradient; None unless the loss `uses_weights`.
-    """
-
-    policy: Sums
-    reference: Sums
-    chosen_length: Tensor
+    policy: Sums  # with gradient
+    reference: Sums  # without; zeros if there is none
+    chosen_length: Tensor  # tokens of the response
     rejected_length: Tensor
+    # 0-d, per pair over the complete optimiser step: a token average must not depend on its split
     mean_chosen_length: Tensor
+    # exp(mean over tokens of (log pi(token) - log sum over the vocabulary of pi^2)), without
+    # gradient; None unless the loss `uses_weights`
     chosen_weight: Tensor | None = None
     rejected_weight: Tensor | None = None
 
 
 class LossEntry(NamedTuple):
-    """A loss and its needs; `register` takes the fields after the first as keywords.
-
-    uses_reference: it reads the reference's log-probabilities.
-    uses_rejected: it reads the rejected response's.
-    uses_weights: it reads `chosen_weight` and `rejected_weight`.
-    couples_pairs: a pair's value depends on the step's other pairs; see `loss.couple`.
-    option_needs: {option: (other, value)} for an option that acts only while `other` is `value`.
-    """
+    """A loss and its needs; `register` takes the fields after the first as keywords."""
 
     function: Callable[..., Tensor]
-    uses_reference: bool = True
-    uses_rejected: bool = True
-    uses_weights: bool = False
-    couples_pairs: bool = False
+    uses_reference: bool = True  # it reads the reference's log-probabilities
+    uses_rejected: bool = True  # it reads the rejected response's
+    uses_weights: bool = False  # it reads `chosen_weight` and `rejected_weight`
+    couples_pairs: bool = False  # a value depends on the step's other pairs, see `loss.couple`
+    # {option: (other, value)} for an option that acts only while `other` is `value`
     option_needs: Mapping[str, tuple[str, str]] = {}
 
 
@@ -138,8 +128,7 @@ def _log_odds(mean_log_prob: Tensor) -> Tensor:
 def _expm1_tangent(x: Tensor, limit: float = 40.0) -> Tensor:
     """exp(x) - 1 up to x = limit and its tangent line there beyond, [B].
 
-    The ratio of a response that the policy has dropped overflows a float. The tangent keeps value
-    and gradient finite, with the right sign, where a clamp would have no gradient.
+    A dropped response's ratio overflows a float. The tangent has a gradient, a clamp would not.
     """
     return torch.expm1(x.clamp(max=limit)) + math.exp(limit) * (x - limit).clamp(min=0)
 
@@ -203,8 +192,7 @@ def hinge(pairs: PairLogProbs, *, beta: Positive = 0.1) -> Tensor:
 def sigmoid_norm(pairs: PairLogProbs, *, beta: Positive = 0.1) -> Tensor:
     """Length-normalised DPO: -log s(beta (mean(r_w) - mean(r_l))), [B].
 
-    Tulu 3, arXiv 2411.15124 eq. 6, which uses beta = 5: a mean is some hundred times smaller than
-    a sum. At D = 0: ln 2.
+    Tulu 3, arXiv 2411.15124 eq. 6, with beta = 5, as a mean is small. At D = 0: ln 2.
     """
     return -F.logsigmoid(beta * mean_margin(pairs))
 
@@ -213,9 +201,8 @@ def sigmoid_norm(pairs: PairLogProbs, *, beta: Positive = 0.1) -> Tensor:
 def simpo(pairs: PairLogProbs, *, beta: Positive = 0.1, gamma: NonNegative = 0.5) -> Tensor:
     """SimPO: -log s(beta (mean(l_w) - mean(l_l)) - gamma), [B]; no reference.
 
-    arXiv 2405.14734 eq. 6. gamma is the target margin itself: beta times the `gamma_beta_ratio`
-    that other trainers ask for. The paper uses beta of 2 and above; 0.1 is only this table's
-    common default. Where mean(l_w) = mean(l_l): ln(1 + exp(gamma)).
+    arXiv 2405.14734 eq. 6, with beta of 2 and above. gamma is the target margin itself: beta times
+    other trainers' `gamma_beta_ratio`. Where mean(l_w) = mean(l_l): ln(1 + exp(gamma)).
     """
     chosen = pairs.policy.chosen / pairs.chosen_length
     rejected = pairs.policy.rejected / pairs.rejected_length
@@ -248,9 +235,8 @@ def sft(pairs: PairLogProbs) -> Tensor:
 def rpo(pairs: PairLogProbs, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """DPO with a likelihood term: -log s(beta D) - alpha mean(l_w), [B].
 
-    Iterative RPO, arXiv 2404.19733 eq. 1, up to which term carries the factor: the paper's alpha
-    multiplies the DPO term; here, as in other trainers, the likelihood. At D = 0:
-    ln 2 - alpha mean(l_w).
+    Iterative RPO, arXiv 2404.19733 eq. 1, whose alpha multiplies the DPO term; here, as in other
+    trainers, the likelihood. At D = 0: ln 2 - alpha mean(l_w).
     """
     likelihood = pairs.policy.chosen / pairs.chosen_length
     return -F.logsigmoid(beta * margin(pairs)) - alpha * likelihood
@@ -318,8 +304,7 @@ def exo_pair(
     """EXO on pairs: q_w (log q_w - log(1 - e)) + q_l (log q_l - log e), [B].
 
     arXiv 2402.00856 eq. 16 with q_w = s(beta D), q_l = 1 - q_w: the reverse KL divergence from the
-    smoothed labels, hence e > 0 (the paper's 1e-3 is the default). At D = 0:
-    -ln 2 - ln(e (1 - e)) / 2.
+    smoothed labels, hence e > 0. At D = 0: -ln 2 - ln(e (1 - e)) / 2.
     """
     logits = beta * margin(pairs)
     chosen = F.logsigmoid(logits) - math.log1p(-label_smoothing)

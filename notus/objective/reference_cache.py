@@ -1,7 +1,8 @@
 """The reference's log-probs kept on disk: computed in one pass, checked whenever they are read.
 
 They depend on the reference's weights, the token ids and the numerics, and on nothing else: not on
-the loss, beta or learning rate. These three are a cache's identity, which is recorded next to it.
+the loss, beta or learning rate. These three are a cache's identity, which is recorded next to it
+with the SHA-256 of the file. A file that is not the one written is named and computed again.
 """
 
 import hashlib
@@ -17,18 +18,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from notus.data.tokenization import TokenizedPairs
 from notus.errors import UserError, agreed
-from notus.files import write_json, write_whole
+from notus.files import PARTIAL, write_json, write_whole
 from notus.model.hf_config import ModelShape
 from notus.objective.logprobs import gather_pairs, response_sums
 from notus.objective.reference import OnlineReference
 from notus.objective.rounding import compare
 
 AUDITED_SHARE = 0.01
+SEAL = 32  # bytes
 PART = 4096  # pairs scored between two writes to disk: minutes of a 7B model on one GPU
 
 
@@ -46,7 +48,7 @@ def cache_identity(
     shape: ModelShape,
     compute_dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What log-probs are computed from: caches of one identity are equal up to rounding."""
+    """The inputs of log-probs: caches of one identity are equal up to rounding."""
     return {
         "reference_sha256": reference["sha256"],
         "reference_shape": asdict(shape),
@@ -64,10 +66,11 @@ def cached_log_probs(
 ) -> Tensor:
     """The log-probs of all response tokens of `online.pairs`: float32, flat, on every rank.
 
-    They are read from `folder` if it has a cache of this identity, and a sample is recomputed.
-    Otherwise they are computed and written in parts; an interrupted pass repeats only its last
-    part. Only rank 0 reads and writes files. show: makes the progress display of a long pass from
-    the number of pairs and of those already done. say: prints the outcome of the audit. Collective.
+    They are read from `folder` if it has a sound cache of this identity, and a sample is
+    recomputed. Otherwise they are computed and written in parts; an interrupted pass repeats only
+    its last part. Only rank 0 reads and writes files. show: makes the progress display of a long
+    pass from the number of pairs and of those already done. say: prints the outcome of the audit,
+    and which files are damaged. Collective.
 
     Raises UserError, on all ranks, if the sample differs from the file by more than rounding, or
     if the file system refuses to read or write.
@@ -75,11 +78,11 @@ def cached_log_probs(
     path, cache = folder / f"{_key(identity)}.safetensors", None
     with _agreed_on_files(path):
         if dist.get_rank() == 0:
-            cache = _read(folder, identity)
+            cache = _read(path, identity, int(online.pairs.response_starts[-1]), say)
     found = torch.tensor([cache is not None], device=online.rows.device)
     dist.broadcast(found, 0)
     if not found:
-        flat = _score_in_parts(path, identity, online, show)
+        flat = _score_in_parts(path, identity, online, show, say)
         with _agreed_on_files(path):
             if dist.get_rank() == 0:
                 _write(path, flat, online.pairs, identity)
@@ -99,6 +102,7 @@ def _score_in_parts(
     identity: Mapping[str, Any],
     online: OnlineReference,
     show: Callable[[int, int], Progress] | None,
+    say: Callable[[str], object],
 ) -> Tensor:
     """All pairs' flat log-probs. They are collected in a file next to `path`, and resumed there."""
     pairs, device = online.pairs, online.rows.device
@@ -106,7 +110,7 @@ def _score_in_parts(
     known, kept = 0, np.zeros(0, np.float32)
     with _agreed_on_files(file):
         if dist.get_rank() == 0:
-            known, kept = _read_parts(file, starts)
+            known, kept = _read_parts(file, starts, say)
     done = torch.tensor(known, device=device)
     flat = torch.zeros(int(starts[-1]), device=device)
     flat[: len(kept)] = torch.from_numpy(kept).to(device)
@@ -122,7 +126,7 @@ def _score_in_parts(
         flat[starts[begin] : starts[part.stop]] = scored = online.of_pairs(part)
         with _agreed_on_files(file):
             if dist.get_rank() == 0:
-                _append(file, scored)
+                _append(file, begin, scored)
         if bar is not None:
             bar.update(len(part))
     if bar is not None:
@@ -171,49 +175,94 @@ def _key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, Tensor] | None:
-    """The file of the cache with this identity and its log-probs; None without a complete one.
+def _read(
+    own: Path, identity: Mapping[str, Any], tokens: int, say: Callable[[str], object]
+) -> tuple[Path, Tensor] | None:
+    """The file of a sound cache with this identity and its log-probs; None if there is none.
 
-    A shape field that the recorded identity lacks, because it was added since, has its default.
+    own: the file that a new cache would have; an unusable one is named by `say`. A shape field that
+    the recorded identity lacks, because it was added since, has its default.
     """
     defaults = {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
-    for description in sorted(folder.glob("*.json")):
+    unusable = {own} if own.exists() or own.with_suffix(".json").exists() else set()
+    for description in sorted(own.parent.glob("[!.]*.json")):
         path = description.with_suffix(".safetensors")
         try:
-            recorded = json.loads(description.read_bytes())["identity"]
-            shape = defaults | recorded["reference_shape"]
-            if recorded | {"reference_shape": shape} == identity:
-                return path, load_file(path)["log_probs"]
-        except (FileNotFoundError, ValueError, SafetensorError, KeyError, TypeError):
-            continue  # incomplete or damaged: computed again
+            about = json.loads(description.read_bytes())
+            shape = defaults | about["identity"]["reference_shape"]
+            if about["identity"] | {"reference_shape": shape} != identity:
+                continue
+            unusable.add(path)
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == about["sha256"]:
+                log_probs = load(content)["log_probs"]
+                if len(log_probs) == tokens:
+                    own.with_suffix(".parts").unlink(missing_ok=True)  # killed before `_write` did
+                    return path, log_probs
+        except (
+            FileNotFoundError,
+            ValueError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):
+            continue
+    for path in sorted(unusable):
+        say(f"{path}: incomplete, damaged or without a checksum; its log-probs are computed again")
     return None
 
 
 def _write(path: Path, flat: Tensor, pairs: TokenizedPairs, identity: Mapping[str, Any]) -> None:
+    """Write a cache, and remove what interrupted passes have left in its folder."""
     tensors = {"log_probs": flat.cpu(), "starts": torch.from_numpy(pairs.response_starts)}
-    try:
-        write_whole(path, lambda partial: save_file(tensors, partial))
-    except SafetensorError as error:  # safetensors' form of an OSError
-        raise OSError(0, str(error)) from None
-    about = {"identity": identity, "pairs": len(pairs), "response_tokens": len(flat)}
-    write_json(path.with_suffix(".json"), about)
-    path.with_suffix(".parts").unlink()
+    content = save(tensors)
+    write_whole(path, lambda partial: partial.write_bytes(content), durable=True)
+    about = {
+        "identity": identity,
+        "pairs": len(pairs),
+        "response_tokens": len(flat),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_json(path.with_suffix(".json"), about, durable=True)
+    for left in (*path.parent.glob("*.parts"), *path.parent.glob(f"{PARTIAL}*")):
+        left.unlink()
 
 
-def _read_parts(file: Path, starts: np.ndarray) -> tuple[int, np.ndarray]:
-    """The number of pairs in the file, plain float32, and their log-probs; made if absent.
+def _read_parts(
+    file: Path, starts: np.ndarray, say: Callable[[str], object]
+) -> tuple[int, np.ndarray]:
+    """The number of pairs in the file and their log-probs, float32; made if absent.
 
-    The file is cut to complete parts: on the same number of ranks, the remaining pairs then share
-    rows as in an uninterrupted pass.
+    Each part is plain float32, followed by its `_seal`. The file is cut to complete, sound parts:
+    on the same number of ranks, the remaining pairs then share rows as in an uninterrupted pass.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
-    stored = np.fromfile(file, np.float32)[: starts[-1]]
-    done = int((np.searchsorted(starts, len(stored), "right") - 1) // PART * PART)
-    os.truncate(file, 4 * starts[done])
-    return done, stored[: starts[done]]
+    content, parts, done, end = file.read_bytes(), [], 0, 0
+    while end < len(content) and done < len(starts) - 1:
+        after = min(done + PART, len(starts) - 1)
+        size = 4 * int(starts[after] - starts[done])
+        part, seal = content[end : end + size], content[end + size : end + size + SEAL]
+        if seal != _seal(file, done, part):
+            break
+        parts.append(part)
+        done, end = after, end + size + SEAL
+    if end < len(content):
+        say(f"{file}: incomplete or damaged after {done:,} pairs; the others are computed again")
+        os.truncate(file, end)
+    return done, np.frombuffer(bytearray().join(parts), np.float32)
 
 
-def _append(file: Path, log_probs: Tensor) -> None:
+def _append(file: Path, begin: int, log_probs: Tensor) -> None:
+    """Add the part of the pairs from `begin` on to the file, and to the disk."""
+    part = log_probs.cpu().numpy().tobytes()
     with open(file, "ab") as handle:
-        handle.write(log_probs.cpu().numpy().tobytes())
+        handle.write(part + _seal(file, begin, part))
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _seal(file: Path, begin: int, part: bytes) -> bytes:
+    """The SHA-256 of a part's cache, first pair and contents: its place cannot change unnoticed."""
+    return hashlib.sha256(f"{file.stem} {begin} ".encode() + part).digest()

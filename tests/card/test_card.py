@@ -137,6 +137,13 @@ def test_tables_show_the_numbers_of_the_log(finished):
     assert json.loads(shown) == settings
 
 
+def test_the_code_that_uses_the_model_runs(finished, monkeypatch, capsys):
+    text = (finished / "final/README.md").read_text()
+    monkeypatch.chdir(finished)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_figures_hold_the_curves(finished):
     image = pytest.importorskip("matplotlib.image")
     text = (finished / "final/README.md").read_text()
@@ -191,6 +198,7 @@ def test_adapters_are_tagged_as_such(run):
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "peft" and "lora" in data["tags"]
     assert data["base_model_relation"] == "adapter" and "Low-rank adapters for [org/base]" in text
+    assert 'path = "final/adapter"' in text
     settings["model"]["lora"]["merge"] = True
     edit(run / "config.json", **settings)
     assert ModelCard(text_of(run)).data.library_name == "transformers"
@@ -315,10 +323,8 @@ def test_curated_data_bring_their_manifest(run, tmp_path):
     settings["data"]["train"][0]["path"] = str(folder)
     edit(run / "config.json", **settings)
     text = text_of(run)
-    rows = table_rows(text)
-    assert rows["rows"] == ["1,234"] and rows["dropped: tied ratings"] == ["234"]
-    assert rows["SHA-256 of train.parquet"] == ["def"]
-    assert rows["left out: prompts of"] == ["truthful_qa.jsonl"]
+    shown = text.split("Curated from openbmb/UltraFeedback by")[1].split("```json\n")[1]
+    assert json.loads(shown.split("\n```")[0]) == manifest
 
 
 def test_results_of_evaluators_are_shown_with_the_published_ones(run, tmp_path):

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -12,13 +13,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from notus.curation import report as curation_report
-from notus.curation.curate import Screen, Settings, curate, curate_row, main
+from notus.curation.curate import Curation, Screen, curate, curate_row, main
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import find_rated_format
+from notus.curation.ratings import read_rated_row
 from notus.curation.rows import read_rows
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
-from notus.files import partial_path
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
@@ -41,6 +41,10 @@ def completion(ratings, overall=5, response=None, model="m"):
 
 def raw(*completions, prompt="Name a colour.", source="flan"):
     return {"source": source, "instruction": prompt, "completions": list(completions)}
+
+
+def by_mean(**options):
+    return Curation(**{"rule": "mean-rating"} | options)
 
 
 def write(path, rows):
@@ -106,11 +110,17 @@ CASES = [
 ]
 
 
+def test_exact_duplicates_are_equal_texts():
+    screen = Screen(by_mean(duplicates="exact"))
+    found = [screen.repeated(text, "here:1") for text in ("a b", "a b ", "A b", "a b")]
+    assert found == [None, None, None, Dropped("duplicate prompt")]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_by_the_mean_rule(tmp_path, case):
     ratings, fields, *expected = case
     bench = write(tmp_path / "bench.jsonl", [{"question": QUESTION}])
-    settings = Settings(decontaminate=(bench,), match="exact", drop_sources=("truthful_qa",))
+    settings = by_mean(decontaminate=(bench,), match="exact", drop_sources=("truthful_qa",))
     overall = fields.get("overall", (5,) * len(ratings))
     responses = fields.get("responses", map(str, range(len(ratings))))
     parts = zip(ratings, overall, responses, strict=True)
@@ -119,7 +129,7 @@ def test_every_case_by_the_mean_rule(tmp_path, case):
         prompt=fields.get("prompt", "Name a colour."),
         source=fields.get("source", "flan"),
     )
-    rated = find_rated_format(row, "here:1").read(row, "here:1")
+    rated = read_rated_row(row, "here:1")
     outcome = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
     if isinstance(outcome, Dropped):
         assert [outcome.reason] == [expected[0].format(bench=bench)]
@@ -136,8 +146,8 @@ def test_the_first_revisions_lists_of_annotations():
     for one in row["completions"]:
         one["annotations"] = {name: [found] for name, found in one["annotations"].items()}
         one["fine-grained_score"] = None
-    rated = find_rated_format(row, "a:1").read(row, "a:1")
-    outcome = curate_row(rated, row, "a:1", Settings(), Screen(Settings()), 0)
+    rated = read_rated_row(row, "a:1")
+    outcome = curate_row(rated, row, "a:1", by_mean(), Screen(by_mean()), 0)
     assert outcome[2:] == (4.0, 2.0)
 
 
@@ -241,7 +251,7 @@ class Source:
 @pytest.mark.parametrize("rejected", ["random", "lowest", "zephyr"])
 def test_the_trainer_reads_back_what_a_curated_source_gives(place, run, rule, rejected):
     assert run("raw.jsonl", "--out", "out", "--rule", rule, "--rejected", rejected)[0] == 0
-    settings = Settings(rule=rule, rejected=rejected)
+    settings = Curation(rule=rule, rejected=rejected)
     curated = load_preferences([Source("raw.jsonl", settings)], seed=42)
 
     def content(pairs):
@@ -274,7 +284,7 @@ def test_pairs_that_the_trainer_drops_are_counted_as_it_counts_them(place, run):
 
 def test_a_curated_source_leaves_out_what_the_command_does(place, run):
     run("raw.jsonl", "--out", "out", *ALL_OPTIONS)
-    settings = Settings(
+    settings = by_mean(
         decontaminate=("bench.jsonl",), drop_sources=("truthful_qa",), duplicates="near"
     )
     evaluation = [Pair("Six; held out.", "a", "b", "eval.jsonl:1")]
@@ -291,15 +301,14 @@ def test_the_report_says_what_was_found(place, run):
     run("raw.jsonl", "--out", "out", *ALL_OPTIONS)
     report = (place / "out" / "report.md").read_text()
     for line in (
-        "8 rows gave 3 pairs.",
         "| pairs | 3 | 2 | 1 | 0 |",
         '| source "truthful_qa" | 1 | 0 | 0 | 1 |',
-        # Rows 1 (a wrong 10) and none else; in rows 3 to 8 the first of equal scores is both's.
-        "different responses in 1 of 8 rows; in 1 no tie explains it.",
         # "good" is longer than "bad", "rated 5555" as long as "rated 3333", "" shorter than "text"
-        "The longer response is chosen in 1 of 3 pairs (33.3%), the shorter in 1; 1 are of equal",
+        "| longer response | 1 | 1 |",
+        "| mean length in characters | 4.67 | 5.67 |",
+        "| mean score | 5.00 | 2.33 |",
         "| raw.jsonl:4 | 8-grams | 100% | bench.jsonl:1 | Which benchmark asks",
-        "dropped by the trainer: 1 empty chosen response.",
+        "| empty chosen response | 1 |",
     ):
         assert line in report, line
     assert not (place / "out" / "figures").exists()
@@ -329,7 +338,7 @@ def test_any_set_of_rated_responses(place, run):
         [None, "1", "a", "c", 10.0, -1.0, None],
     ]
     report = (place / "out" / "report.md").read_text()
-    assert "The mean rating" not in report and "| pairs | 60 | 60 |" in report
+    assert "Benchmark" not in report and "| pairs | 60 | 60 |" in report
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -353,7 +362,7 @@ def test_any_set_of_rated_responses(place, run):
         ("in.jsonl", json.dumps(raw("text")), (), '"completions" is a list; expected a list of ob'),
         ("in.jsonl", json.dumps(ROWS[2]), (),
          'no pair is left under the rule "mean-rating"; 1 rows, dropped: 1 tied ratings'),
-        ("in.jsonl", "", (), "in.jsonl: the file holds no rows"),
+        ("in.jsonl", "", (), "in.jsonl: holds no rows"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "no.jsonl"),
          "no.jsonl: no such file or folder"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "odd.jsonl"),
@@ -369,10 +378,9 @@ def test_bad_input_is_named_and_leaves_nothing_behind(
     (tmp_path / name).write_text(content)
     write(tmp_path / "odd.jsonl", [{"id": 1, "answer": "b"}])
     before = sorted(os.listdir(tmp_path))
-    for out in ("out", "deep/er/out"):
-        code, said = run("in.jsonl", "--out", out, *options)
-        assert code == 2 and message in said and "Traceback" not in said
-        assert sorted(os.listdir(tmp_path)) == before
+    code, said = run("in.jsonl", "--out", "out", *options)
+    assert code == 2 and message in said and "Traceback" not in said
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_an_unknown_rule_is_refused(place, run, capsys):
@@ -390,7 +398,7 @@ def test_a_folder_that_exists_is_left_as_it_is(place, run):
     assert code == 2 and "out: exists already; expected the name of a new folder" in said
     assert os.listdir(place / "out") == ["mine"]
     code, said = run("raw.jsonl", "--out", "raw.jsonl/out")
-    assert code == 2 and "raw.jsonl/out: cannot be made" in said
+    assert code == 2 and "raw.jsonl/out: cannot be written" in said
     assert run("raw.jsonl", "--out", "deep/er/out")[0] == 0
 
 
@@ -401,16 +409,25 @@ def test_an_interrupted_run_leaves_nothing(place, run, monkeypatch):
     before = sorted(os.listdir(place))
     monkeypatch.setattr("notus.curation.curate.write_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run("raw.jsonl", "--out", "deep/out")
+        run("raw.jsonl", "--out", "out")
     assert sorted(os.listdir(place)) == before
 
 
-def test_what_a_killed_run_left_is_removed(place, run):
-    left = partial_path(place / "out")
-    left.mkdir()
-    (left / "manifest.json").write_text("half of it")
-    assert run("raw.jsonl", "--out", "out")[0] == 0
-    assert json.loads((place / "out" / "manifest.json").read_text())["counts"]["pairs"] == 7
+def test_two_runs_into_one_folder_do_not_mix(place, run, monkeypatch):
+    """The second starts and ends while the first writes."""
+    write_report = curation_report.write_report
+    codes = []
+
+    def other_first(*arguments):
+        monkeypatch.setattr("notus.curation.curate.write_report", write_report)
+        codes.append(run("raw.jsonl", "--out", "out", "--seed", "7")[0])
+        write_report(*arguments)
+
+    monkeypatch.setattr("notus.curation.curate.write_report", other_first)
+    code, said = run("raw.jsonl", "--out", "out")
+    assert (codes, code) == ([0], 2) and "out: cannot be written" in said
+    manifest = json.loads((place / "out" / "manifest.json").read_text())
+    assert manifest["seed"] == 7 and (place / "out" / "train.parquet").exists()
     assert not [name for name in os.listdir(place) if "partial" in name]
 
 
@@ -435,47 +452,48 @@ some_rows = st.lists(
     max_size=8,
 )
 some_settings = st.builds(
-    Settings,
+    Curation,
     rule=st.sampled_from(["mean-rating", "overall-score", "overall-score-fixed"]),
     rejected=st.sampled_from(["random", "lowest", "zephyr"]),
     match=st.sampled_from(["exact", "normalised", "n-grams"]),
     drop_sources=st.sampled_from([(), ("truthful_qa",)]),
     duplicates=st.sampled_from(["keep", "exact", "near"]),
-    seed=st.integers(0, 9),
 )
+some_seeds = st.integers(0, 9)
 
 
-def outcomes(rows, settings):
+def outcomes(rows, settings, seed):
     screen = Screen(settings)
     found = []
     for row in rows:
-        rated = find_rated_format(row, "here").read(row, "here")
-        found.append(curate_row(rated, row, "here", settings, screen, settings.seed))
+        rated = read_rated_row(row, "here")
+        found.append(curate_row(rated, row, "here", settings, screen, seed))
     return found
 
 
-@given(some_rows, some_settings, st.randoms())
-def test_neither_order_nor_removed_duplicates_change_a_pair(rows, settings, random):
-    plain = Settings(**{**vars(settings), "duplicates": "keep"})
-    alone = [outcomes([row], plain)[0] for row in rows]
-    assert outcomes(rows, plain) == alone
+@given(some_rows, some_settings, some_seeds, st.randoms())
+def test_neither_order_nor_removed_duplicates_change_a_pair(rows, settings, seed, random):
+    plain = replace(settings, duplicates="keep")
+    alone = [outcomes([row], plain, seed)[0] for row in rows]
+    assert outcomes(rows, plain, seed) == alone
     order = random.sample(range(len(rows)), len(rows))
-    for index, outcome in zip(order, outcomes([rows[i] for i in order], settings), strict=True):
+    found = outcomes([rows[i] for i in order], settings, seed)
+    for index, outcome in zip(order, found, strict=True):
         is_repeat = isinstance(outcome, Dropped) and "duplicate" in outcome.reason
         assert is_repeat or outcome == alone[index]
         assert not (is_repeat and isinstance(alone[index], Dropped))
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
-@given(some_rows, some_settings)
-def test_counts_add_up(tmp_path_factory, rows, settings):
+@given(some_rows, some_settings, some_seeds)
+def test_counts_add_up(tmp_path_factory, rows, settings, seed):
     place = tmp_path_factory.mktemp("set")
     always = raw(completion("5555", 9), completion("1111", 2), prompt="another one")
     path = write(place / "raw.jsonl", [*rows, always])
-    summary = curate(path, None, place / "out", settings)
-    assert summary.rows == len(rows) + 1
-    assert summary.pairs + sum(summary.dropped_by_reason.values()) == summary.rows
-    assert len(read_lines(place / "out" / "jsonl" / "train.jsonl")) == summary.pairs
+    counts = curate(path, None, place / "out", settings, (), seed)
+    assert counts["rows"] == len(rows) + 1
+    assert counts["pairs"] + sum(counts["dropped"].values()) == counts["rows"]
+    assert len(read_lines(place / "out" / "jsonl" / "train.jsonl")) == counts["pairs"]
     dropped = read_lines(place / "out" / "jsonl" / "dropped.jsonl")
-    assert Counter(row["reason"] for row in dropped) == summary.dropped_by_reason
-    assert len(list(read_rows(str(place / "out")))) == summary.pairs
+    assert Counter(row["reason"] for row in dropped) == counts["dropped"]
+    assert len(list(read_rows(str(place / "out")))) == counts["pairs"]

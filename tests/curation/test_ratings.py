@@ -12,11 +12,11 @@ from notus.curation.ratings import (
     UNCLEAR_TEN,
     RatedRow,
     choose_pair,
-    find_rated_format,
     mean_rating,
     overall_score,
     overall_score_fixed,
     rating,
+    read_rated_row,
 )
 from notus.errors import UserError
 
@@ -135,7 +135,7 @@ def test_zephyr_draws_among_all_others_anew_for_every_row():
 
 def test_rows_of_responses_and_ratings_beside_each_other():
     row = {"prompt": "?", "responses": ["a", "b", "c"], "ratings": [1, 7, None], "source": "s"}
-    found = find_rated_format(row, "here:1").read(row, "here:1")
+    found = read_rated_row(row, "here:1")
     assert (found.prompt, found.source) == ("?", "s")
     chosen, rejected, *scores = choose_pair(found, "rating", 0)
     assert (chosen["response"], rejected["response"], scores) == ("b", "a", [7.0, 1.0])
@@ -147,9 +147,9 @@ def test_rows_of_responses_and_ratings_beside_each_other():
     ):
         broken = {**row, **change}
         with pytest.raises(UserError, match=message):
-            find_rated_format(broken, "here:1").read(broken, "here:1")
+            read_rated_row(broken, "here:1")
     with pytest.raises(UserError, match="here:1: no rated responses; found the columns text; exp"):
-        find_rated_format({"text": "a"}, "here:1")
+        read_rated_row({"text": "a"}, "here:1")
 
 
 def test_overall_score_out_of_range_is_an_error():
@@ -182,10 +182,6 @@ def test_the_rule_decides_which_score_counts():
     row = row_of(wrong_ten, good)
     assert choose_pair(row, "mean-rating", 0) == (good, wrong_ten, 5.0, 1.0)
     assert choose_pair(row, "overall-score", 0) == (wrong_ten, good, 10.0, 9.0)
-    with pytest.raises(UserError, match='"best".*mean-rating, overall-score'):
-        choose_pair(row, "best", 0)
-    with pytest.raises(UserError, match='"worst".*random, lowest, zephyr'):
-        choose_pair(row, "mean-rating", 0, "worst")
 
 
 @pytest.mark.parametrize(

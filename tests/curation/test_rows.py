@@ -66,8 +66,8 @@ def test_a_folder_is_read_in_name_order_and_by_split(tmp_path):
     [
         ("b.jsonl", b'{"prompt": "a"}\n{oops\n', "b.jsonl:2: not JSON"),
         ("c.json", b'[\n{"chosen": "a"},\n{oops\n]', "c.json:3: not JSON"),
-        ("d.jsonl", b"", "the file holds no rows"),
-        ("e.json", b"[]", "the file holds no rows"),
+        ("d.jsonl", b"", "holds no rows"),
+        ("e.json", b"[]", "holds no rows"),
         ("f.jsonl", b'"text"\n', "f.jsonl:1: the row is text; expected an object"),
         ("g.jsonl.gz", b"not gzip", "g.jsonl.gz: cannot be read"),
         ("h.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], "h.jsonl.gz: cannot be read"),

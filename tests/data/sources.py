@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from notus.curation.curate import Settings
+from notus.curation.curate import Curation
 from notus.data.preferences import load_preferences
 
 
@@ -13,10 +13,10 @@ class Source:
     split: str | None = None
     weight: float = 1.0
     format: str | None = None
-    curation: Settings | None = None
+    curation: Curation | None = None
 
 
-MEAN_RATING = Settings(rule="mean-rating")
+MEAN_RATING = Curation(rule="mean-rating")
 
 
 def user(content):
@@ -98,4 +98,4 @@ SINGLE_TURN = {
     },
     "rated": {"prompt": QUESTION, "responses": [BAD, GOOD], "ratings": [2, 5]},
 }
-CURATED = {"ultrafeedback": MEAN_RATING, "rated": Settings(rule="rating")}
+CURATED = {"ultrafeedback": MEAN_RATING, "rated": Curation(rule="rating")}

@@ -45,6 +45,10 @@ def load(tokenizer, train, evaluation=(), **options):
     return load_datasets(train, evaluation, tokenizer, **settings | options)
 
 
+def origins(data):
+    return [pair.where for pair in data.kept]
+
+
 def test_training_and_evaluation_sources(zephyr, tmp_path):
     train = [Source(write(tmp_path / "train.jsonl", rows(7, empty=2)))]
     evaluation = [Source(write(tmp_path / "eval.jsonl", rows(4, "b", empty=1)))]
@@ -56,15 +60,15 @@ def test_training_and_evaluation_sources(zephyr, tmp_path):
         assert data.pairs.fingerprint() == direct.fingerprint() and len(data.pairs) == count
         assert data.counts == {"dropped: empty chosen response": empty}
         assert data.notes == f"; {empty} dropped: empty chosen response"
-        assert (data.in_pairs, data.unit) == (True, "pairs")
-    assert found["train"].origins == [f"{tmp_path / 'train.jsonl'}:{n}" for n in range(1, 8)]
+        assert data.pairs.lengths[:, 2].all()
+    assert origins(found["train"]) == [f"{tmp_path / 'train.jsonl'}:{n}" for n in range(1, 8)]
 
 
 def test_pairs_without_tokens_have_no_origin(zephyr, tmp_path):
     source = Source(write(tmp_path / "a.jsonl", [*rows(1), *text_rows(2, "x " * 99), *rows(1)]))
     dropping = CLEAN | {"truncation": "drop"}
     (data,) = load(zephyr, [source], tokenization=dropping).values()
-    assert data.origins == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 4)]
+    assert origins(data) == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 4)]
     assert data.counts == {"dropped: longer than max_length": 2}
 
 
@@ -72,9 +76,9 @@ def test_a_holdout_and_responses_only(zephyr, tmp_path):
     source = Source(write(tmp_path / "a.jsonl", rows(9)))
     found = load(zephyr, [source], holdout=3, responses_only=True)
     assert [len(data.pairs) for data in found.values()] == [6, 3]
-    assert all(data.unit == "responses" for data in found.values())
+    assert not any(data.pairs.lengths[:, 2].any() for data in found.values())
     other = load(zephyr, [source], holdout=3, holdout_seed=5, responses_only=True)
-    assert other["eval"].origins != found["eval"].origins
+    assert origins(other["eval"]) != origins(found["eval"])
 
 
 def test_what_cannot_be_used_is_refused(zephyr, tmp_path):

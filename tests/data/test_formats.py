@@ -17,7 +17,7 @@ from sources import (
     write,
 )
 
-from notus.curation.curate import Settings
+from notus.curation.curate import Curation
 from notus.data.formats import FORMATS, Pair, common_prompt_length, find_format
 from notus.data.preferences import load_preferences
 from notus.errors import UserError
@@ -102,7 +102,7 @@ def test_responses_with_labels_pair_up_by_their_prompt(tmp_path):
         with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
             load(tmp_path, broken)
     with pytest.raises(UserError, match='"curation" is not for rows of one response each'):
-        load(tmp_path, *rows, curation=Settings(rule=None))
+        load(tmp_path, *rows, curation=Curation())
 
 
 def test_scores_may_lie_in_metadata(tmp_path):

@@ -24,6 +24,10 @@ def test_shared_prompt_by_hand():
     assert batch.layout.branch[:9].tolist() == [P, C, C, R, P, P, C, R, R]
     assert batch.layout.position[:9].tolist() == [0, 1, 2, 1, 0, 1, 2, 2, 3]
     assert batch.layout.hidden.tolist() == [False] * 8 + [True] + [False] * 2
+    first, stop, own = batch.layout.intervals.tolist()
+    assert first == [0, 0, 0, 0, 0, 0, 4, 4, 4, 0, 0]
+    assert stop == [0, 1, 1, 1, 0, 0, 6, 6, 6, 0, 0]
+    assert own == [0, 1, 1, 3, 4, 4, 6, 7, 7, 9, 10]
     document = batch.layout.document.tolist()
     assert document[9:] == [PADDING, PADDING]
     assert len(set(document[:4])) == len(set(document[4:9])) == 1
@@ -73,7 +77,7 @@ def test_types():
     layout = batch.layout
     for tensor in (batch.tokens, batch.pairs, batch.rows, batch.targets, batch.lengths):
         assert tensor.dtype == torch.int64
-    for tensor in (layout.document, layout.branch, layout.position):
+    for tensor in (layout.document, layout.branch, layout.position, layout.intervals):
         assert tensor.dtype == torch.int32
     assert layout.hidden.dtype == torch.bool
 

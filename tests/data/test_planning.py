@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notus.data.planning import Division, Plan, divide_pairs, pairs_of_step, steps_per_epoch
+from notus.data.planning import Division, Plan, divide_pairs
 
 
 def ultrafeedback_slots(pairs, seed=0):
@@ -40,10 +40,11 @@ def members(division: Division):
     shuffle=st.booleans(),
 )
 def test_every_pair_once_per_epoch(pairs, pairs_per_step, seed, shuffle):
-    steps = steps_per_epoch(pairs, pairs_per_step)
-    options = {"pairs": pairs, "pairs_per_step": pairs_per_step, "seed": seed, "shuffle": shuffle}
+    options = {"pairs_per_step": pairs_per_step, "seed": seed, "shuffle": shuffle}
+    plan = run_plan(np.ones(pairs), **options)
+    steps = plan.steps_per_epoch
     for epoch in range(2):
-        parts = [pairs_of_step(epoch * steps + i, **options) for i in range(steps)]
+        parts = [plan.pairs_of(epoch * steps + i) for i in range(steps)]
         assert [len(part) for part in parts[:-1]] == [pairs_per_step] * (steps - 1)
         assert 1 <= len(parts[-1]) <= pairs_per_step
         order = np.concatenate(parts)
@@ -54,10 +55,10 @@ def test_every_pair_once_per_epoch(pairs, pairs_per_step, seed, shuffle):
 
 
 def test_order_depends_on_seed_and_epoch():
-    options = {"pairs": 100, "pairs_per_step": 100, "shuffle": True}
-    orders = [pairs_of_step(step, seed=seed, **options) for step in (0, 1) for seed in (0, 1)]
+    plans = [run_plan(np.ones(100), pairs_per_step=100, seed=seed) for seed in (0, 1, 0)]
+    orders = [plan.pairs_of(step) for step in (0, 1) for plan in plans[:2]]
     assert len({tuple(order) for order in orders}) == 4
-    assert (orders[0] == pairs_of_step(0, seed=0, **options)).all()
+    assert (orders[0] == plans[2].pairs_of(0)).all()
 
 
 def test_pairs_of_a_step_do_not_depend_on_ranks_or_budget():

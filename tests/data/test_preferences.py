@@ -17,7 +17,7 @@ from sources import (
     write,
 )
 
-from notus.curation.curate import Settings
+from notus.curation.curate import Curation
 from notus.data.preferences import load_preferences, split_holdout
 from notus.errors import UserError
 
@@ -191,7 +191,7 @@ def test_pairs_can_be_decontaminated_without_a_rule(tmp_path):
             "rejected": [assistant("d")],
         },
     ]
-    curation = Settings(rule=None, decontaminate=(bench,), drop_sources=("y",), duplicates="near")
+    curation = Curation(decontaminate=(bench,), drop_sources=("y",), duplicates="near")
     loaded = load(tmp_path, *rows, curation=curation)
     assert [pair.where[-2:] for pair in loaded.train] == [":4"]
     assert loaded.dropped == {
@@ -204,7 +204,7 @@ def test_pairs_can_be_decontaminated_without_a_rule(tmp_path):
     with pytest.raises(UserError, match='rows.jsonl:1: "source" is missing; expected text'):
         load(tmp_path, DIALOGUES, curation=curation)
     with pytest.raises(UserError, match='the rows hold ratings .*"curation": {"rule"'):
-        load(tmp_path, SINGLE_TURN["ultrafeedback"], curation=Settings(rule=None))
+        load(tmp_path, SINGLE_TURN["ultrafeedback"], curation=Curation())
 
 
 def test_rows_are_held_out_before_any_is_dropped(tmp_path):

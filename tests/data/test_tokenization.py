@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import Pair
 from notus.data.special_tokens import BREAK, CLOSE, OPEN
+from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.data.tokenization import (
     AS_SPECIAL,
     AS_TEXT,
     tokenize_pairs,
     truncate,
 )
-from notus.data.tokenized import Tokenized, TokenizedPairs
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 

@@ -130,7 +130,7 @@ STEPPED = 3 * PRODUCTS * 128 / 60 + 3.5 * ATTENTION + 4 * HEAD  # a row is at le
             },
         ),
         (  # both factors of attention's products are activations
-            ["parallel.activation_checkpointing=none"],
+            ["parallel.activation_checkpointing=none", 'model.lora={"rank":8,"alpha":8}'],
             {"counts": ParameterCounts(1000, PARAMETERS, 0)},
             {
                 "model": 2 * (PRODUCTS + HEAD) + 3 * ATTENTION,
@@ -256,3 +256,32 @@ def test_the_published_recipe():
     text = preflight(estimate, gpu_named("a100-40gb"), None)
     assert "61,619 to train on" in text and "of 64 pairs; 963 per epoch x 3" in text
     assert "FITS on 8 x a100-40gb: the limit is 35.9 GiB" in text
+
+
+def test_auto_keeps_the_model_gathered_where_a_full_row_fits():
+    """Of 3,072 slots, all scored, although the pairs fill fewer."""
+    pairs = some_pairs([[500, 500, 500]] * 2)
+    estimate = estimate_of(pairs, "data.tokens_per_microbatch=3072", gpus=8)
+    kept = estimate.with_setting("parallel.keep_gathered", True)
+    needed = kept.memory_with(3072, 3072).peak
+    assert estimate.gathers_once(needed) and not estimate.gathers_once(needed - 1)
+    assert kept.gathers_once(0)
+    assert not estimate.with_setting("parallel.keep_gathered", False).gathers_once(needed)
+    assert not estimate.with_setting("parallel.device", "cpu").gathers_once(needed)
+    # Without a GPU to decide by, the least that the run needs.
+    off = estimate.with_setting("parallel.keep_gathered", False)
+    assert estimate.memory == off.memory != kept.memory
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words", "line"),
+    [
+        ("h200", "on, because rows of the full budget fit", True),
+        ("a100-40gb", "off: the memory is not enough", False),
+    ],
+)
+def test_the_report_says_what_auto_means(gpu, words, line):
+    estimate = estimate_of(some_pairs([[500, 500, 500]] * 2), gpus=4)
+    text = preflight(estimate, gpu_named(gpu), None)
+    assert f"parallel.keep_gathered: {words}" in text
+    assert ("gathered model, kept for the step" in text) == line

@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +67,67 @@ def test_optimizer_equals_torch(name, theirs):
             optimizer.step()
         assert torch.equal(ours, expected)
     assert not torch.equal(ours, start)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_rmsprop_is_that_of_torch(compiled, weight_decay):
+    """To the bit, with the same state; compiled, which may round in another order, to 1e-6.
+
+    Matrices, a vector, and a parameter without gradient; the rate changes and compiles nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (64, 33), (7,), (2, 3, 5), (4,)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    settings = SETTINGS | {"weight_decay": weight_decay}
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        optimizer = make_optimizer(ours, name="rmsprop", compiled=compiled, **settings)
+    expected = torch.optim.RMSprop(theirs, 0.01, 0.9, 1e-3, weight_decay, foreach=False)
+    for step in range(5):
+        for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+            gradient = torch.randn(one.shape, generator=generator) * 10.0 ** (step - 3)
+            one.grad, other.grad = gradient.clone(), gradient.clone()
+        optimizer.param_groups[0]["lr"] = expected.param_groups[0]["lr"] = 0.01 / (step + 1)
+        optimizer.step()
+        expected.step()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6 * compiled, atol=1e-7 * compiled)
+    for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+        state, known = optimizer.state[one], expected.state[other]
+        assert state.keys() == known.keys() and state["step"] == known["step"] == 5
+        assert state["step"].dtype == known["step"].dtype
+        torch.testing.assert_close(
+            state["square_avg"], known["square_avg"], rtol=1e-6 * compiled, atol=0
+        )
+    assert not optimizer.state[ours[-1]]
+    assert len(graphs) == compiled
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_offloaded_parameters_take_the_same_steps(name):
+    """Within rounding: one pass over the host's memory adds in another order."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(16, 9, generator=generator)
+    ours, usual = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = (
+        make_optimizer([ours], name=name, offloaded=True, **SETTINGS),
+        make_optimizer([usual], name=name, **SETTINGS),
+    )
+    for _ in range(3):
+        gradient = torch.randn(16, 9, generator=generator)
+        for parameter, optimizer in zip((ours, usual), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, usual, rtol=1e-6, atol=1e-6)
+    assert optimizers[0].param_groups[0].get("fused", False) == (name == "adamw")
 
 
 def written_out_adamw(weights, gradients):

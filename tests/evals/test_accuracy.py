@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from notus.data.formats import Pair
-from notus.evals.accuracy import SECTIONS, Row, groups, section_scores, table, wilson
+from notus.evals.accuracy import SECTIONS, Row, section_scores, table, wilson
 
 
 def test_wilson_interval_of_a_textbook():
@@ -22,7 +22,7 @@ def test_table_by_hand():
         Pair("p", "c", "r", "b.jsonl:1"),
     ]
     lengths = np.array([[3, 90, 10], [3, 7, 7], [3, 5, 6]])
-    found = table(list(groups(pairs, lengths)), np.array([0.5, 0.0, -0.25]), lengths)
+    found = table(pairs, np.array([0.5, 0.0, -0.25]), lengths)
     rows = {(row.kind, row.name): row for row in found}
     everything = rows["all", "all pairs"]
     assert (everything.n, everything.accuracy) == (3, pytest.approx(1 / 3))

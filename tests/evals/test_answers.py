@@ -103,7 +103,7 @@ def test_alpaca_eval_s_file(other, instructions, tmp_path):
 
 
 def test_own_prompts_keep_their_rows(demo, tmp_path):
-    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
     file.write_text('{"prompt": "Once", "id": 7}\n')
     assert generate(demo / "sft", file, out) == 0
     (row,) = rows_of(out)
@@ -179,8 +179,7 @@ def test_other_settings_do_not_continue_a_run(
     ("prompts", "out", "more", "words"),
     [
         ("questions", "out.json", (), "kind mt_bench, expected a .jsonl file"),
-        ("questions", "no/out.jsonl", (), "there is no folder"),
-        ("questions", "questions.jsonl", (), "questions.jsonl: the file exists; remove it"),
+        ("questions", "questions.jsonl", (), "questions.jsonl: exists already and is not over"),
         ("questions", "a.jsonl", ("--name", "b"), "--name b: FastChat takes .* a; expected"),
         ("questions", "a.jsonl", ("--backend", "vllm"), "vllm is not installed"),
         ("questions", "a.jsonl", ("--tensor-parallel", "2"), "--tensor-parallel: does nothing"),

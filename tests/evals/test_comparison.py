@@ -14,7 +14,7 @@ from notus.evals.comparison import (
     recipe_notes,
     summary,
 )
-from notus.evals.published import DPO_RUNS, DpoMetrics, DpoRun
+from notus.evals.published import DPO_RUNS, DpoRun
 
 NAMES = {
     "eval_loss": 0.4730,
@@ -39,7 +39,7 @@ def test_accuracies_differ_by_the_binomial_error():
     """74 % of 2,000 against 202 of 252: -0.0616 / sqrt(0.8016 * 0.1984 * (1/252 + 1/2000))."""
     run = DPO_RUNS["notus-7b-v1"]
     rows = differences_at("end", NAMES | {"eval_rewards/accuracies": 0.74}, run.end, run, 2000)
-    assert rows[1].errors == pytest.approx(-2.31, abs=0.005)
+    assert rows[1].in_standard_errors == pytest.approx(-2.31, abs=0.005)
     assert rows[1].verdict == "lower"
     unknown = differences_at("end", NAMES, run.end, run, None)[1]
     assert unknown.standard_error == pytest.approx(math.sqrt(0.8016 * 0.1984 / 252))
@@ -51,7 +51,7 @@ def test_spreads_are_those_of_sampled_normal_margins():
     """Margins of mean 0.7 and deviation 1.3 are above 0 in 70.49 % of cases."""
     margins = 0.7 + 1.3 * np.random.default_rng(0).standard_normal(400_000)
     losses = np.log1p(np.exp(-margins))
-    spreads = pair_spreads(DpoMetrics(loss=0, accuracy=0.70487, margin=0.7))
+    spreads = pair_spreads({"loss": 0, "accuracy": 0.70487, "margin": 0.7})
     assert spreads["margin"] == pytest.approx(1.3, rel=1e-3)
     assert spreads["loss"] == pytest.approx(losses.std(), rel=0.01)
 
@@ -63,7 +63,7 @@ def test_every_published_run_has_a_spread():
 
 
 def test_only_what_was_published_is_compared():
-    run = DpoRun("a card", 10, 5, {}, end=DpoMetrics(0.5, 0.8, 1.0))
+    run = DpoRun("a card", 5, end={"loss": 0.5, "accuracy": 0.8, "margin": 1.0})
     assert [row.metric for row in differences_at("end", NAMES, run.end, run, 10)] == [
         *("loss", "accuracy", "margin")
     ]

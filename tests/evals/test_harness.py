@@ -95,7 +95,7 @@ def test_a_local_task_from_model_to_score(demo, tasks_dir, tmp_path, capsys):
 def test_a_task_without_its_data_is_named_before_any_is_run(demo, tasks_dir, tmp_path, capsys):
     given = ["harness", str(demo / "sft"), "--tasks-dir", str(tasks_dir), "--out", str(tmp_path)]
     assert command_line.main([*given, "--tasks", "sums,absent"]) == 2
-    assert "absent: its data set is not in the local cache" in capsys.readouterr().err
+    assert "absent: its data set cannot be loaded" in capsys.readouterr().err
     assert not list(tmp_path.rglob("results*"))
 
 
@@ -103,33 +103,31 @@ def test_task_names():
     openllm = "arc_challenge hellaswag mmlu truthfulqa_mc2 winogrande gsm8k drop"
     assert task_names("openllm", []) == openllm.split()
     assert task_names("a, b", ["a", "b"]) == ["a", "b"]
-    with pytest.raises(UserError, match='no task "hellasweg"; the nearest is hellaswag'):
+    with pytest.raises(UserError, match="no task 'hellasweg' .did you mean 'hellaswag'"):
         task_names("hellasweg", ["hellaswag", "drop"])
 
 
 def test_measured_tasks_are_not_measured_over(tmp_path):
     output = tmp_path / "runs__a__final"
     check_not_measured(output, ["drop"])
+    output.mkdir()
     (output / "results_1.json").write_text('{"results": {"drop": {"f1,none": 0.1}}}')
     check_not_measured(output, ["gsm8k"])
     with pytest.raises(UserError, match="drop: .*results_1.json holds its results"):
         check_not_measured(output, ["gsm8k", "drop"])
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out: .* cannot be made"):
-        check_not_measured(tmp_path / "file" / "a", ["drop"])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--limit", "0"], "--limit: found 0"),
-        (["--batch-size", "many"], "--batch-size: found many"),
-        (["--batch-size", "0"], "--batch-size: found 0"),
-        ([], "pip install -e '.[eval]'"),
-    ],
+    "option", [("--limit", "0"), ("--batch-size", "many"), ("--batch-size", "0")]
 )
-def test_what_is_refused_at_once(options, message, monkeypatch, capsys):
+def test_numbers_are_checked_at_once(option, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["harness", "no-such-model", *option])
+    assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
+def test_without_the_harness_it_is_named(monkeypatch, capsys):
     for name in ("lm_eval", "lm_eval.tasks"):  # as if it were not installed
         monkeypatch.setitem(sys.modules, name, None)
-    assert command_line.main(["harness", "no-such-model", *options]) == 2
-    assert message in capsys.readouterr().err
+    assert command_line.main(["harness", "no-such-model"]) == 2
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
-from notus.evals.accuracy import groups, table
+from notus.evals.accuracy import table
 from ranks import call
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def test_nothing_is_overwritten(demo, data, tmp_path, capsys):
 def test_another_vocabulary_is_refused(demo, data, tiny_folder, tmp_path, capsys):
     words = arguments(demo, data, tmp_path / "out", "--reference", str(tiny_folder))
     assert command.main(words) == 2
-    assert "its vocabulary has 61 tokens, the model's" in capsys.readouterr().err
+    assert "has a vocabulary of 61 tokens, the policy" in capsys.readouterr().err
 
 
 def test_figures(tmp_path):
@@ -137,7 +137,7 @@ def test_figures(tmp_path):
     lengths = np.array([[3, 90, 10], [3, 7, 7], [3, 5, 60]])
     margin = np.array([0.5, 0.1, -0.25])
     pairs = [Pair("p", "c", "r", f"a.jsonl:{i}") for i in range(3)]
-    rows = table(list(groups(pairs, lengths)), margin, lengths)
+    rows = table(pairs, margin, lengths)
     for name in figures(tmp_path, rows, margin, margin, -margin):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not math.isnan(rows[0].margin)

@@ -7,7 +7,7 @@ import pytest
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.generate import prompts
-from notus.generate.prompts import Prompt, check_prompts, encode_published, read_prompt_set
+from notus.generate.prompts import Prompt, check_template, encode_published, read_prompt_set
 
 QUESTION = {"question_id": 81, "category": "math", "turns": ["Why?", "And then?"]}
 INSTRUCTION = {"dataset": "koala", "instruction": "Why?", "output": "davinci's", "generator": "d"}
@@ -73,16 +73,14 @@ def test_a_benchmark_must_be_complete(monkeypatch, tmp_path):
         read_prompt_set("mt_bench")
 
 
-def test_conversations_want_a_chat_template(demo, tmp_path):
-    check_prompts(str(demo / "prompts.jsonl"), demo / "sft")
-    for file in (demo / "sft").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings.pop("chat_template")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+def test_conversations_want_a_chat_template(demo):
+    conversations = read_prompt_set(str(demo / "prompts.jsonl")).prompts
+    tokenizer = load_tokenizer(demo / "sft")
+    check_template(conversations, "prompts.jsonl", tokenizer)
+    tokenizer.chat_template = None
     with pytest.raises(UserError, match="the tokenizer has no chat template; expected"):
-        check_prompts(str(demo / "prompts.jsonl"), tmp_path)
-    check_prompts(write(tmp_path, {"prompt": "text"}), tmp_path)
+        check_template(conversations, "prompts.jsonl", tokenizer)
+    check_template([Prompt("text")], "prompts.jsonl", tokenizer)
 
 
 def conversation(first_answer):

@@ -42,11 +42,11 @@ def no_space_for_adapters() -> None:
     """PEFT's file of adapters finds no space after its first bytes."""
     from notus.model import peft
 
-    def refuse(tensors: dict, path: Path, metadata: dict) -> None:
+    def refuse(path: Path, tensors: dict) -> None:
         path.write_bytes(b"as much as there was space for")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    peft.save_file = refuse
+    peft.save_tensors = refuse
 
 
 def wait_in_step(number: int, obeys: bool = True) -> None:

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from notus.config import Config
+from notus.data.planning import Plan
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import TokenizedPairs, tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
@@ -68,6 +70,14 @@ def pairs_of(config: Config) -> tuple[TokenizedPairs, TokenizedPairs]:
         for rows in (found.train, found.holdout)
     )
     return train, held_out
+
+
+def pairs_of_step(
+    step: int, *, pairs: int, pairs_per_step: int, seed: int, shuffle: bool
+) -> np.ndarray:
+    """Indices of the pairs that a step trains on."""
+    order = {"epochs": 1, "max_steps": None, "seed": seed, "shuffle": shuffle}
+    return Plan(np.zeros(pairs), pairs_per_step, **order, ranks=1, budget=1).pairs_of(step)
 
 
 def metrics(output: Path) -> list[dict]:

@@ -130,7 +130,8 @@ def test_two_runs_in_one_output_dir(config, tmp_path):
     wait_for_words(log, "waits in step 2")
     code, told = run_ranks(arguments, tmp_path / "other")
     assert code == 2
-    assert f"error: output_dir: {output} is in use by process {rank.pid} on host" in told
+    assert f"error: output_dir: {output} is in use by another run (" in told
+    assert f'"pid": {rank.pid}' in told
     kill([rank])
     assert str(rank.pid) in (output / "lock").read_text()  # stale, which a new start recognises
     assert run_ranks(arguments, log)[0] == 0

@@ -1,13 +1,23 @@
-"""Whole runs of train.py on a GPU beside the same on the CPU: NOTUS_TEST_GPU=1 pytest -m gpu."""
+"""Attention and whole runs of train.py on a GPU: NOTUS_TEST_GPU=1 pytest -m gpu."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from benchmarks.flex_tiles import spills
+from conftest import random_pairs
+from notus.data.packing import PADDING, pack
 from notus.demo import write_demo
-from runs import base_config, metrics
+from notus.model import attention
+from notus.model.attention import attend, build_mask, may_attend
+from runs import base_config, metrics, stored
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +85,119 @@ def test_runs_repeat_to_the_bit(wide_demo, tmp_path):
     settings = ("parallel.device=cuda", "model.compute_dtype=bfloat16")
     once, again = (run_steps(wide_demo, tmp_path / name, *settings) for name in ("once", "again"))
     for ours, theirs in zip(once, again, strict=True):
-        timed = {name for name in ours if name.startswith("perf/")}
-        assert {n: v for n, v in ours.items() if n not in timed} == {
-            n: v for n, v in theirs.items() if n not in timed
+        assert untimed(ours) == untimed(theirs)
+
+
+OPTIONS = {
+    "rmsprop": ['optimizer={"name":"rmsprop","learning_rate":1e-4}'],
+    "bfloat16 state": ["optimizer.state_dtype=bfloat16", "optimizer.learning_rate=1e-5"],
+    "kept gathered": ["parallel.keep_gathered=true", "data.tokens_per_microbatch=256"],
+    "gathered each time": ["parallel.keep_gathered=false", "data.tokens_per_microbatch=256"],
+    "offload": ["parallel.cpu_offload=true"],
+    "adapters": ['model.lora={"rank":4,"alpha":8}'],
+    "not compiled": ["parallel.compile=false"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_trains_as_on_the_cpu(wide_demo, tmp_path, name):
+    ours, theirs = (
+        run_steps(wide_demo, tmp_path / device, f"parallel.device={device}", *OPTIONS[name])
+        for device in ("cuda", "cpu")
+    )
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+        assert found["perf/reserved_memory_gib"] >= found["perf/peak_memory_gib"] > 0
+
+
+def test_another_process_resumes_to_the_bit(wide_demo, tmp_path):
+    """With kernels that it compiles itself, and a first step whose row has another length."""
+
+    def run(output: Path) -> None:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{output.name}-cache")
         }
+        command = [sys.executable, "train.py", str(config), f"output_dir={output}"]
+        subprocess.run(command, cwd=Path(train.__file__).parent, env=environment, check=True)
+
+    config, whole, resumed = (tmp_path / name for name in ("config.json", "whole", "resumed"))
+    settings = base_config(wide_demo)
+    settings["model"]["compute_dtype"] = "bfloat16"
+    settings["train"] = {"pairs_per_step": 15, "max_steps": 4}
+    settings["checkpoint"] = {"every": 2}
+    config.write_text(json.dumps(settings))
+    run(whole)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "final")
+    shutil.rmtree(resumed / "checkpoints/step-00000004")
+    run(resumed)
+    for ours, theirs in zip(metrics(resumed), metrics(whole), strict=True):
+        assert untimed(ours) == untimed(theirs)
+    ours, theirs = (stored(out / "checkpoints/step-00000004", "model") for out in (resumed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def untimed(line: dict) -> dict:
+    """The metrics of a line that do not depend on the clock or the memory."""
+    return {name: value for name, value in line.items() if not name.startswith("perf/")}
+
+
+def attention_case(hide: float):
+    """A row of 8,192 slots, bfloat16, 8 query heads and 2 key and value heads of 128."""
+    pairs = random_pairs(12, hide=hide, prompt=(50, 400), response=(20, 250))
+    layout = pack(pairs, range(12), 8192, True).to(torch.device("cuda")).layout
+    generator = torch.Generator("cuda").manual_seed(0)
+    *qkv, weight = (
+        torch.randn(8192, heads, 128, generator=generator, device="cuda").bfloat16()
+        for heads in (8, 2, 2, 8)
+    )
+    weight[(layout.document == PADDING) | layout.hidden] = 0
+    return layout, [x.requires_grad_() for x in qkv], weight
+
+
+def with_gradients(qkv, weight, mask) -> list[torch.Tensor]:
+    out = attend(*qkv, mask)
+    return [out * weight, *torch.autograd.grad(out, qkv, weight.to(out.dtype))]
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen", "dense"])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("hide", [0.0, 0.05])
+def test_wide_heads_of_a_long_row(hide, window, backend):
+    """Output and gradients against the dense mask in float32, within bfloat16's rounding."""
+    layout, qkv, weight = attention_case(hide)
+    found = with_gradients(qkv, weight, build_mask(layout, window, backend))
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    expected = with_gradients(wide, weight, build_mask(layout, window, "dense"))
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = (ours.float() - theirs.float()).abs()
+        assert difference.max() <= 2e-2 * theirs.abs().max()
+        assert difference.norm() <= 1e-2 * theirs.norm()
+
+
+def test_an_edited_predicate_reaches_the_kernel(monkeypatch):
+    layout, qkv, weight = attention_case(0.05)
+
+    def sinks(layout, query, key, window):
+        first = may_attend(layout, query, key, None) & (layout.position[key] < 4)
+        return may_attend(layout, query, key, window) | first
+
+    monkeypatch.setattr(attention, "may_attend", sinks)
+    flex, dense = (
+        with_gradients(qkv, weight, build_mask(layout, 100, backend))
+        for backend in ("flex", "dense")
+    )
+    for ours, theirs in zip(flex, dense, strict=True):
+        assert (ours - theirs).float().norm() <= 1e-2 * theirs.float().norm()
+
+
+def test_attention_kernels_keep_their_registers():
+    """As PyTorch chooses its tiles, the backward kernel spills hundreds of a thread's registers."""
+    torch.compiler.reset()
+    attention._compiled_flex_attention.cache_clear()
+    layout, qkv, weight = attention_case(0.05)
+    with_gradients(qkv, weight, build_mask(layout, 300, "flex"))
+    found = spills()
+    assert len(found) >= 2 and max(found) <= 16

@@ -14,11 +14,10 @@ import train
 from faults import no_space_for_adapters
 from notus import build
 from notus.config import load_config
-from notus.data.planning import pairs_of_step
 from notus.model.lora import adapter_parameters, adapters_off
 from notus.model.weights import load_weights
 from ranks import run_ranks
-from runs import base_config, metrics, pairs_of, run, stored
+from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
 
 LORA = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
 SCALING = 2.0
@@ -280,7 +279,7 @@ def observed(demo, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
 
     def open_run(config, ranks, *others, **keys):
-        found.run, found.ranks = original_open(config, ranks, *others, **keys), ranks
+        found.run = original_open(config, ranks, *others, **keys)
         return found.run
 
     def clip(parameters, *others):
@@ -292,9 +291,8 @@ def observed(demo, tmp_path_factory):
         found.frozen = {n: p.full_tensor() for n, p in run.policy.named_parameters()}
         with adapters_off(run.policy):
             found.off = train.score(run.policy, run.pairs, range(9), run.rows)
-        mesh = train.distributed.make_mesh(found.ranks, None, 1)
-        base = build.build_model(run.config, run.policy.shape, mesh, run.ranks, frozen=True)
-        load_weights(base, run.source)
+        base = build.build_model(run, run.policy.shape, frozen=True)
+        load_weights(base, run.models.source)
         found.base = train.score(base, run.pairs, range(9), run.rows)
         original_finish(run, *others)
 
@@ -448,5 +446,5 @@ def test_an_adapter_of_another_base_is_named(demo, tmp_path, capfd, options):
     arguments = [str(tmp_path / "config.json"), f"output_dir={output}", *options]
     assert train.main(arguments) == 2
     printed = capfd.readouterr().err
-    assert "q_proj.lora_A.weight has shape (2, 16), expected (2, 32)" in printed, printed
+    assert "q_proj.lora_A.weight: found (2, 16), expected (2, 32)" in printed, printed
     assert "made for another base" in printed and not output.exists()

@@ -13,11 +13,10 @@ import torch
 import transformers
 
 from notus.config import load_config
-from notus.data.planning import pairs_of_step
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
-from runs import base_config, metrics, pairs_of, run, stored
+from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
 
 RATE, DECAY, CLIP, STEPS, PER_STEP, SHARE = 2e-3, 0.1, 0.5, 3, 24, 0.5
 VARIANTS = {

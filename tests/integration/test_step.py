@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from notus.config import load_config
-from notus.data.planning import pairs_of_step
-from runs import base_config, metrics, pairs_of, run, stored
+from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
 
 RATE, BETA, CLIP, STEPS = 2e-3, 0.3, 0.05, 3
 

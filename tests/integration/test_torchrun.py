@@ -87,9 +87,9 @@ def test_a_run_speaks_once_in_plain_lines(machines):
     losses = [line["loss"] for line in metrics(output)]
     steps = [line for line in first[1].splitlines() if line.startswith("step ")]
     shown = [int(line.split()[1]) for line in steps]
-    assert shown[0] == 1 and shown[-1] == 8 and sorted(set(shown)) == shown
-    for step, line in zip(shown, steps, strict=True):
-        assert line.startswith(f"step {step} of 8, loss {losses[step - 1]:.4f}, ")
+    assert shown[0] == 0 and shown[-1] == 8 and sorted(set(shown)) == shown
+    for step, line in zip(shown[1:], steps[1:], strict=True):
+        assert line.startswith(f"step {step} of 8, loss={losses[step - 1]:.4f}, ")
         assert re.search(r", \d\d:\d\d so far, \d\d:\d\d left$", line)
     lines = [line for line in first[0].splitlines() if line]
     assert len(lines) == len(set(lines)) < 10

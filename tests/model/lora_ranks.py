@@ -24,7 +24,7 @@ from notus.model.lora import (
     initialize_adapters,
 )
 from notus.model.mistral import MistralForCausalLM
-from notus.model.peft import adapter_tensors, load_adapter, save_adapter
+from notus.model.peft import adapter_tensors, save_adapter
 from notus.model.weights import local_rows
 
 # A rank of 3 does not divide by 2: the last rank holds one row of every A.
@@ -89,13 +89,22 @@ def sharded(folder: Path, base_dtype: torch.dtype, compute_dtype: torch.dtype, r
     return model
 
 
+@torch.no_grad()
+def fill(model: MistralForCausalLM, file: Path) -> None:
+    """Give the model's adapters the values in PEFT's file, each rank its own rows."""
+    with safe_open(file, framework="pt") as handle:
+        for name, parameter in adapter_parameters(model).items():
+            local, rows = local_rows(parameter)
+            local.copy_(handle.get_slice(f"base_model.model.{name}.weight")[rows])
+
+
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     model = sharded(folder, torch.float32, torch.float32, "none")
     initialize_adapters(model, SEED)
     starting = {name: p.full_tensor() for name, p in adapter_parameters(model).items()}
     # B = 0 would hide A's gradient, so the comparison is of an adapter from a file.
-    load_adapter(model, out / "given")
+    fill(model, out / "given/adapter_model.safetensors")
     found = {"float32": results(model)}
     tensors = adapter_tensors(model)
     assert bool(tensors) == (dist.get_rank() == 0)
@@ -103,7 +112,7 @@ def main(folder: Path, out: Path) -> None:
         save_adapter(out / "saved", tensors, SETTINGS, "a base")
 
     model = sharded(folder, torch.bfloat16, torch.bfloat16, "full")
-    load_adapter(model, out / "given")
+    fill(model, out / "given/adapter_model.safetensors")
     dtypes = {p.to_local().dtype for p in adapter_parameters(model).values()}
     assert dtypes == {torch.float32}, dtypes
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

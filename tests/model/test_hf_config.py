@@ -9,6 +9,7 @@ import transformers
 from notus.errors import UserError
 from notus.model.hf_config import Llama3Rope, ModelShape, read_shape
 from notus.model.mistral import count_parameters
+from notus.strict import parse
 
 BASE = {
     "vocab_size": 97,
@@ -40,7 +41,7 @@ def test_a_recorded_shape_is_read_back(tmp_path):
     for changes in ({}, {"rope_scaling": LLAMA3, "rope_theta": 5e5, "sliding_window": 7}):
         shape = read(tmp_path, **changes)
         recorded = json.loads(json.dumps(asdict(shape)))
-        assert ModelShape.from_dict(recorded) == shape
+        assert parse(recorded, ModelShape) == shape
     assert shape.rope_scaling == Llama3Rope(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
     )
@@ -51,11 +52,11 @@ def test_a_shape_recorded_before_a_field_existed_has_its_default(tmp_path):
     recorded = asdict(shape)
     for later in ("mlp_bias", "rope_scaling", "sliding_window"):
         del recorded[later]
-    assert ModelShape.from_dict(recorded) == shape
+    assert parse(recorded, ModelShape) == shape
     with pytest.raises(UserError, match="^model_shape.q_norm: unknown key"):
-        ModelShape.from_dict(recorded | {"q_norm": True})
+        parse(recorded | {"q_norm": True}, ModelShape, "model_shape")
     with pytest.raises(UserError, match='^start.hidden_size: found "64", expected an integer'):
-        ModelShape.from_dict(recorded | {"hidden_size": "64"}, "start")
+        parse(recorded | {"hidden_size": "64"}, ModelShape, "start")
 
 
 def test_defaults_of_a_config_file(tmp_path):
@@ -98,9 +99,19 @@ def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture is GPT2LMHeadModel"),
         ({"architectures": ...}, "none named"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"vocab_size": ...}, "vocab_size: missing, expected an integer of at least 1"),
-        ({"hidden_size": ...}, "hidden_size: missing, expected an integer of at least 1"),
-        ({"num_attention_heads": 0}, "num_attention_heads: found 0, expected an integer of at"),
+        ({"vocab_size": ...}, "vocab_size: missing, expected an integer from 1 to 1048576"),
+        ({"hidden_size": ...}, "hidden_size: missing, expected an integer from 1 to 1048576"),
+        ({"hidden_size": 10**30}, "hidden_size: found 10{30}, expected an integer from 1 to"),
+        ({"intermediate_size": 2**63}, "intermediate_size: found 9223372036854775808, expected"),
+        ({"vocab_size": 2**20 + 1}, "vocab_size: found 1048577, expected an integer from 1 to"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers: found 100000, .* from 1 to 1024"),
+        ({"sliding_window": 10**30}, "sliding_window: found 10{30}, .* from 1 to 2147483647"),
+        ({"head_dim": 2**40}, "head_dim: found 1099511627776, expected an even number from 2 to"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}},
+            "rope_scaling.original_max_position_embeddings: found 10{56}",
+        ),
+        ({"num_attention_heads": 0}, "num_attention_heads: found 0, expected an integer from 1"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor of .*, 4"),
         ({"head_dim": 7}, "head_dim: found 7, expected an even number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: found NaN, expected a finite number"),
@@ -122,3 +133,13 @@ def test_a_missing_or_broken_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        read_shape(tmp_path)
+
+
+def test_a_decoder_of_the_largest_sizes_can_be_counted(tmp_path):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    shape = read(tmp_path, **dict.fromkeys((*sizes, "num_key_value_heads"), 2**20))
+    block = 4 * 2**60 + 3 * 2**40 + 2 * 2**20
+    assert count_parameters(shape) == 3 * block + 2 * 2**40 + 2**20

@@ -173,7 +173,8 @@ def test_a_start_depends_on_the_seed_and_the_name(tiny_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "model.lora.rank: found 0, expected an integer of at least 1"),
+        ({"rank": 0}, "model.lora.rank: found 0, expected an integer from 1 to 1048576"),
+        ({"rank": 10**9}, "model.lora.rank: found 1000000000, expected an integer from 1"),
         ({"rank": True}, "model.lora.rank: found true"),
         ({"rank": 2.0}, "model.lora.rank: found 2.0"),
         ({"alpha": 0}, "model.lora.alpha: found 0.0, expected a number above 0"),

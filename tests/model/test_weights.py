@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_weights,
     copy_tokenizer,
+    gather_own,
     hash_weights,
     load_weights,
     model_folder,
-    save_sharded,
+    save_tensors,
     stored_tensors,
 )
 
@@ -69,19 +72,25 @@ def test_old_rotary_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):
         file.unlink()
     save_file(tensors, tmp_path / "model.safetensors")
     assert check_weights(tmp_path, expected, tied=True).keys() == tensors.keys()
-    with pytest.raises(UserError, match="lm_head.weight is not part of the model"):
+    with pytest.raises(UserError, match=r"lm_head.weight: found \(61, 32\), expected none"):
         check_weights(tmp_path, expected, tied=False)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (
+            lambda t: t.pop("model.norm.weight"),
+            r"norm.weight: found none, expected \(32,\)",
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
-            r"model.norm.weight has shape \(7,\), expected \(32,\)",
+            r"model.norm.weight: found \(7,\), expected \(32,\)",
         ),
-        (lambda t: t.update({"model.extra": torch.zeros(1)}), "model.extra is not part"),
+        (
+            lambda t: t.update({"model.extra": torch.zeros(1)}),
+            r"extra: found \(1,\), expected none",
+        ),
     ],
 )
 def test_wrong_tensors_are_named(damage, message, tmp_path):
@@ -104,6 +113,51 @@ def test_a_truncated_file_is_named(tmp_path):
         stored_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused_by_name(dtype, tmp_path):
+    save_file({"a": torch.zeros(2), "b": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: tensor b: found \w+, expected one of"):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../other/a.safetensors", "sub/a.safetensors", "{}", "a\0b"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(name, tmp_path):
+    name = name.format(tmp_path / "other/a.safetensors")
+    for folder in ("other", "model/sub"):
+        (tmp_path / folder).mkdir(parents=True)
+        save_file({"a": torch.zeros(2)}, tmp_path / folder / "a.safetensors")
+    index = tmp_path / "model/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=r"index.json: found '.*', expected a file of this folder"):
+        stored_tensors(tmp_path / "model")
+
+
+def test_unreadable_weights_are_named(tmp_path, monkeypatch):
+    write_model(tmp_path)
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # the folders above are closed to other users
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        with pytest.raises(UserError, match=rf"{file.name}: cannot be read \(Permission denied\)"):
+            stored_tensors(Path())
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_written_weights_have_the_permissions_of_any_new_file(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_identity_follows_the_contents_and_not_the_name(tmp_path):
     for name in ("one", "two", "three"):
         write_model(tmp_path / name)
@@ -123,9 +177,10 @@ def test_identity_follows_the_contents_and_not_the_name(tmp_path):
     assert one == hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def test_save_sharded_writes_every_tensor_and_its_index(tmp_path):
+def test_what_is_gathered_and_written_is_every_tensor(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.randn(5), "c": torch.tensor(2.0)}
-    index = save_sharded(tensors.items(), tmp_path, "model")
+    index, file, own = gather_own(tensors.items(), "model")
+    save_tensors(tmp_path / file, own)
     assert index == {
         "metadata": {"total_size": 4 * (6 + 5 + 1)},
         "weight_map": dict.fromkeys("abc", "model-00001-of-00001.safetensors"),
@@ -140,6 +195,12 @@ def test_tokenizer_files_are_copied_as_they_stand(tmp_path):
     copy_tokenizer(tmp_path, tmp_path / "to")
     assert (tmp_path / "to/tokenizer.json").read_bytes() == b'{"odd": " spacing"}'
     assert len(list((tmp_path / "to").iterdir())) == 1
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "\ud800"])
+def test_a_name_that_no_folder_can_have_is_refused(path):
+    with pytest.raises(UserError, match="no such model folder here"):
+        model_folder(path)
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path):

@@ -6,11 +6,8 @@ import os
 from dataclasses import asdict, make_dataclass, replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from conftest import random_pairs
 from notus.data.packing import Rows
@@ -24,17 +21,17 @@ REFERENCE = {"path": "somewhere", "sha256": "0" * 64}
 
 
 class Counted(OnlineReference):
-    """Records the pairs that it is asked for; killed at one of the calls."""
+    """Records the pairs that it is asked for; killed at one of the calls, or of other weights."""
 
-    def __init__(self, *arguments, killed_at=None):
+    def __init__(self, *arguments, killed_at=None, changed=lambda log_probs: log_probs):
         super().__init__(*arguments)
-        self.calls, self.killed_at = [], killed_at
+        self.calls, self.killed_at, self.changed = [], killed_at, changed
 
     def of_pairs(self, indices):
         if len(self.calls) == self.killed_at:
             raise KeyboardInterrupt
         self.calls.append(list(indices))
-        return super().of_pairs(indices)
+        return self.changed(super().of_pairs(indices))
 
 
 def no_space(*arguments):
@@ -93,11 +90,9 @@ def test_a_shape_field_that_a_cache_lacks_has_its_default(
 
 def test_a_cache_that_does_not_match_the_model_is_refused(setting):
     folder, identity, online = setting
-    cached_log_probs(folder, identity, online)
+    other = Counted(online.model, online.pairs, online.rows, changed=lambda x: x - 0.01)
+    cached_log_probs(folder, identity, other)
     (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["log_probs"] -= 0.01
-    save_file(tensors, file)
     with pytest.raises(UserError, match=f"{file.name}.*not those of.*0.01 nats per token"):
         cached_log_probs(folder, identity, online)
 
@@ -145,21 +140,55 @@ def test_an_interrupted_pass_is_resumed(setting, monkeypatch, interrupted, torn)
     assert not [*folder.glob("*.parts")]
 
 
-@pytest.mark.parametrize("damage", [4.0, 1.0 / 4.0, float("nan")])
-def test_parts_that_do_not_match_the_model_are_refused(setting, monkeypatch, damage):
-    """As when the code of the model was changed since, or a disk lost what was written."""
+def interrupted_pass(setting, monkeypatch, changed=lambda log_probs: log_probs):
+    """The file of all parts of 8 pairs, killed before the cache was written."""
     folder, identity, online = setting
     monkeypatch.setattr(reference_cache, "PART", 8)
     with monkeypatch.context() as refused:
         refused.setattr(reference_cache, "_write", no_space)
         with pytest.raises(UserError):
-            cached_log_probs(folder, identity, online)
+            other = Counted(online.model, online.pairs, online.rows, changed=changed)
+            cached_log_probs(folder, identity, other)
     (file,) = folder.glob("*.parts")
-    (np.fromfile(file, np.float32) * np.float32(damage)).tofile(file)
-    online.calls.clear()
+    return file
+
+
+@pytest.mark.parametrize("damage", [4.0, 1.0 / 4.0, float("nan")])
+def test_parts_that_do_not_match_the_model_are_refused(setting, monkeypatch, damage):
+    """As when the code of the model was changed since."""
+    folder, identity, online = setting
+    file = interrupted_pass(setting, monkeypatch, lambda log_probs: log_probs * damage)
     with pytest.raises(UserError, match=f"{file.name}: the cached.*not those of"):
         cached_log_probs(folder, identity, online)
-    assert online.calls == [audit_sample(24).tolist()]
+    assert online.calls == [audit_sample(30).tolist()]
+
+
+@pytest.mark.parametrize("pair", [0, 9, 29])
+def test_damaged_parts_are_computed_again(setting, monkeypatch, pair):
+    """The lowest bit of one value, which no audit sees; the parts before it are kept."""
+    folder, identity, online = setting
+    whole = cached_log_probs(folder / "whole", identity, online)
+    file = interrupted_pass(setting, monkeypatch)
+    content = bytearray(file.read_bytes())
+    content[4 * int(online.pairs.response_starts[pair]) + pair // 8 * reference_cache.SEAL] ^= 1
+    file.write_bytes(content)
+    online.calls.clear()
+    said = []
+    assert torch.equal(cached_log_probs(folder, identity, online, say=said.append), whole)
+    kept = pair // 8 * 8
+    assert online.calls[kept > 0 :][0][0] == kept
+    assert said[0].startswith(f"{file}: incomplete or damaged after {kept} pairs")
+    assert not [*folder.glob("*.parts")]
+
+
+def test_parts_of_another_set_are_computed_again(setting, monkeypatch):
+    folder, identity, online = setting
+    file = interrupted_pass(setting, monkeypatch)
+    other = identity | {"compute_dtype": "bfloat16"}
+    file.rename(folder / f"{reference_cache._key(other)}.parts")
+    online.calls.clear()
+    cached_log_probs(folder, other, online)
+    assert online.calls[0] == [*range(8)]
 
 
 @pytest.mark.parametrize("refused", ["_read", "_read_parts", "_append", "_write"])
@@ -170,18 +199,83 @@ def test_a_file_system_that_refuses_is_named(setting, monkeypatch, refused):
         cached_log_probs(folder, identity, online)
 
 
-def test_the_library_that_writes_the_cache_is_refused_too(setting, monkeypatch):
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9, 1.0])
+def test_a_damaged_cache_is_named_and_computed_again(setting, place):
+    """One bit, which no audit sees."""
     folder, identity, online = setting
+    first = cached_log_probs(folder, identity, online)
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+    said = []
+    assert torch.equal(cached_log_probs(folder, identity, online, say=said.append), first)
+    assert said == [
+        f"{file}: incomplete, damaged or without a checksum; its log-probs are computed again"
+    ]
+    assert online.calls == [list(range(30))] * 2
+    cached_log_probs(folder, identity, online)
+    assert online.calls[2:] == [audit_sample(30).tolist()]
 
-    def no_space_left(*arguments):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(reference_cache, "save_file", no_space_left)
-    with pytest.raises(UserError, match=r"\.safetensors: cannot.*No space left on device"):
+def test_a_cache_without_a_checksum_is_computed_again(setting):
+    """As earlier versions wrote it."""
+    folder, identity, online = setting
+    cached_log_probs(folder, identity, online)
+    (file,) = folder.glob("*.json")
+    about = json.loads(file.read_text())
+    del about["sha256"]
+    file.write_text(json.dumps(about))
+    said = []
+    cached_log_probs(folder, identity, online, say=said.append)
+    assert online.calls == [list(range(30))] * 2 and "without a checksum" in said[0]
+
+
+@pytest.mark.parametrize("suffixes", [(".safetensors",), (".json",), (".safetensors", ".json")])
+def test_exchanged_files_of_two_sets_are_noticed(setting, tiny_model, suffixes):
+    """With both files exchanged, the names are wrong and the contents right."""
+    folder, identity, online = setting
+    pairs = random_pairs(20)
+    held_out = Counted(tiny_model, pairs, online.rows)
+    sets = [
+        (identity, online),
+        (cache_identity(pairs, REFERENCE, tiny_model.shape, torch.float32), held_out),
+    ]
+    first = [cached_log_probs(folder, *one) for one in sets]
+    for suffix in suffixes:
+        one, two = sorted(folder.glob(f"*{suffix}"))
+        contents = one.read_bytes(), two.read_bytes()
+        one.write_bytes(contents[1]), two.write_bytes(contents[0])
+    said = []
+    again = [cached_log_probs(folder, *one, say=said.append) for one in sets]
+    assert all(map(torch.equal, again, first))
+    assert any("damaged" in words for words in said) == (len(suffixes) == 1)
+
+
+def test_leftovers_of_killed_passes_are_removed(setting, monkeypatch):
+    folder, identity, online = setting
+    folder.mkdir(exist_ok=True)
+    for name in ("old.parts", ".partial-old.safetensors"):
+        (folder / name).touch()
+    cached_log_probs(folder, identity, online)
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".safetensors"]
+    (file,) = folder.glob("*.json")
+    file.with_suffix(".parts").touch()  # killed after the cache was written
+    cached_log_probs(folder, identity, online)
+    assert not [*folder.glob("*.parts")]
+
+
+def test_the_cache_has_the_permissions_of_any_new_file(setting):
+    folder, identity, online = setting
+    before = os.umask(0o022)
+    try:
         cached_log_probs(folder, identity, online)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("about", [b"\xff\xfe", b"[]", b"{", b"null"])
+@pytest.mark.parametrize("about", [b"\xff\xfe", b"[]", b"{", b"null", b"[" * 100_000])
 def test_a_damaged_description_is_computed_again(setting, about):
     folder, identity, online = setting
     first = cached_log_probs(folder, identity, online)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from notus.data.tokenized import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 
 
 def test_flat_arrays():

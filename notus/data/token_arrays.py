@@ -63,11 +63,8 @@ class TokenizedPairs:
     @classmethod
     def join(cls, parts: Sequence["TokenizedPairs"]) -> "TokenizedPairs":
         """The pairs of all parts, in order."""
-        return cls(
-            tokens=np.concatenate([part.tokens for part in parts]),
-            hidden=np.concatenate([part.hidden for part in parts]),
-            lengths=np.concatenate([part.lengths for part in parts]),
-        )
+        names = ("tokens", "hidden", "lengths")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 class Tokenized(NamedTuple):
