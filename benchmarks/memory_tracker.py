@@ -6,12 +6,12 @@
 
 The tracker watches every tensor of a real step (model, sharding, head and optimiser of train.py) on
 fake tensors, which have a size and no memory, in a fake process group. They say that they are on
-CUDA, so that attention takes FlashAttention's operator, the head its bfloat16 products, and the
-optimiser its fused or foreach form. The buffers inside an operator, torch.compile's fusions and
-Triton kernels are invisible to it: both sides are for eager blocks and the plain head; the last
-column is the formula for what runs on a GPU, compiled blocks and the Triton head. PyTorch's tracker
-is private and may change. Needs torch 2.13, before which fake tensors lack the head's products
-(--toy runs with 2.11 too).
+CUDA, so that attention takes FlashAttention's operator, the head its bfloat16 products, and AdamW
+its fused form. The buffers inside an operator, torch.compile's fusions and Triton kernels are
+invisible to it: both sides are for eager blocks and the plain head; the last column is the formula
+for what runs on a GPU, compiled blocks and the Triton head. PyTorch's tracker is private and may
+change. Needs torch 2.13, before which fake tensors lack the head's products (--toy runs with 2.11
+too).
 """
 
 import argparse
@@ -45,7 +45,8 @@ from notus.kernels import dispatch
 from notus.model.lora import LoraSettings
 
 LORA = LoraSettings(rank=64, alpha=16)  # as in configs/notus-lora.json, without dropout
-# The tracker's categories by what the formula calls them; the rest are activations.
+# The tracker's categories by what the formula calls them; the rest are activations, among them
+# gradients of parameters that FSDP has not taken over, on one rank all of them.
 CATEGORIES = {
     "Sharded Param": "weights",
     "OptState": "optimiser",

@@ -20,7 +20,7 @@ def test_tracked_peak_equals_what_the_allocator_gave():
     torch.__version__ < (2, 13), reason="fake tensors lack the head's product of mixed types"
 )
 def test_as_on_cuda():
-    """RMSprop updates all parameters at once there, attention has no mask, and groups add up."""
+    """Attention has no mask there, the head multiplies in bfloat16, and the groups add up."""
     shape = replace(SHAPE, vocab_size=32_000)
     load = load_of(shape, 1, 256, "cuda", optimizer="rmsprop", compiled=False, triton=False)
     load = replace(load, scored=128)
