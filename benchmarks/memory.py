@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -42,6 +43,7 @@ from notus.engine.distributed import accumulate, shard_model
 from notus.engine.optim import make_optimizer
 from notus.files import write_json
 from notus.model.hf_config import ModelShape
+from notus.model.lora import LoraSettings, add_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.objective.logprobs import token_log_probs
 
@@ -107,18 +109,29 @@ def microbatch(load: MemorySettings) -> Microbatch:
     return pack(pairs, range(PAIRS), load.slots, prefix_sharing=True)
 
 
-def train_two_steps(load: MemorySettings, device: torch.device) -> None:
-    """Build, shard and train the model that `load` describes, as train.py does."""
-    mesh = init_device_mesh(device.type, (load.shard,), mesh_dim_names=("shard",))
+def model_of(load: MemorySettings, lora: LoraSettings | None = None) -> MistralForCausalLM:
+    """The model that `load` describes, on the meta device; the base of adapters is not float32."""
+    attention = "dense" if load.on_cpu else None
     with torch.device("meta"):
-        model = MistralForCausalLM(
-            load.shape, "triton" if load.triton else "plain", "dense" if load.on_cpu else None
-        )
+        model = MistralForCausalLM(load.shape, "triton" if load.triton else "plain", attention)
+        if lora is not None:
+            add_adapters(model.to(compute_dtype(load)), lora)
+    return model
+
+
+def compute_dtype(load: MemorySettings) -> torch.dtype:
+    return torch.bfloat16 if load.compute_width == 2 else torch.float32
+
+
+def shard(
+    model: MistralForCausalLM, load: MemorySettings, mesh: DeviceMesh, device: torch.device
+) -> Optimizer:
+    """Shard the model in place as train.py does, and make its optimiser."""
     shard_model(
         model,
         mesh,
         device,
-        compute_dtype=torch.bfloat16 if load.compute_width == 2 else torch.float32,
+        compute_dtype=compute_dtype(load),
         activation_checkpointing=load.activation_checkpointing,
         compile_blocks=load.compiled,
         cpu_offload=False,
@@ -126,8 +139,8 @@ def train_two_steps(load: MemorySettings, device: torch.device) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().fill_(0.01)
-    optimizer = make_optimizer(
-        model.parameters(),
+    return make_optimizer(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         name=load.optimizer,
         learning_rate=1e-3,
         weight_decay=0.0,
@@ -136,13 +149,29 @@ def train_two_steps(load: MemorySettings, device: torch.device) -> None:
         eps=1e-8,
         state_dtype=torch.float32 if load.state_width == 4 else torch.bfloat16,
     )
+
+
+def take_step(
+    model: MistralForCausalLM, optimizer: Optimizer, batch: Microbatch, keep_gathered: bool
+) -> None:
+    """One optimiser step of two equal microbatches."""
+    for same in accumulate(model, [batch] * 2, 2, keep_gathered):
+        token_log_probs(model, same).sum().backward()
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_two_steps(
+    load: MemorySettings, device: torch.device, lora: LoraSettings | None = None
+) -> None:
+    """Build, shard and train the model that `load` describes, as train.py does."""
+    mesh = init_device_mesh(device.type, (load.shard,), mesh_dim_names=("shard",))
+    model = model_of(load, lora)
+    optimizer = shard(model, load, mesh, device)
     batch = microbatch(load).to(device)
     for _ in range(2):
-        for same in accumulate(model, [batch] * 2, 2, load.keep_gathered):
-            token_log_probs(model, same).sum().backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(model, optimizer, batch, load.keep_gathered)
 
 
 @contextmanager
@@ -179,12 +208,12 @@ def peak_on_gpu(work: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measured_peak(load: MemorySettings) -> int:
+def measured_peak(load: MemorySettings, lora: LoraSettings | None = None) -> int:
     """The peak of a rank in bytes."""
     device = torch.device("cpu" if load.on_cpu else "cuda")
     measure = peak_on_cpu if load.on_cpu else peak_on_gpu
     with pretended_ranks(load.shard):
-        return measure(lambda: train_two_steps(load, device))
+        return measure(lambda: train_two_steps(load, device, lora))
 
 
 def main() -> int:

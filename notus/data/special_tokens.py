@@ -1,9 +1,9 @@
 """Added tokens that a data set spells out: found, and read as text in conversations.
 
 A message that contains "</s>" could end its turn and begin another. In a conversation only the
-chat template makes turns, so the texts of added tokens (special or not: a template's markers are
-often not) are read as ordinary characters in messages. Whether a text becomes a token is asked of
-the tokenizer itself, whose normaliser may also make "</S>" or full-width characters into one.
+chat template makes turns, so the texts of added tokens, special or not, are read as ordinary
+characters in messages. The tokenizer itself says which texts become tokens: its normaliser may also
+make one of "</S>" or of full-width characters.
 """
 
 import json
@@ -103,7 +103,7 @@ class Guard:
     def hide(self, pair: Pair) -> Pair:
         """The conversation, ready to be rendered, its messages unable to make or join a token.
 
-        Hidden are the added tokens' texts and each message's first and last character.
+        The added tokens' texts and each message's first and last character are hidden.
         """
 
         def hidden(message: Message) -> Message:
@@ -111,7 +111,7 @@ class Guard:
             inner = content.strip()
             first = content.find(inner)
             places = {first, first + len(inner) - 1} if inner else set()
-            while places:  # what is hidden may leave another token
+            while places:  # without the hidden characters, others may form a token
                 content = "".join(
                     HIDDEN + f"{ord(c):x}".translate(DIGITS) if i in places else c
                     for i, c in enumerate(content)
