@@ -171,7 +171,7 @@ def test_mt_bench_standard_error_is_that_of_question_means():
             lambda rows: [rows[0] | {"turn": 3}],
             "turn 3 of mine is not a turn of the questions",
         ),
-        (lambda rows: [rows[0] | {"score": "9"}], 'score: found "9", expected 1 to 10, or -1'),
+        (lambda rows: [rows[0] | {"score": "9"}], 'score: found "9", expected 0 to 10, or -1'),
         (lambda rows: [rows[0] | {"score": 11}], "score: found 11.0"),
         (lambda rows: [{"model_1": "a"}], "model: missing"),
         (lambda rows: [row | {"score": -1} for row in rows], "not one judgment of mine"),
