@@ -73,7 +73,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
             meter.add(batch, losses, scored)
 
         norm = clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm).full_tensor()
-        verdict = meter.end_step(norm, chosen, division, *interrupts.take())
+        verdict = meter.end_step(norm, chosen, division, interrupts.take())
         rate = set_learning_rate(config, plan, run.optimizer, step)
         done, last = step + 1, step + 1 == plan.steps
         if verdict.finite:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.optim import AdamW, Optimizer
 
 from notus.data.packing import Microbatch, pack
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.engine import distributed
 from notus.engine.checkpoint import Progress
 from notus.engine.distributed import Ranks

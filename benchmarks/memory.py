@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from notus.data.packing import Microbatch, pack
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.dryrun.memory import (
     MODES,
     OPTIMIZER_STATES,

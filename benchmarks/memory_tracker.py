@@ -39,7 +39,7 @@ from benchmarks.memory import (
     take_step,
 )
 from notus.data.packing import Microbatch, pack
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.dryrun.memory import MODES, MemoryBudget, MemorySettings, memory_budget, parameter_counts
 from notus.kernels import dispatch
 from notus.model.lora import LoraSettings

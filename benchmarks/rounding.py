@@ -23,7 +23,7 @@ from benchmarks.memory import pretended_ranks
 from benchmarks.roofline import MODELS
 from benchmarks.train_speed import TINY, hf_config, random_pairs
 from notus.data.packing import Rows
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.files import write_json
 from notus.model.hf_config import ModelShape
 from notus.model.mistral import MistralForCausalLM

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from notus.data.packing import pack
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.model.attention import may_attend
 
 LENGTHS = np.array([[5, 4, 4], [4, 4, 4]])  # prompt, chosen, rejected of two pairs

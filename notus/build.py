@@ -18,7 +18,7 @@ from notus.config import Config, Holdout, to_dict
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.distributed import Ranks

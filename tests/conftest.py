@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.demo import write_demo
 from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from notus.data.planning import Division
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2  # branches of a document
 PADDING = -1  # the document of slots that hold no token

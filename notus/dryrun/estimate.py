@@ -15,7 +15,7 @@ from notus.build import Models, build_plan, step_work
 from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.dryrun.memory import (
     MemoryBudget,
     MemorySettings,

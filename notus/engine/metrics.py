@@ -11,7 +11,7 @@ from torch import Tensor
 
 from notus.data.packing import Microbatch, slots_of
 from notus.data.planning import Division, Plan
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.engine.flops import Speed
 from notus.objective.logprobs import pair_log_probs
 from notus.objective.loss import Loss
@@ -147,9 +147,9 @@ class Verdict(NamedTuple):
 
     loss: float  # the mean over the step's pairs
     grad_norm: float
-    finite: bool  # both are
-    stop: bool  # a signal has asked some rank for it, as for the next
-    save: bool
+    finite: bool  # loss and grad_norm are
+    stop: bool  # a signal has asked some rank to stop
+    save: bool  # a signal has asked some rank to save
 
 
 def judge_step(step_loss: Tensor, grad_norm: Tensor, pairs: int, stop: bool, save: bool) -> Verdict:
@@ -217,9 +217,17 @@ class Meter:
         self._seen.append((batch.pairs, losses))
 
     def end_step(
-        self, grad_norm: Tensor, chosen: np.ndarray, division: Division, stop: bool, save: bool
+        self,
+        grad_norm: Tensor,
+        chosen: np.ndarray,
+        division: Division,
+        asked: tuple[bool, bool],
     ) -> Verdict:
-        """`judge_step` of the step with the pairs `chosen`, which is then counted. Collective."""
+        """`judge_step` of the step with the pairs `chosen`, which is then counted. Collective.
+
+        asked: whether a signal has asked this rank to stop, and to save.
+        """
+        stop, save = asked
         total = torch.zeros((), dtype=torch.float64, device=self._speed.device)
         for _, losses in self._seen:
             total += losses.sum()

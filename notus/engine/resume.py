@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.engine import checkpoint, lock
 from notus.engine.log import warn
 from notus.errors import UserError

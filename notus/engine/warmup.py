@@ -4,7 +4,7 @@ import torch
 
 from notus.data.packing import Microbatch, Rows, pack
 from notus.data.planning import Plan
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.engine.distributed import Ranks, accumulate
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM

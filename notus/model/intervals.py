@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from notus.data.packing import Layout, pack
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 
 BLOCK = 128  # slots of a block of FlexAttention's mask
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from notus.data.packing import Microbatch, Rows, pack_division, slots_of
 from notus.data.planning import divide_pairs
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.model.attention import build_mask, default_backend
 from notus.model.mistral import MistralForCausalLM
 from notus.objective.losses import PairLogProbs, Sums

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from notus.data.packing import Microbatch, Rows
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.errors import UserError
 from notus.model.lora import adapters_off
 from notus.model.mistral import MistralForCausalLM

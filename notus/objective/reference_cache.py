@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.errors import UserError, agreed
 from notus.files import PARTIAL, write_json, write_whole
 from notus.model.hf_config import ModelShape

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from conftest import random_pairs
 from notus.data.packing import CHOSEN, PADDING, PROMPT, REJECTED, pack, slots_of
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 
 # Two pairs: prompt 11 12, chosen 13, rejected 14 15 (15 hidden); prompt 21, chosen 22 23,
 # rejected 24.

@@ -10,7 +10,7 @@ from notus.build import build_plan, make_loss
 from notus.config import load_config
 from notus.data.packing import slots_of
 from notus.data.planning import Plan
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.dryrun.estimate import Estimate, count_rows, fewest_gpus, remedies, usable
 from notus.dryrun.memory import ParameterCounts
 from notus.dryrun.preflight import preflight

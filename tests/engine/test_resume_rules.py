@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.engine import resume
 from notus.engine.resume import check_checkpoint, check_output_dir, differences, what_must_match
 from notus.errors import UserError

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import random_pairs
 from notus.data.packing import Layout, pack, slots_of
-from notus.data.tokenization import TokenizedPairs
+from notus.data.token_arrays import TokenizedPairs
 from notus.model import attention
 from notus.model.attention import build_mask, may_attend
 from notus.model.intervals import agrees, agrees_on, block_mask, limits, within
