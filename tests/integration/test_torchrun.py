@@ -1,6 +1,7 @@
 """What only torchrun itself can show: two machines, its console, a start after a rank has died."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -38,8 +39,10 @@ def whole(config) -> Path:
 
 
 def torchrun(*words: str) -> subprocess.Popen:
+    """With one thread for each rank, as in the runs compared with: more would add otherwise."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
