@@ -233,8 +233,14 @@ def test_hours_of_a_run_that_was_killed_once(run):
         ("/home/anna/a=b/c.json", "c.json"),
     ],
 )
-def test_words_of_a_command_have_no_absolute_path(word, told):
+def test_words_of_a_command_have_no_absolute_path(word, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert card.shown_text(word.format(here=Path.cwd()) if "{here}" in word else word) == told
+
+
+def test_below_the_root_a_path_is_its_last_part(monkeypatch):
+    monkeypatch.chdir("/")
+    assert card.shown_text("/home/anna/c.json") == "c.json"
 
 
 def test_no_path_of_the_machine_is_published(run, tmp_path):
