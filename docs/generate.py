@@ -153,7 +153,8 @@ been measured yet.
 {table}
 
 On 8 x a100-40gb, as in the published run, a GPU's peak is {peak} GiB of {usable} that tensors can
-use, without CPU offload, and {selective} with `parallel.activation_checkpointing=selective`.
+use, without CPU offload, {kept} with the weights gathered once a step (`parallel.keep_gathered`, on by
+default where it fits), and {selective} with `parallel.activation_checkpointing=selective`.
 
 GPUs without fast links between them (the last five) are slowed by gathering the weights, which is
 not counted here. For your own data, model and settings:
@@ -219,6 +220,7 @@ def hardware() -> str:
     estimate = notus_estimate()
     published = estimate.on_gpus(8)
     selective = published.with_setting("parallel.activation_checkpointing", "selective")
+    gathered = published.with_setting("parallel.keep_gathered", True)
     return HARDWARE.format(
         optimizer={"rmsprop": "RMSprop", "adamw": "AdamW"}[estimate.config.optimizer.name],
         slots=estimate.config.data.tokens_per_microbatch,
@@ -229,6 +231,7 @@ def hardware() -> str:
         held_out=len(estimate.held_out),
         table="\n".join(hardware_row(estimate, gpu) for gpu in GPUS),
         peak=f"{published.memory.peak / GIB:.1f}",
+        kept=f"{gathered.memory.peak / GIB:.1f}",
         selective=f"{selective.memory.peak / GIB:.1f}",
         usable=f"{usable(gpu_named('a100-40gb')) / GIB:.1f}",
         **dict(zip(LENGTHS, estimate.pairs.lengths.mean(0), strict=True)),
