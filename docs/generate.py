@@ -153,8 +153,9 @@ been measured yet.
 {table}
 
 On 8 x a100-40gb, as in the published run, a GPU's peak is {peak} GiB of {usable} that tensors can
-use, without CPU offload, {kept} with the weights gathered once a step (`parallel.keep_gathered`, on by
-default where it fits), and {selective} with `parallel.activation_checkpointing=selective`.
+use, without CPU offload, {kept} with the weights gathered once a step (`parallel.keep_gathered`,
+on by default where it fits), and {selective} with
+`parallel.activation_checkpointing=selective`.
 
 GPUs without fast links between them (the last five) are slowed by gathering the weights, which is
 not counted here. For your own data, model and settings:
