@@ -44,6 +44,7 @@ from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
 from notus.files import partial_path, read_object, sync, write_json, write_whole, writing
+from notus.model.host_copies import copy_bytes
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, gather_own, save_tensors
 
@@ -110,7 +111,9 @@ class Saver(AbstractContextManager):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         room = free_host_bytes() // 2 // here if self.host_bytes is None else self.host_bytes
         stored = [tensor for tensors in groups.values() for _, tensor in tensors]
-        size = sum(t.numel() * t.element_size() for t in stored) // dist.get_world_size()
+        size = sum(map(copy_bytes, stored)) // dist.get_world_size()
+        if any(t.is_cuda for t in stored):  # PyTorch keeps what this save pins, for the next ones
+            self.host_bytes = room
         ready = self._thread.submit(self._prepare, partial_path(folder))
         indexes: dict[str, Plain] = {}
         jobs: list[Future[Plain]] = []

@@ -111,6 +111,7 @@ def test_means_do_not_depend_on_the_division():
         "displacement/chosen_per_token": chosen.sum() / lengths[:, 0].sum(),
         "displacement/rejected_per_token": rejected.sum() / lengths[:, 1].sum(),
     }
+
     def add(totals, *edges):
         """A step whose microbatches end at these pairs."""
         parts = [part(slice(*pair)) for pair in pairwise(edges)]
