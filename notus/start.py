@@ -211,9 +211,12 @@ def holds_final(setup: Setup) -> bool:
     Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
     """
     final = setup.output / "final"
-    found = [os.path.lexists(final), final_damage(setup)]
+    sealed = (final / checkpoint.MANIFEST).is_file()  # not after a kill just before that
+    found = [os.path.lexists(final), final_damage(setup), sealed]
     dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
-    there, damage = found
+    there, damage, sealed = found
+    if sealed and not damage:
+        damage = checkpoint.damage(final)
     if not there or not damage:
         return there
     with agreed():
@@ -410,12 +413,14 @@ def export(run: Run) -> None:
     final, lora = run.output / "final", run.config.model.lora
     if lora is None:
         export_model(final, run.policy, run.models.source)
-        return
-    merged_here = run.models.source.parent == run.output
-    export_adapter(
-        final,
-        run.policy,
-        lora,
-        base_name=str(run.models.source) if merged_here else run.config.model.policy,
-        base=run.models.source,
-    )
+    else:
+        merged_here = run.models.source.parent == run.output
+        export_adapter(
+            final,
+            run.policy,
+            lora,
+            base_name=str(run.models.source) if merged_here else run.config.model.policy,
+            base=run.models.source,
+        )
+    with agreed():
+        checkpoint.seal(final)

@@ -33,9 +33,9 @@ from notus.engine.checkpoint import (
     Progress,
     checkpoint_name,
     checkpoints,
+    entry,
     index_file,
     render_manifest,
-    sha256,
     trained_parameters,
     weights_prefix,
 )
@@ -263,7 +263,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], ready: Future[None]) 
 def _to_disk(path: Path) -> Plain:
     """The file's entry in the manifest, once its contents are on disk."""
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entry(path)
 
 
 def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:

@@ -143,6 +143,7 @@ SPOILT_FINALS = {
     "empty": replace_by_empty,
     "no weights": lambda final: (final / WEIGHTS).unlink(),
     "half": lambda final: (final / WEIGHTS).write_bytes((final / WEIGHTS).read_bytes()[:9999]),
+    "flipped": lambda final: flip(final / WEIGHTS, (final / WEIGHTS).stat().st_size - 9),
     "index": lambda final: flip(final / INDEX, 99),
     "no configuration": lambda final: (final / "config.json").unlink(),
 }
@@ -159,6 +160,15 @@ def test_a_damaged_model_is_exported_again(ended, run, capfd, damage):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (run / "final/README.md").is_file()
     assert metrics(run) == metrics(ended / "run")
+    assert "nothing left to do" in again(capfd)
+
+
+def test_files_that_are_not_weights_may_be_edited(run, capfd):
+    """And a model whose manifest a kill prevented is judged by its sizes and headers."""
+    tokenizer = run / "final/tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert "nothing left to do" in again(capfd)
+    (run / "final/manifest.json").unlink()
     assert "nothing left to do" in again(capfd)
 
 
