@@ -325,6 +325,7 @@ def claim_output_dir(
     with agreed():
         resuming.make_output_dir(setup.output)
         lock.take()
+        resuming.remove_leftovers(setup.output)
         resuming.write_settings(setup.output, settings, setup.start)
     with agreed():
         resuming.check_shared(setup.output)

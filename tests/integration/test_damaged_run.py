@@ -180,6 +180,18 @@ def test_a_damaged_model_without_checkpoints_is_left_alone(run, capfd):
     assert (run / "final/config.json").is_file()
 
 
+@pytest.mark.parametrize("ending", ["interrupted", "before the settings"])
+def test_what_kills_have_left_half_written_is_removed(run, capfd, ending):
+    """Of a save, or of an adapter that was being merged when there were no settings yet."""
+    shutil.rmtree(run if ending == "before the settings" else run / "final")
+    half = run / ".partial-0a1b2c3d-policy", run / "checkpoints/.partial-step-00000004"
+    for folder in half[: 1 if ending == "before the settings" else 2]:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("half")
+    again(capfd)
+    assert (run / "final/config.json").is_file() and not list(run.rglob(".partial-*"))
+
+
 # Signals at other times than in the loop
 
 
