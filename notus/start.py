@@ -31,7 +31,7 @@ from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts, Stopped
-from notus.engine.warmup import fullest_row, warm_up
+from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
 from notus.model.attention import check_segments
@@ -123,8 +123,9 @@ def open_run(
     elif facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
     if ranks.device.type == "cuda" or build.compiles(config, ranks.device):
-        ranks.say(f"first a row of {run.rows.budget:,} slots: to compile, and to see that it fits")
-        batch = fullest_row(run.plan, run.pairs, run.rows)
+        batch = longest_row(run.plan, run.pairs, run.rows)
+        slots = len(batch.tokens)
+        ranks.say(f"first the longest row, {slots:,} slots: to compile, and to see that it fits")
         warm_up(policy, batch, ranks, run.keep_gathered, run.loss.uses_weights)
     return run
 
