@@ -62,8 +62,9 @@ class Plan:
         `shuffle` of the file's order. No step spans two epochs. The same on any number of ranks.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
-        count = len(self.slot_counts)
-        order = _permutation(self.seed, epoch, count) if self.shuffle else np.arange(count)
+        order = np.arange(len(self.slot_counts))
+        if self.shuffle:
+            order = _permutation(self.seed, epoch, len(order))
         return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
 
     def division(self, pairs: np.ndarray) -> Division:
