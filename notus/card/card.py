@@ -4,7 +4,8 @@
 
 Every number is from config.json, metrics.jsonl, history.jsonl, the newest checkpoint's state.json,
 evals/*.json and the manifest of curated training data. train.py writes the card at the end of a
-run; this command writes it again, for example after evaluations. It holds no absolute path.
+run; this command writes it again, for example after evaluations. It holds no absolute path and no
+secret.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from notus.engine.checkpoint import checkpoints
 from notus.engine.history import read_history
 from notus.errors import UserError
 from notus.files import read_object, write_whole
+from notus.masking import mask_text
 from notus.tables import markdown_table
 
 Plain = dict[str, Any]
@@ -130,7 +132,7 @@ def write_card(
         for title, content in sections.items():
             body = list(content)
             blocks += [f"## {title}", *body] if body else []
-        write_whole(final / "README.md", "\n\n".join(blocks) + "\n")
+        write_whole(final / "README.md", mask_text("\n\n".join(blocks)) + "\n")
     except OSError as error:
         raise UserError(f"{final / 'README.md'}: cannot be written ({error.strerror})") from None
     return final / "README.md"
