@@ -228,7 +228,7 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
 
 
 def hash_weights(path: str, folder: Path) -> dict[str, str]:
-    """{"path", "sha256"} of a model: its path, secrets masked, and the hash of its safetensors files.
+    """{"path", "sha256"} of a model: its path, masked, and the hash of its safetensors files.
 
     The ranks hash different files at the same time. Collective: all ranks must call it.
     """
