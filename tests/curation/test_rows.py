@@ -139,7 +139,7 @@ def test_a_line_may_be_so_long(tmp_path):
     lines = [json.dumps({"prompt": "ä" * n}, ensure_ascii=False) for n in (3, 20)]
     file.write_text("".join(line + "\r\n" for line in lines), encoding="utf-8")
     assert len(list(read_rows(str(file), longest_line=len(lines[1])))) == 2
-    with pytest.raises(UserError, match=r"rows.jsonl:2: found a line of more than 34 characters"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: found a line of more than 33 characters"):
         list(read_rows(str(file), longest_line=len(lines[1]) - 1))
 
 
