@@ -3,7 +3,8 @@
 import atexit
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TextIO
 
@@ -14,6 +15,16 @@ def emit(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _register()
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Warn, in one line, instead of raising whatever a figure's library meets in the block."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        emit(f"warning: a figure could not be drawn: {reason}", sys.stderr)
 
 
 @cache

@@ -24,6 +24,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from notus.card.curves import draw_curves
+from notus.console import drawing
 from notus.engine.checkpoint import checkpoints
 from notus.engine.history import read_history
 from notus.errors import UserError
@@ -146,7 +147,13 @@ def figures(record: Record) -> Iterator[str]:
         yield "Not drawn: this needs matplotlib (`pip install -e '.[report]'` in notus's folder)."
         return
     per_epoch = record.state.get("steps_per_epoch")
-    for name in draw_curves(folder, record.training, record.evaluations, per_epoch):
+    names: list[str] = []
+    with drawing():
+        names = draw_curves(folder, record.training, record.evaluations, per_epoch)
+    if not names:
+        yield "Not drawn: the command that wrote this card says why."
+        return
+    for name in names:
         yield f"![{name}](figures/{name}.png)"
     yield "Thin: logged steps; thick: their mean; circles: held-out pairs; dotted: epochs."
 
