@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from notus import build
 from notus.build import Setup
-from notus.config import Config
+from notus.config import Config, to_dict
 from notus.data.dataset import Dataset
 from notus.data.packing import pack_division
 from notus.data.planning import idle_text
@@ -34,6 +34,7 @@ from notus.engine.signals import Interrupts, Stopped
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
+from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
@@ -195,7 +196,7 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
 
 
 def announce(setup: Setup) -> None:
-    """Print the size of the run, and the ranks that will idle."""
+    """Print the size of the run, the ranks that will idle, and the settings that are masked."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
@@ -204,6 +205,8 @@ def announce(setup: Setup) -> None:
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
+    if ranks.first and (keys := ", ".join(masked_keys(to_dict(setup.config)))):
+        warn(f"{keys}: looks like a secret, and is recorded as {MASK}")
 
 
 def holds_final(setup: Setup) -> bool:

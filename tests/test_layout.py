@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors files console strict tables
+    errors files console strict masking limits tables
     curation.rows curation.ratings curation.decontamination curation.report curation.curate
     data.formats data.preferences
     data.tokenizer data.special_tokens data.token_arrays data.tokenization

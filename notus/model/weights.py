@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError
 from notus.files import read_object
+from notus.masking import mask_text
 from notus.model.hf_config import ModelShape, read_shape
 from notus.model.host_copies import HostCopies
 from notus.model.mistral import MistralForCausalLM
@@ -228,7 +229,7 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
 
 
 def hash_weights(path: str, folder: Path) -> dict[str, str]:
-    """{"path", "sha256"} of a model: the hash of the contents of its safetensors files.
+    """{"path", "sha256"} of a model: its path, masked, and the hash of its safetensors files.
 
     The ranks hash different files at the same time. Collective: all ranks must call it.
     """
@@ -242,7 +243,7 @@ def hash_weights(path: str, folder: Path) -> dict[str, str]:
     if dist.is_initialized():
         dist.all_reduce(digests)
     combined = hashlib.sha256(bytes(digests.flatten().tolist())).hexdigest()
-    return {"path": path, "sha256": combined}
+    return {"path": mask_text(path), "sha256": combined}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
