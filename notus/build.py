@@ -5,6 +5,7 @@ After adding a key, pass it on here. `Setup` holds what they share.
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,7 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         prefix_sharing=data.prefix_sharing,
         tokens_per_microbatch=data.tokens_per_microbatch,
         map_over_ranks=distributed.map_over_ranks,
-        seed=config.train.seed,
+        seed=config.train.seed if data.seed is None else data.seed,
         holdout=holdout.holdout if holdout else 0,
         holdout_seed=holdout.seed if holdout else None,
         drop_leaks=data.leaks == "drop",
@@ -286,6 +287,16 @@ def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForC
     return model.eval()
 
 
+def reference_folder(setup: Setup) -> Path:
+    """The folder of cached reference log-probs, which runs share; see `reference.cache`."""
+    given, output = setup.config.reference.cache, setup.output
+    if given is not None:
+        return Path(given).expanduser()
+    runs = Path(os.path.normpath(output / ".."))
+    usable = os.access(runs, os.W_OK) and not output.is_mount()
+    return runs / "reference-cache" if usable else output / "reference"
+
+
 def build_references(
     setup: Setup, policy: MistralForCausalLM, identity: dict[str, str] | None
 ) -> tuple[list[Reference], MistralForCausalLM]:
@@ -312,10 +323,11 @@ def build_references(
         reference = OnlineReference(model, pairs, setup.rows)
         if not online:
             flat = cached_log_probs(
+                reference_folder(setup),
                 setup.output / "reference",
                 cache_identity(pairs, identity, model.shape, compute_dtype),
                 reference,
-                show=partial(progress, unit="reference: pair") if ranks.first else None,
+                show=partial(progress, unit="reference: pair", delay=5.0) if ranks.first else None,
                 say=ranks.say,
                 after_part=setup.interrupts.obey_stop,
             )
