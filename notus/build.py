@@ -6,6 +6,7 @@ After adding a key, pass it on here. `Setup` holds what they share.
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -175,7 +176,7 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
     holdout = data.eval if isinstance(data.eval, Holdout) else None
     datasets = load_datasets(
         data.train,
-        () if holdout else data.eval or (),
+        data.eval_sources,
         tokenizer,
         tokenization={
             "style": data.tokenization,
@@ -194,7 +195,9 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         responses_only=config.train.objective == "sft",
     )
     for name, found in datasets.items():
-        ranks.say(f"{name} data: {len(found.pairs):,} {config.train.unit}{found.notes}")
+        sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
+        size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
+        ranks.say(f"{name} data: {size}{found.notes}")
     return datasets
 
 
@@ -227,6 +230,7 @@ class Setup:
     held_out: TokenizedPairs | None
     checkpoint: Path | None = None  # the one to resume from
     interrupts: Interrupts = field(default_factory=Interrupts)
+    held_out_sets: Mapping[str, range] = field(default_factory=dict)  # places in `held_out`
     start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
 
     @property
@@ -256,6 +260,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
         rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
         pairs=pairs,
         held_out=data["eval"].pairs if "eval" in data else None,
+        held_out_sets=data["eval"].sets if "eval" in data else {},
     )
     return setup, data
 

@@ -8,17 +8,19 @@ effect under other settings.
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from notus.curation.curate import Curation
 from notus.data.preferences import Source
 from notus.errors import UserError
 from notus.model.lora import LoraSettings
 from notus.strict import (
+    Bound,
     Count,
     Fraction,
     FractionBelowOne,
@@ -51,10 +53,27 @@ class Holdout:
     seed: Seed | None = None  # of the draw; null: data.seed (the published Notus split: 42)
 
 
+# Sources by name. The names become parts of metrics' names, some of which have a "/" themselves.
+Named = Annotated[
+    dict[str, Source],
+    Bound(
+        'sources by name, a name being of letters, digits, "_" and "-" and not holdout, seed, '
+        "rewards, logps or displacement",
+        lambda sources: bool(sources) and all(map(_is_set_name, sources)),
+    ),
+]
+
+
+def _is_set_name(name: str) -> bool:
+    taken = ("holdout", "seed", "rewards", "logps", "displacement")
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None and name not in taken
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     train: tuple[Source, ...]  # the training data, mixed by weight; each source as below
-    eval: tuple[Source, ...] | Holdout | None = None  # null: no evaluation
+    # null: no evaluation; sources by name have metrics of their own too, eval_NAME/...
+    eval: tuple[Source, ...] | Named | Holdout | None = None
     # training pairs whose prompt is that of an evaluation pair, or nearly: kept, or left out
     leaks: Literal["keep", "drop"] = "keep"
     max_length: Count = 1024  # tokens of prompt and response together
@@ -71,6 +90,11 @@ class Data:
     shuffle: bool = True  # a new order of pairs in each epoch; false: the files' order in each
     prefix_sharing: bool = True  # a pair's prompt is computed once for both of its responses
     tokens_per_microbatch: Count = 8192  # token slots of one forward pass on one rank
+
+    @property
+    def eval_sources(self) -> tuple[Source, ...] | dict[str, Source]:
+        """The sources of evaluation pairs; none where those are taken out of the training data."""
+        return () if self.eval is None or isinstance(self.eval, Holdout) else self.eval
 
 
 @dataclass(frozen=True, kw_only=True)
