@@ -23,7 +23,7 @@ ORDER = """
     model.attention model.hf_config model.mistral model.host_copies model.weights model.lora
     model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
-    objective.reference objective.reference_cache
+    objective.reference objective.turns objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
     engine.resume engine.history engine.profiling engine.warmup
