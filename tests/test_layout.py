@@ -33,7 +33,7 @@ ORDER = """
     feedback.responses feedback
     dryrun
     card
-    demo
+    rounds demo
     start
     train eval
 """
