@@ -272,6 +272,10 @@ WRONG_FILES = [
         'data.train: found a curation with "rejected" and no "rule", expected both, or neither',
     ),
     (
+        {"data": {"train": [{"path": "a", "curation": {"min_margin": 1}}]}},
+        'data.train: found a curation with "min_margin", "min_chosen" or "agree" and no "rule", ',
+    ),
+    (
         {"data": {"train": [{"path": "a", "curation": {"rule": "rating", "match": "exact"}}]}},
         'data.train: found a curation with "match" and no "decontaminate", expected both, or',
     ),
