@@ -6,7 +6,8 @@ import re
 import shutil
 import sys
 import textwrap
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TextIO
 
@@ -36,6 +37,16 @@ def wrap(text: str) -> str:
         unbroken = {"break_long_words": False, "break_on_hyphens": False}
         lines += textwrap.wrap(line[start:], width, **indents, **unbroken)
     return "\n".join(lines)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Warn, in one line, instead of raising whatever a figure's library meets in the block."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        emit(f"warning: a figure could not be drawn: {reason}", sys.stderr)
 
 
 @cache

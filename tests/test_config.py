@@ -32,7 +32,8 @@ def write(folder: Path, tree: Any) -> Path:
 
 def test_defaults(tmp_path: Path) -> None:
     resolved = to_dict(load_config(write(tmp_path, MINIMAL)))
-    source = {"path": "a.jsonl", "split": None, "weight": 1.0, "format": None, "curation": None}
+    source = {"path": "a.jsonl", "split": None, "weight": 1.0, "longest_line": 2**26}
+    source |= {"format": None, "curation": None}
     assert resolved == {
         "model": {
             "policy": "sft",
