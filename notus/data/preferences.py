@@ -14,7 +14,7 @@ import numpy as np
 
 from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.ratings import READ_RATED, Choice
+from notus.curation.ratings import READ_RATED
 from notus.curation.rows import LONGEST_LINE, read_rows
 from notus.data.formats import (
     FORMATS,
@@ -70,11 +70,16 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
     for where, row in rows:
         if convert is None:
             rated = READ_RATED[name](row, where)
-            outcome = curate_row(rated, row, where, curation, screen, seed)
-            if isinstance(outcome, Choice):
-                chosen, rejected = outcome.chosen["response"], outcome.rejected["response"]
-                scores = (outcome.chosen_score, outcome.rejected_score)
-                outcome = [single_turn_pair(rated.prompt, chosen, rejected, where, scores)]
+            outcome = []
+            for found in curate_row(rated, row, where, curation, screen, seed):
+                if isinstance(found, Dropped):
+                    yield found
+                    continue
+                chosen, rejected = found.chosen["response"], found.rejected["response"]
+                scores = (found.chosen_score, found.rejected_score)
+                outcome.append(single_turn_pair(rated.prompt, chosen, rejected, where, scores))
+            if responses_only:
+                del outcome[1:]  # the same chosen response
         else:
             outcome = convert(row, where)
             if screen and not isinstance(outcome, Dropped):

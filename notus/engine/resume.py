@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "data.tokens_per_microbatch",
     "data.prefix_sharing",
     "reference.log_probs",
+    "reference.cache",
     "train.max_nonfinite",
 )
 # Places of models and data; a checkpoint holds the hashes of their contents instead.
