@@ -81,6 +81,9 @@ def open_run(
         ranks.say(f"{final} holds the model of this run: nothing left to do")
         with agreed():
             history.record_end(setup.output, final.stat().st_mtime)
+            resuming.remove_leftovers(setup.output)
+            if not os.path.lexists(final / checkpoint.MANIFEST):  # after a kill just before that
+                checkpoint.seal(final)
         write_model_card(setup)
         return None
     if config.model.lora is None:
