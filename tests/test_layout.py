@@ -30,7 +30,7 @@ ORDER = """
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     build
     evals
-    feedback.responses feedback
+    feedback.responses feedback.rubric feedback.server feedback.record feedback
     dryrun
     card
     rounds demo
