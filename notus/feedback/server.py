@@ -7,7 +7,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    InferenceTimeoutError,
+    OfflineModeIsEnabled,
+)
 
 from notus.errors import UserError
 from notus.feedback.rubric import Asked
@@ -78,6 +83,11 @@ class Server:
                 pause = _retry_after(error.response.headers.get("retry-after"))
                 if pause is not None:  # holds for all threads
                     self._not_before = max(self._not_before, time.monotonic() + pause)
+            except OfflineModeIsEnabled:
+                raise UserError(
+                    f"--url {self._url}: HF_HUB_OFFLINE is set, and with it huggingface_hub's "
+                    "client asks no server at all; unset it for the judge"
+                ) from None
             except InferenceTimeoutError:
                 problem = f"no answer within {self._timeout:g} seconds (--timeout)"
             except HTTPError as error:  # no connection, or one that breaks

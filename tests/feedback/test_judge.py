@@ -331,5 +331,11 @@ def test_mistakes_end_with_one_message_and_no_file(
     assert {path.name for path in tmp_path.iterdir()} <= {"responses.jsonl", "rubric.json"}
 
 
+def test_an_offline_hub_is_named_as_the_reason(responses, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert judge(responses, "http://127.0.0.1:9/v1") == 2
+    assert "HF_HUB_OFFLINE is set, and with it" in capsys.readouterr().err
+
+
 def test_equal_responses_are_shown_once():
     assert module.distinct(["b", "a", "b"]) == ["b", "a"]
