@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def spoil_json(rng: Random, content: bytes) -> bytes:
         elif kind == 4 and isinstance(node[key], int | float):
             node[key] *= rng.choice([-1, 0.5, 2, 1000, 10**9])
         else:
-            node[key] = rng.choice(VALUES)
+            node[key] = deepcopy(rng.choice(VALUES))
     text = json.dumps(tree)
     for raw in raws:
         text = text.replace(json.dumps(RAW), raw, 1)
