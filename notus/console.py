@@ -2,7 +2,10 @@
 
 import atexit
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -15,6 +18,25 @@ def emit(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _register()
+
+
+def wrap(text: str) -> str:
+    """Its lines at the terminal's width, 80 columns where there is none.
+
+    What continues a line is below its text: behind its indentation and a first word that two or
+    more spaces set off.
+    """
+    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    lines = []
+    for line in text.splitlines():
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        start = re.match(r" *(\S+ {2,}(?=\S))?", line).end()
+        indents = {"initial_indent": line[:start], "subsequent_indent": " " * (start or 2)}
+        unbroken = {"break_long_words": False, "break_on_hyphens": False}
+        lines += textwrap.wrap(line[start:], width, **indents, **unbroken)
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts, Stopped
-from notus.engine.warmup import fullest_row, warm_up
+from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
 from notus.masking import MASK, masked_keys
@@ -124,8 +124,9 @@ def open_run(
     elif facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
     if ranks.device.type == "cuda" or build.compiles(config, ranks.device):
-        ranks.say(f"first a row of {run.rows.budget:,} slots: to compile, and to see that it fits")
-        batch = fullest_row(run.plan, run.pairs, run.rows)
+        batch = longest_row(run.plan, run.pairs, run.rows)
+        slots = len(batch.tokens)
+        ranks.say(f"first the longest row, {slots:,} slots: to compile, and to see that it fits")
         warm_up(policy, batch, ranks, run.keep_gathered, run.loss.uses_weights)
     return run
 
@@ -214,9 +215,12 @@ def holds_final(setup: Setup) -> bool:
     Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
     """
     final = setup.output / "final"
-    found = [os.path.lexists(final), final_damage(setup)]
+    sealed = (final / checkpoint.MANIFEST).is_file()  # not after a kill just before that
+    found = [os.path.lexists(final), final_damage(setup), sealed]
     dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
-    there, damage = found
+    there, damage, sealed = found
+    if sealed and not damage:
+        damage = checkpoint.damage(final)
     if not there or not damage:
         return there
     with agreed():
@@ -325,6 +329,7 @@ def claim_output_dir(
     with agreed():
         resuming.make_output_dir(setup.output)
         lock.take()
+        resuming.remove_leftovers(setup.output)
         resuming.write_settings(setup.output, settings, setup.start)
     with agreed():
         resuming.check_shared(setup.output)
@@ -413,12 +418,14 @@ def export(run: Run) -> None:
     final, lora = run.output / "final", run.config.model.lora
     if lora is None:
         export_model(final, run.policy, run.models.source)
-        return
-    merged_here = run.models.source.parent == run.output
-    export_adapter(
-        final,
-        run.policy,
-        lora,
-        base_name=str(run.models.source) if merged_here else run.config.model.policy,
-        base=run.models.source,
-    )
+    else:
+        merged_here = run.models.source.parent == run.output
+        export_adapter(
+            final,
+            run.policy,
+            lora,
+            base_name=str(run.models.source) if merged_here else run.config.model.policy,
+            base=run.models.source,
+        )
+    with agreed():
+        checkpoint.seal(final)
