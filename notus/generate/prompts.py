@@ -8,8 +8,7 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
 from notus.curation.rows import read_rows
-from notus.data.formats import Message, Pair, read_messages
-from notus.data.special_tokens import guard_of, spells_added
+from notus.data.formats import Message, read_messages
 from notus.data.tokenization import render, with_system_prompt
 from notus.errors import UserError
 from notus.strict import Text, parse_part
@@ -139,27 +138,15 @@ def encode_prompt(
 ) -> list[int]:
     """The token ids before the answer, tokenized as in training ("clean").
 
-    A conversation gets only the added tokens of its template, whatever its messages spell out;
-    plain text gets those of the tokenizer. Raises UserError if the template refuses the
-    conversation, or the tokenizer can only read a message as added tokens.
+    A conversation gets the special tokens of its template, plain text those of the tokenizer.
+    Raises UserError if the template refuses the conversation.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     messages = with_system_prompt(prompt, system_prompt)
     where = f"the conversation that begins with {messages[0]['content'][:60]!r}"
     text = render(tokenizer, messages, where, opens_answer=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    guard, asked = guard_of(tokenizer), Pair(messages, [], [], where)
-    if spells_added(asked, tokenizer) or guard.added(ids) != guard.written(text):
-        hidden = render(tokenizer, guard.hide(asked).prompt, where, opens_answer=True)
-        marked, written = guard.mark(hidden)
-        _, (ids,) = guard.encode([marked])
-        if guard.added(ids) != written:
-            raise UserError(
-                f"{where}: found text that this tokenizer can only read as special tokens, "
-                "expected other text"
-            )
-    return ids
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_published(
