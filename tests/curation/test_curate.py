@@ -271,7 +271,7 @@ def test_the_manifest_counts_every_row(place, run):
 
 
 class Source:
-    split, weight, format = None, 1.0, None
+    split, weight, longest_line, format = None, 1.0, 2**20, None
 
     def __init__(self, path, curation=None):
         self.path, self.curation = path, curation
