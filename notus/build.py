@@ -23,6 +23,7 @@ from notus.data.planning import Plan
 from notus.data.token_arrays import TokenizedPairs
 from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
+from notus.engine.best import check_metric
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Work
 from notus.engine.log import progress
@@ -243,7 +244,10 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
 
     Raises UserError, on every rank.
     """
+    loss, best, sets = make_loss(config), config.evaluation.best, config.data.eval_sources
     with agreed():
+        if best is not None and config.data.eval is not None:
+            check_metric(best, loss, sets if isinstance(sets, dict) else ())
         check_backend(config.parallel.kernels, ranks.device)
         models = find_models(config, weights=True)
         attention_backend(config, models.shape, ranks.device)
@@ -255,7 +259,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
         ranks=ranks,
         mesh=mesh,
         models=models,
-        loss=make_loss(config),
+        loss=loss,
         plan=build_plan(config, pairs, ranks.count),
         rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
         pairs=pairs,

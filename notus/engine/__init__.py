@@ -11,6 +11,7 @@ signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
 host_memory   the host's free memory
 checkpoint    the files of a checkpoint: finding, checking, loading
+best          the best checkpoint, by a metric of held-out pairs
 saver         saving in the background, and the export of the model
 resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run

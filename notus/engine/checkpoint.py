@@ -68,7 +68,7 @@ def find_checkpoint(root: Path, resume: str, say: Callable[[str], None]) -> Path
     listed = [checkpoints(root)]
     dist.broadcast_object_list(listed, 0)
     for folder in reversed(listed[0]):
-        problem = _damage(folder)
+        problem = damage(folder)
         if problem is None:
             return folder
         say(f"passed over the damaged checkpoint {folder.name}: {problem}")
@@ -90,7 +90,7 @@ def check_sound(folder: Path) -> None:
             f"--resume {folder}: no {MANIFEST} there; expected auto, never, or the folder of a "
             "complete checkpoint, such as checkpoints/step-00000500 in an output_dir"
         )
-    problem = _damage(folder)
+    problem = damage(folder)
     if problem is not None:
         raise UserError(f"--resume {folder}: the checkpoint is damaged: {problem}")
 
@@ -216,7 +216,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """The first difference from the manifest, the same on every rank, or None. Collective."""
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _own_damage(folder))
