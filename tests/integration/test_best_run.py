@@ -42,7 +42,7 @@ def test_killed_and_resumed_it_has_the_same_best(config, ranks, tmp_path):
         wait_for((tmp_path / f"killed/checkpoints/step-{STEPS - 2:08d}").exists)
     finally:
         kill(processes)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = both = tmp_path / "whole", tmp_path / "killed"
     code, told = run_ranks(runs[1], log, ranks)
     assert code == 0 and f"after {STEPS - 2} steps" in told
     lines = [line for line in metrics(whole) if "eval_loss" in line]
@@ -51,20 +51,15 @@ def test_killed_and_resumed_it_has_the_same_best(config, ranks, tmp_path):
     assert best < STEPS and len(values) == 3
     names = [f"step-{best:08d}", f"step-{STEPS:08d}"]
     assert checkpoints(whole) == checkpoints(killed) == names
-    states = [
-        json.loads((run / "checkpoints" / names[1] / "state.json").read_text())["best"]
-        for run in (whole, killed)
-    ]
-    assert states[0] == states[1] and (states[0]["step"], states[0]["value"]) == (
-        best,
-        values[best],
-    )
+    last = [json.loads((run / "checkpoints" / names[1] / "state.json").read_text()) for run in both]
+    assert last[0]["best"] == last[1]["best"]
+    assert (last[0]["best"]["step"], last[0]["best"]["value"]) == (best, values[best])
     for one, other in zip(metrics(whole), metrics(killed), strict=True):
         assert {k: v for k, v in one.items() if "perf/" not in k} == {
             k: v for k, v in other.items() if "perf/" not in k
         }
     expected = stored(whole / "checkpoints" / names[0], "model")
-    for run in (whole, killed):
+    for run in both:
         found = stored(run / "final", "model")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name].bfloat16()) for name in found)
