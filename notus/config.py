@@ -277,6 +277,10 @@ CONFLICTS: tuple[Rule, ...] = (
                    for s in c.data.train),
      'found a curation with "rejected" and no "rule", expected both, or neither'),
     ("data.train",
+     lambda c: any(s.curation and not s.curation.rule and s.curation.decides for s in c.data.train),
+     'found a curation with "min_margin", "min_chosen" or "agree" and no "rule", expected both, or '
+     "neither"),
+    ("data.train",
      lambda c: any(s.curation and not s.curation.decontaminate and s.curation.match != "n-grams"
                    for s in c.data.train),
      'found a curation with "match" and no "decontaminate", expected both, or neither'),

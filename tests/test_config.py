@@ -32,7 +32,8 @@ def write(folder: Path, tree: Any) -> Path:
 
 def test_defaults(tmp_path: Path) -> None:
     resolved = to_dict(load_config(write(tmp_path, MINIMAL)))
-    source = {"path": "a.jsonl", "split": None, "weight": 1.0, "format": None, "curation": None}
+    source = {"path": "a.jsonl", "split": None, "weight": 1.0, "longest_line": 2**26}
+    source |= {"format": None, "curation": None}
     assert resolved == {
         "model": {
             "policy": "sft",
@@ -269,6 +270,10 @@ WRONG_FILES = [
     (
         {"data": {"train": [{"path": "a", "curation": {"rejected": "lowest"}}]}},
         'data.train: found a curation with "rejected" and no "rule", expected both, or neither',
+    ),
+    (
+        {"data": {"train": [{"path": "a", "curation": {"min_margin": 1}}]}},
+        'data.train: found a curation with "min_margin", "min_chosen" or "agree" and no "rule", ',
     ),
     (
         {"data": {"train": [{"path": "a", "curation": {"rule": "rating", "match": "exact"}}]}},

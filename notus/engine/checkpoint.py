@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from notus.engine.metrics import Progress
 from notus.errors import UserError
+from notus.files import write_whole, writing
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import Shape, check_shapes, header_shapes, read_rows
 
@@ -214,6 +215,23 @@ def render_manifest(files: Plain) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Add a manifest of an exported model's weights, the adapters' too, on rank 0 only.
+
+    Other files are the user's to edit. Raises UserError when it cannot be written.
+    """
+    if dist.get_rank() == 0:
+        with writing(folder):
+            weights = sorted(folder.rglob("*.safetensors"))
+            files = {path.relative_to(folder).as_posix(): entry(path) for path in weights}
+            write_whole(folder / MANIFEST, render_manifest(files), durable=True)
+
+
+def entry(path: Path) -> Plain:
+    """The file's entry in a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def damage(folder: Path) -> str | None:
