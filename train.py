@@ -157,13 +157,14 @@ def evaluate_held_out(run: Run, done: int) -> dict[str, float]:
 
 
 def show_samples(run: Run, log: MetricsLog, done: int) -> None:
-    """Show the policy's current answers next to the reference's: samples.md and TensorBoard."""
+    """Show the policy's current answers next to the reference's: samples.md and sinks."""
     if run.config.evaluation.samples is None:
         return
     answers = answer_samples(run, run.policy)
     if run.ranks.first:
         prompts = sample_prompts(run.config)
         texts = run.reference_answers, answers
+        log.samples(done, [*zip((prompt.text for prompt in prompts), *texts, strict=True)])
         log.show(lambda board: record_samples(run.output, board, done, prompts, *texts))
 
 

@@ -29,6 +29,7 @@ from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.engine.signals import Interrupts
+from notus.engine.sinks import check_installed
 from notus.errors import UserError, agreed
 from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
@@ -249,6 +250,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
     with agreed():
         if best is not None and config.data.eval is not None:
             check_metric(best, loss, sets if isinstance(sets, dict) else ())
+        check_installed(config.log.to or ())
         check_backend(config.parallel.kernels, ranks.device)
         models = find_models(config, weights=True)
         attention_backend(config, models.shape, ranks.device)

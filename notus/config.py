@@ -213,6 +213,16 @@ class Evaluation:
 @dataclass(frozen=True, kw_only=True)
 class Log:
     every: Count = 1  # steps
+    # where metrics go besides metrics.jsonl; "wandb" and "trackio" are extras; null: nowhere
+    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
+    project: Text = "notus"  # of the run in W&B and Trackio
+    name: Text | None = None  # of the run there; null: the folder's
+    tags: tuple[Text, ...] | None = None  # of the run there
+
+    @property
+    def has_service(self) -> bool:
+        """Whether there is a sink that knows projects, names and tags."""
+        return bool({"wandb", "trackio"} & {*(self.to or ())})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +270,9 @@ INERT: tuple[Rule, ...] = (
     ("evaluation.best", lambda c: c.data.eval is None, "data.eval is null"),
     ("evaluation.export_best", lambda c: c.data.eval is None or c.evaluation.best is None,
      "evaluation.best is null"),
+    ("log.project", lambda c: not c.log.has_service, 'log.to has neither "wandb" nor "trackio"'),
+    ("log.name", lambda c: not c.log.has_service, 'log.to has neither "wandb" nor "trackio"'),
+    ("log.tags", lambda c: not c.log.has_service, 'log.to has neither "wandb" nor "trackio"'),
     ("data.leaks", lambda c: c.data.eval is None, "data.eval is null"),
 )
 

@@ -32,6 +32,7 @@ from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts, Stopped
+from notus.engine.sinks import open_sinks
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
@@ -407,9 +408,27 @@ def open_meter(run: Run) -> Meter:
 def open_log(run: Run) -> MetricsLog:
     """The run's log files and progress bar. Collective. Raises UserError on every rank."""
     first, done = run.ranks.first, run.progress.step
+    settings, config, sinks = run.facts["settings"], run.config, []
     with agreed():
-        every = run.config.log.every
-        log = MetricsLog(run.output, step=done, total=run.plan.steps, active=first, every=every)
+        if first and config.log.has_service:
+            sinks = open_sinks(
+                config.log.to,
+                run.output,
+                project=config.log.project,
+                name=config.log.name,
+                tags=config.log.tags or (),
+                settings=settings,
+            )
+        log = MetricsLog(
+            run.output,
+            step=done,
+            total=run.plan.steps,
+            active=first,
+            every=config.log.every,
+            tensorboard="tensorboard" in (config.log.to or ()),
+            sinks=sinks,
+            settings=settings,
+        )
     return log
 
 

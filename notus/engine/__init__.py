@@ -6,6 +6,7 @@ distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
 flops         FLOPs of a step, the known GPUs, speed
 metrics       what a run measures, in training and on held-out pairs
+sinks         W&B and Trackio, names and settings in TensorBoard
 log           metrics.jsonl, TensorBoard, progress on the console
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
