@@ -20,8 +20,10 @@ setup(
         "notus.dryrun",
         "notus.card",
         "notus.evals",
+        "notus.look",
         "notus.kernels",
     ],
+    package_data={"notus.look": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton; platform_system == 'Linux'",

@@ -10,6 +10,7 @@ both give the same pairs.
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from notus.curation.decontamination import (
     read_prompts,
     whole_text,
 )
+from notus.curation.marks import MARKED, Mark, Marks, fingerprint
 from notus.curation.ratings import (
     RULES,
     Choice,
@@ -39,7 +41,7 @@ from notus.curation.ratings import (
     choose_pair,
     read_rated_row,
 )
-from notus.curation.report import NO_SOURCE, write_report
+from notus.curation.report import NO_SOURCE, look_command, write_report
 from notus.curation.rows import Row, optional_text, read_rows, read_text
 from notus.errors import UserError
 from notus.files import new_folder, write_json
@@ -63,10 +65,14 @@ class Curation:
     drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
     # of pairs with the same prompt, or nearly the same, only the first is kept
     duplicates: Literal["keep", "exact", "near"] = "keep"
+    marks: Text | None = None  # a file of marks (drop, swap, notes) that notus.look's page saved
 
 
 class Screen:
-    """Decides which rows are left out because of their prompt or their source."""
+    """Decides which rows are left out because of their prompt or their source.
+
+    marks: those of the curation's file, for `curate_row` and for ready pairs.
+    """
 
     def __init__(self, curation: Curation, held_out: Sequence[str] = ()) -> None:
         """held_out: files of prompts that no pair may repeat or nearly repeat.
@@ -76,6 +82,7 @@ class Screen:
         self._sources = frozenset(curation.drop_sources or ())
         self._benchmarks = BenchmarkPrompts(curation.decontaminate or (), curation.match)
         self._duplicates = curation.duplicates
+        self.marks = Marks(curation.marks)
         self._texts: set[str] = set()
         self._seen, self._held_out = SeenPrompts(), SeenPrompts()
         for path in held_out:
@@ -109,10 +116,18 @@ def curate_row(
 
     Raises UserError if a rating is out of range, or a response of the pair is not text.
     """
+    responses = [one.get("response") for one in rated.completions]
+    texts = [text for text in responses if isinstance(text, str)]
+    mark = screen.marks.find(rated.prompt, texts, where)
+    if mark and mark.mark == "drop":
+        return Dropped(MARKED)
     if refused := screen.refuse(rated.prompt, row, where):
         return refused
     try:
-        choice = choose_pair(rated, curation.rule, seed, curation.rejected)
+        if mark and mark.mark == "swap":
+            choice = _marked_pair(rated, mark, curation.rule)
+        else:
+            choice = choose_pair(rated, curation.rule, seed, curation.rejected)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if isinstance(choice, str):
@@ -120,6 +135,22 @@ def curate_row(
     for completion in (choice.chosen, choice.rejected):
         read_text(completion, "response", where)
     return screen.repeated(rated.prompt, where) or choice
+
+
+def _marked_pair(rated: RatedRow, mark: Mark, rule: str) -> Choice:
+    """The pair that a mark "swap" asks for, the second response over the first."""
+    by_text = {}
+    for one in rated.completions:
+        if isinstance(one.get("response"), str):
+            by_text.setdefault(fingerprint(one["response"]), one)
+    pair = [by_text[response] for response in reversed(mark.responses)]
+    scores = [RULES[rule](completion) for completion in pair]
+    if None in scores or any(map(math.isnan, scores)):
+        raise UserError(
+            f'the mark swaps a response that the rule "{rule}" does not rate; expected a mark of '
+            "two rated ones"
+        )
+    return Choice(*pair, *scores)
 
 
 def reason_to_drop(prompt: Prompt, chosen: Prompt, rejected: Prompt | None) -> str | None:
@@ -157,7 +188,7 @@ def curate(
 
     held_out: as for `Screen`. seed: of the draws of rejected responses. Raises UserError if `out`
     exists or cannot be written, a file cannot be read, a row or a rating is malformed, or no pair
-    is left.
+    is left, or a mark belongs to no row.
     """
     settings = {"input": path, "split": split or "train", **asdict(curation)}
     settings |= {"held_out": tuple(held_out), "seed": seed}
@@ -176,7 +207,14 @@ def curate(
                 with suppress(UserError):  # a rating out of range, which the rule does not use
                     for aspect, rating in list(aspect_ratings(completion)):
                         ratings[aspect].append(rating)
+        screen.marks.require_all_found()
+        marked = [
+            {"row": where, "mark": mark.mark or "note", "note": mark.note}
+            for where, mark in screen.marks.found
+        ]
         counts = _counts(pairs, dropped)
+        if marked:
+            counts["marks"] = Counter(mark["mark"] for mark in marked)
         if not pairs:
             text = _counts_text(counts)
             raise UserError(f'{path}: no pair is left under the rule "{curation.rule}"; {text}')
@@ -186,14 +224,16 @@ def curate(
             (folder / "jsonl" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         table = pyarrow.Table.from_pylist(pairs, SCHEMA)
         pyarrow.parquet.write_table(table, folder / "train.parquet", row_group_size=1000)
-        write_report(folder, settings, counts, pairs, dropped, ratings)
+        write_report(folder, out, settings, counts, pairs, dropped, ratings, marked)
         rows_sha256 = {path: digest.hexdigest()}
-        for name in (*(curation.decontaminate or ()), *held_out):
+        for name in (*(curation.decontaminate or ()), *held_out, *filter(None, [curation.marks])):
             content = b"".join(_canonical(row) for _, row in read_rows(name))
             rows_sha256[name] = hashlib.sha256(content).hexdigest()
         files = ("train.parquet", "jsonl/train.jsonl", "jsonl/dropped.jsonl")
         hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
         found = {"rows_sha256": rows_sha256, "counts": counts, "files_sha256": hashes}
+        if marked:
+            found["marked"] = marked
         write_json(folder / "manifest.json", settings | found)
     return counts
 
@@ -229,8 +269,12 @@ def _canonical(row: Row) -> bytes:
 
 
 def _counts_text(counts: dict[str, Any]) -> str:
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items())
-    return f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    dropped, marks = (
+        ", ".join(f"{n:,} {name}" for name, n in counts.get(kind, {}).items())
+        for kind in ("dropped", "marks")
+    )
+    text = f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    return f"{text}; marks: {marks}" if marks else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,12 +299,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, text in choices.items():
         add(f"--{name}", choices=get_args(kinds[name]), default=getattr(defaults, name), help=text)
+    add("--marks", metavar="FILE", help="marks that the page of notus.look saved")
     add("--seed", type=int, default=42, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
     curation = Curation(
         rule=options.rule,
         decontaminate=tuple(options.decontaminate),
         drop_sources=tuple(options.drop_source),
+        marks=options.marks,
         **{name: getattr(options, name) for name in choices},
     )
     paths = (options.input, options.split, options.out)
@@ -270,4 +316,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts)}")
+    print(f"look at the rows: {look_command(options.out)}")
     return 0

@@ -1,5 +1,6 @@
 """report.md: counts of a curated set in tables, and figures where matplotlib is installed."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -18,16 +19,19 @@ SIDES = ("chosen", "rejected")
 
 def write_report(
     folder: Path,
+    name: Path,
     settings: Mapping[str, Any],
     counts: Mapping[str, Any],
     pairs: Sequence[Row],
     dropped: Sequence[Row],
     ratings: Mapping[str, Sequence[float]],
+    marked: Sequence[Row],
 ) -> None:
     """Write report.md into `folder`, and figures/*.png where matplotlib is installed.
 
-    settings, counts: as in manifest.json. pairs, dropped: the records of train.jsonl and
-    dropped.jsonl. ratings: those of all completions, by aspect.
+    name: the folder's path once it is complete. settings, counts, marked: as in manifest.json.
+    pairs, dropped: the records of train.jsonl and dropped.jsonl. ratings: those of all completions,
+    by aspect.
     """
     shown = {
         key: ", ".join(value) or "none" if isinstance(value, tuple) else str(value)
@@ -35,9 +39,13 @@ def write_report(
     }
     tables = {
         "Settings": markdown_table(["setting", "value"], shown.items()),
-        "Rows": _rows_table(pairs, dropped),
+        "Rows": f"{_rows_table(pairs, dropped)}\n\nTo look at them: `{look_command(name)}`",
         "Responses": _responses_table(pairs),
     }
+    if marked:
+        tables["Marks"] = markdown_table(
+            ["row", "mark", "note"], [list(mark.values()) for mark in marked]
+        )
     if unusable := counts["pairs that the trainer drops"]:
         tables["Pairs that the trainer drops"] = markdown_table(["", "pairs"], unusable.items())
     if hits := [record for record in dropped if "benchmark_prompt" in record]:
@@ -54,6 +62,11 @@ def write_report(
                 _draw(folder / "figures" / f"{name}.png", title, values)
                 text += f"\n![{title}](figures/{name}.png)\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def look_command(source: object, *options: str) -> str:
+    """The command that makes a page of a source's rows."""
+    return shlex.join(["python", "-m", "notus.look", str(source), *options, "--out", "page.html"])
 
 
 def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:

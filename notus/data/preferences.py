@@ -14,8 +14,9 @@ import numpy as np
 
 from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.ratings import READ_RATED, Choice
-from notus.curation.rows import read_rows
+from notus.curation.marks import MARKED, fingerprint
+from notus.curation.ratings import READ_RATED, Choice, RatedRow
+from notus.curation.rows import Row, read_rows
 from notus.data.formats import (
     FORMATS,
     ONLY_ANSWERS,
@@ -51,22 +52,53 @@ class Source:
 # --------------------------------------------------------------------------- one source's rows
 
 
+class Found(NamedTuple):
+    """A row of a source: what it holds, and what becomes of it.
+
+    rated: its responses, if it is a row of rated ones. pairs: of rated responses the pair that the
+    rule picks, of others what the row holds, with marks applied. dropped: why they are left out.
+    Of unpaired rows only the pairs are known, without `row`.
+    """
+
+    where: str
+    row: Row
+    rated: RatedRow | None
+    pairs: list[Pair]
+    dropped: Dropped | None
+
+
 def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
     """A source's rows in file order, each as its pairs or as the reason why it gives none.
 
     responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
     """
+    for found in read_found(source, seed, responses_only=responses_only):
+        if found.dropped:
+            yield found.dropped
+            continue
+        for pair in found.pairs:
+            yield replace(pair, rejected=type(pair.rejected)()) if responses_only else pair
+
+
+def read_found(
+    source: Source, seed: int, held_out: Sequence[str] = (), responses_only: bool = False
+) -> Iterator[Found]:
+    """A source's rows in file order; held_out: as for `Screen`, of a source with a curation."""
     rows = read_rows(source.path, source.split)
     where, row = first = next(rows)
     name = find_format(source.format, row, where)
     _check_use(source, name, where, responses_only)
     convert, curation = FORMATS[name].convert, source.curation
-    screen = None if curation is None else Screen(curation)
+    screen = None if curation is None else Screen(curation, held_out)
     rows = chain([first], rows)
     if name == "unpaired" and not responses_only:
-        yield from pair_up(rows)
+        for pair in pair_up(rows):
+            is_pair = isinstance(pair, Pair)
+            where, dropped = (pair.where, None) if is_pair else ("", pair)
+            yield Found(where, {}, None, [pair] if is_pair else [], dropped)
         return
     for where, row in rows:
+        rated, pairs, dropped = None, [], None
         if convert is None:
             rated = READ_RATED[name](row, where)
             outcome = curate_row(rated, row, where, curation, screen, seed)
@@ -76,16 +108,32 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
                 outcome = [single_turn_pair(rated.prompt, chosen, rejected, where, scores)]
         else:
             outcome = convert(row, where)
-            if screen and not isinstance(outcome, Dropped):
-                prompt = outcome[0].prompt
-                left_out = screen.refuse(prompt, row, where) or screen.repeated(prompt, where)
-                outcome = left_out or outcome
         if isinstance(outcome, Dropped):
-            yield outcome
-            continue
-        for pair in outcome:
-            rejected = type(pair.rejected)() if responses_only else pair.rejected
-            yield replace(pair, rejected=rejected, labels=labels_of(row))
+            dropped = outcome
+        else:
+            pairs = [replace(pair, labels=labels_of(row)) for pair in outcome]
+            if screen and convert is not None:
+                pairs, dropped = _screened(pairs[0], row, screen)
+        yield Found(where, row, rated, pairs, dropped)
+    if screen:
+        screen.marks.require_all_found()
+
+
+def _screened(pair: Pair, row: Row, screen: Screen) -> tuple[list[Pair], Dropped | None]:
+    """A ready pair with its mark applied, and why it is left out."""
+    mark = screen.marks.find(pair.prompt, (pair.chosen, pair.rejected), pair.where)
+    if mark and mark.mark == "drop":
+        return [pair], Dropped(MARKED)
+    if mark and mark.mark == "swap" and mark.responses[0] == fingerprint(pair.chosen):
+        pair = replace(
+            pair,
+            chosen=pair.rejected,
+            rejected=pair.chosen,
+            chosen_score=pair.rejected_score,
+            rejected_score=pair.chosen_score,
+        )
+    refused = screen.refuse(pair.prompt, row, pair.where)
+    return [pair], refused or screen.repeated(pair.prompt, pair.where)
 
 
 def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:
