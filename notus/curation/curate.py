@@ -116,9 +116,7 @@ def curate_row(
 
     Raises UserError if a rating is out of range, or a response of the pair is not text.
     """
-    responses = [one.get("response") for one in rated.completions]
-    texts = [text for text in responses if isinstance(text, str)]
-    mark = screen.marks.find(rated.prompt, texts, where)
+    mark = screen.marks.find(rated.prompt, texts_of(rated), where)
     if mark and mark.mark == "drop":
         return Dropped(MARKED)
     if refused := screen.refuse(rated.prompt, row, where):
@@ -135,6 +133,12 @@ def curate_row(
     for completion in (choice.chosen, choice.rejected):
         read_text(completion, "response", where)
     return screen.repeated(rated.prompt, where) or choice
+
+
+def texts_of(rated: RatedRow) -> list[str]:
+    """The responses that are text."""
+    texts = (completion.get("response") for completion in rated.completions)
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _marked_pair(rated: RatedRow, mark: Mark, rule: str) -> Choice:

@@ -18,7 +18,9 @@ import torch
 from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
 from notus.curation.ratings import RULES
+from notus.curation.report import look_command
 from notus.data.dataset import Dataset
+from notus.data.formats import PARTS
 from notus.engine import distributed
 from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         with (new / "pairs.jsonl").open("w") as file:
             for record in pair_records(data, scored, margin, referenced):
                 file.write(json.dumps(record) + "\n")
-    print(f"\n{report}\nwrote {options.out}")
+    print(f"\n{report}\nwrote {options.out}; look at the pairs: {look_command(options.out)}")
 
 
 def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
@@ -158,7 +160,10 @@ def as_markdown(
 def pair_records(
     data: Dataset, scored: PairLogProbs, margin: np.ndarray, referenced: bool
 ) -> Iterator[dict[str, Any]]:
-    """One object per pair: its origin, its log-probs (nats) and whether it is right."""
+    """One object per pair: its origin and texts, its log-probs (nats) and whether it is right.
+
+    `python -m notus.look` shows the file, or finds its pairs by their texts in another source.
+    """
     models = {"policy": scored.policy} | ({"reference": scored.reference} if referenced else {})
     sums = {
         f"{name}_{side}": getattr(found, side).tolist()
@@ -169,6 +174,7 @@ def pair_records(
         yield {
             "where": pair.where,
             **pair.labels,
+            **{part: getattr(pair, part) for part in PARTS},
             **{name: values[i] for name, values in sums.items()},
             "chosen_tokens": int(data.pairs.lengths[i, 1]),
             "rejected_tokens": int(data.pairs.lengths[i, 2]),

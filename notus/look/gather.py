@@ -1,0 +1,92 @@
+"""What SOURCE stands for, and the records of its rows."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from notus.curation.curate import Curation
+from notus.curation.marks import Marks
+from notus.curation.rows import read_rows
+from notus.data.formats import FORMATS, find_format
+from notus.data.preferences import Source, read_found
+from notus.errors import UserError
+from notus.files import read_object
+from notus.look.record import Record, make_record
+from notus.look.scores import MARGIN, Scores
+from notus.strict import parse_part
+
+CONTRADICTED = "the model contradicts the label"
+PAIRS = "pairs.jsonl"  # of a folder that `eval.py preferences` wrote
+MANIFEST = "manifest.json"  # of a folder that notus.curation wrote
+
+
+class Gathering:
+    """The records of a source's rows, and counts of all its rows once they have been read.
+
+    counts: "rows", "pairs" and "dropped" (by reason) as curation counts them, and "pairs that the
+    trainer drops" (by reason).
+    """
+
+    def __init__(
+        self, source: Source, seed: int, scores: Scores | None, held_out: Sequence[str] = ()
+    ) -> None:
+        """seed, held_out: of the curation. Raises UserError if its marks cannot be read."""
+        self.source, self.seed, self.scores, self._held_out = source, seed, scores, held_out
+        self._marks = Marks(source.curation.marks if source.curation else None)
+        self.counts: dict[str, Any] = {"rows": 0, "pairs": 0, "dropped": Counter()}
+        self.counts["pairs that the trainer drops"] = Counter()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Raises UserError as training and curation do, and if `scores` are of other pairs."""
+        curation, unusable = self.source.curation, self.counts["pairs that the trainer drops"]
+        for found in read_found(self.source, self.seed, self._held_out):
+            self.counts["rows"] += 1
+            if found.dropped:
+                self.counts["dropped"][found.dropped.reason] += 1
+            else:
+                self.counts["pairs"] += len(found.pairs)
+            for number, pair in enumerate(found.pairs or [None], start=1):
+                record = make_record(found, pair, curation, self.seed, self._marks)
+                if number > 1:
+                    record["where"] += f", pair {number}"
+                if record["unusable"]:
+                    unusable[record["unusable"]] += 1
+                if pair and self.scores:
+                    record["numbers"] |= self.scores.of(pair)
+                    if record["numbers"].get(MARGIN, 0) < 0:
+                        record["flags"].append(CONTRADICTED)
+                yield record
+        if self.scores and not self.scores.found:
+            raise UserError(
+                f"{self.scores.path}: none of its pairs is in {self.source.path} under this "
+                "curation; expected the scores of these pairs"
+            )
+
+
+def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
+    """The records that `source` stands for.
+
+    A folder of notus.curation stands for the rows that it was made of, under its settings; one of
+    `eval.py preferences` for its pairs with their scores. Rated rows without a curation get the
+    rule that fits them. Raises UserError if a manifest, the scores or the first row is malformed.
+    """
+    folder, held_out = Path(source.path).expanduser(), ()
+    if (folder / PAIRS).is_file():
+        source = replace(source, path=str(folder / PAIRS))
+    elif (folder / MANIFEST).is_file():
+        manifest = read_object(folder / MANIFEST)
+        held_out, seed = manifest.get("held_out") or (), manifest.get("seed", seed)
+        manifest |= {"path": manifest.get("input"), "curation": None}
+        given = {key: value or None for key, value in manifest.items() if key != "curation"}
+        curation = parse_part(given, Curation, folder / MANIFEST)
+        source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
+    where, row = next(read_rows(source.path, source.split))
+    name = find_format(source.format, row, where)
+    if FORMATS[name].convert is None and source.curation is None:
+        rule = "rating" if name == "rated" else "mean-rating"
+        source = replace(source, curation=Curation(rule=rule))
+    if scores is None and "policy_chosen" in row:
+        scores = Path(source.path)
+    return Gathering(source, seed, scores and Scores(scores), held_out)
