@@ -157,13 +157,15 @@ def numbers_of(sides: Sequence[Record], pair: Pair | None) -> dict[str, float]:
     """Lengths (characters), scores and ratings of a pair and what it differs by, by name."""
     if len(sides) < 2:
         return {}
-    measured = {"length": [len(response["text"]) for response in sides]}
-    for name in MEASURES:
-        if all(name in response for response in sides):
-            measured[name] = [response[name] for response in sides]
+    measured = {
+        name: [response[name] for response in sides]
+        for name in MEASURES
+        if all(name in response for response in sides)
+    }
     scores = [pair.chosen_score, pair.rejected_score]
     if None not in scores and scores not in measured.values():
         measured["score"] = scores
+    measured["length"] = [len(response["text"]) for response in sides]
     return {
         f"{name}, {side}": value
         for name, (chosen, rejected) in measured.items()
