@@ -72,7 +72,7 @@ function marked(parts, flags) {
 // ------------------------------------------------------------------------------------ state
 
 let data, rows, order = [], current = null, changed = false;
-const items = [], searched = [];
+const searched = [];
 const marks = new Map(); // row number -> {mark, note}
 const ranges = new Map(); // number's name -> [low, high]
 const drawings = new Map(); // number's name -> what redraws its histogram
@@ -106,16 +106,49 @@ function update() {
       : sign * (x - y) || a - b;
   });
   else if (!ascending) order.reverse();
-  for (const i of order) {
-    const value = number(rows[i], name);
-    items[i].firstChild.lastChild.textContent = value === undefined ? "" : fixed(value);
-  }
-  $("list").replaceChildren(...order.map((i) => items[i]));
   $("direction").textContent = ascending ? "Lowest first" : "Highest first";
   $("shown").textContent = `${order.length.toLocaleString("en")} of ${counted(rows.length, "row")} shown`;
   if ($("numbers").open) for (const draw of drawings.values()) draw();
   if (!order.includes(current)) show(order[0] ?? null);
-  else items[current].scrollIntoView({ block: "nearest" });
+  else reveal();
+}
+
+// ----------------------------------------------------------------- the list, drawn where it is seen
+
+const HEIGHT = 32; // of an item, in pixels; also in page.css
+const MARGIN = 20; // items that are drawn above and below those seen
+
+function item(i) {
+  const row = rows[i], value = number(row, $("sort").value);
+  const asked = row.turns.length ? row.turns[row.turns.length - 1][1] : "";
+  const head = asked.replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
+  const button = el("button", { type: "button", ...(i === current ? { "aria-current": "true" } : {}) },
+    el("span", { class: "head", dir: "auto" }, ...texts(head)),
+    el("span", { class: "badge" }, marks.has(i) ? marks.get(i).mark ?? "note" : ""),
+    el("span", { class: "value" }, value === undefined ? "" : fixed(value)));
+  button.addEventListener("click", () => show(i));
+  const place = { "aria-setsize": order.length, "aria-posinset": order.indexOf(i) + 1 };
+  return el("li", { ...place, ...(outcome(row) === "pair" ? {} : { class: "out" }) }, button);
+}
+
+function drawList() {
+  const list = $("list"), seen = Math.ceil(list.clientHeight / HEIGHT);
+  const first = Math.max(0, Math.floor(list.scrollTop / HEIGHT) - MARGIN);
+  const drawn = order.slice(first, first + seen + 2 * MARGIN);
+  const focused = list.contains(document.activeElement);
+  $("items").style.paddingTop = `${first * HEIGHT}px`;
+  $("items").style.height = `${order.length * HEIGHT}px`;
+  $("items").replaceChildren(...drawn.map(item));
+  if (focused) $("items").querySelector("[aria-current]")?.focus({ preventScroll: true });
+}
+
+/** Draws the list with the shown row in it. */
+function reveal() {
+  const list = $("list"), top = order.indexOf(current) * HEIGHT;
+  $("items").style.height = `${order.length * HEIGHT}px`;
+  if (top < list.scrollTop) list.scrollTop = top;
+  else if (top + HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + HEIGHT - list.clientHeight;
+  drawList();
 }
 
 // ------------------------------------------------------------------------------------ a row
@@ -150,15 +183,13 @@ function response(row, place, body) {
 
 /** Shows row i; null for none. */
 function show(i) {
-  if (current !== null) items[current].firstChild.removeAttribute("aria-current");
   current = i;
+  reveal();
   $("row").replaceChildren();
   $("link").textContent = "";
   showMark();
   if (i === null) return void $("row").append(el("p", {}, "No row passes the filters."));
   const row = rows[i];
-  items[i].firstChild.setAttribute("aria-current", "true");
-  items[i].scrollIntoView({ block: "nearest" });
   $("link").textContent = row.where || `row ${i + 1}`;
   $("link").href = `#row=${encodeURIComponent(row.where || i)}`;
   history.replaceState(null, "", $("link").href);
@@ -225,18 +256,13 @@ function mark(change) {
   else marks.delete(current);
   changed = true;
   $("saved").textContent = "";
-  label(current);
+  drawList();
   showMark();
 }
 
 function toggle(name) {
   const button = document.querySelector(`[data-mark=${name}]`);
   if (!button.disabled) mark({ mark: marks.get(current)?.mark === name ? null : name });
-}
-
-function label(i) {
-  const found = marks.get(i);
-  items[i].firstChild.children[1].textContent = found ? found.mark ?? "note" : "";
 }
 
 /** Saves all marks as JSON lines, for "marks" in a source's curation. */
@@ -348,13 +374,7 @@ function start(found) {
   $("counts").append(...table.map(([name, n]) => el("tr", {}, el("th", { scope: "row" }, ...texts(name)),
     el("td", {}, n.toLocaleString("en")))));
   rows.forEach((row, i) => {
-    const asked = row.turns.length ? row.turns[row.turns.length - 1][1] : "";
-    const head = asked.replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
-    const button = el("button", { type: "button" }, el("span", { class: "head", dir: "auto" }, ...texts(head)),
-      el("span", { class: "badge" }), el("span", { class: "value" }));
-    button.addEventListener("click", () => show(i));
-    items.push(el("li", outcome(row) === "pair" ? {} : { class: "out" }, button));
-    if (row.mark) marks.set(i, row.mark), label(i);
+    if (row.mark) marks.set(i, row.mark);
   });
   const names = [...new Set(rows.flatMap((row) => Object.keys(row.numbers)))];
   options("source", "all", rows.map((row) => row.source).filter((source) => source !== null));
@@ -395,6 +415,8 @@ function start(found) {
   $("note").addEventListener("keydown", (event) => {
     if (event.key === "Enter" || event.key === "Escape") $("note").blur();
   });
+  $("list").addEventListener("scroll", () => requestAnimationFrame(drawList));
+  addEventListener("resize", drawList);
   addEventListener("hashchange", follow);
   addEventListener("beforeunload", (event) => { if (changed) event.preventDefault(); });
   const linked = location.hash;
