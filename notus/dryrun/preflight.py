@@ -32,6 +32,7 @@ from notus.engine import checkpoint, resume
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
 from notus.errors import UserError, agreed
+from notus.look.look import command_for
 from notus.tables import text_table
 
 
@@ -65,6 +66,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         style, unit = config.data.tokenization, config.train.unit
         report = token_report(data, load_tokenizer(models.tokenizer), style, unit)
         ranks.say(f"\n{report}\n")
+        if config.train.objective == "dpo":  # the page shows pairs
+            commands = [command_for(source, config.train.seed) for source in config.data.train]
+            ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
     output = Path(config.output_dir)
     with agreed():
         resume.check_output_dir(output, settings_of(config), options.resume, settings_now)

@@ -1,7 +1,7 @@
 """What SOURCE stands for, and the records of its rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,25 @@ class Gathering:
     """
 
     def __init__(
-        self, source: Source, seed: int, scores: Scores | None, held_out: Sequence[str] = ()
+        self,
+        source: Source,
+        seed: int,
+        scores: Scores | None,
+        held_out: Sequence[str] = (),
+        expected: Mapping[str, int] | None = None,
     ) -> None:
-        """seed, held_out: of the curation. Raises UserError if its marks cannot be read."""
-        self.source, self.seed, self.scores, self._held_out = source, seed, scores, held_out
+        """seed, held_out: of the curation. expected: some of `counts`, from a manifest.
+
+        Raises UserError if the curation's marks cannot be read.
+        """
+        self.source, self.seed, self.scores = source, seed, scores
+        self._held_out, self._expected = held_out, expected
         self._marks = Marks(source.curation.marks if source.curation else None)
         self.counts: dict[str, Any] = {"rows": 0, "pairs": 0, "dropped": Counter()}
         self.counts["pairs that the trainer drops"] = Counter()
 
     def __iter__(self) -> Iterator[Record]:
-        """Raises UserError as training and curation do, and if `scores` are of other pairs."""
+        """Raises UserError as training and curation do, and if the rows are not those expected."""
         curation, unusable = self.source.curation, self.counts["pairs that the trainer drops"]
         for found in read_found(self.source, self.seed, self._held_out):
             self.counts["rows"] += 1
@@ -58,6 +67,13 @@ class Gathering:
                     if record["numbers"].get(MARGIN, 0) < 0:
                         record["flags"].append(CONTRADICTED)
                 yield record
+        for name, count in (self._expected or {}).items():
+            if self.counts.get(name) != count:
+                raise UserError(
+                    f"{self.source.path}: gives {self.counts.get(name):,} {name} now, and gave "
+                    f"{count:,} when the folder was made of it; expected unchanged rows, or the "
+                    "folder's train.parquet as the source"
+                )
         if self.scores and not self.scores.found:
             raise UserError(
                 f"{self.scores.path}: none of its pairs is in {self.source.path} under this "
@@ -72,12 +88,13 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
     `eval.py preferences` for its pairs with their scores. Rated rows without a curation get the
     rule that fits them. Raises UserError if a manifest, the scores or the first row is malformed.
     """
-    folder, held_out = Path(source.path).expanduser(), ()
+    folder, held_out, expected = Path(source.path).expanduser(), (), None
     if (folder / PAIRS).is_file():
         source = replace(source, path=str(folder / PAIRS))
     elif (folder / MANIFEST).is_file():
         manifest = read_object(folder / MANIFEST)
         held_out, seed = manifest.get("held_out") or (), manifest.get("seed", seed)
+        expected = {name: manifest.get("counts", {}).get(name) for name in ("rows", "pairs")}
         manifest |= {"path": manifest.get("input"), "curation": None}
         given = {key: value or None for key, value in manifest.items() if key != "curation"}
         curation = parse_part(given, Curation, folder / MANIFEST)
@@ -89,4 +106,4 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
         source = replace(source, curation=Curation(rule=rule))
     if scores is None and "policy_chosen" in row:
         scores = Path(source.path)
-    return Gathering(source, seed, scores and Scores(scores), held_out)
+    return Gathering(source, seed, scores and Scores(scores), held_out, expected)

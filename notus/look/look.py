@@ -54,6 +54,9 @@ def write_page(options: argparse.Namespace) -> str:
     for record in gathering:
         selection.add(record)
     records, chosen = selection.chosen()
+    if gathering.scores:
+        pairs = gathering.counts["pairs"]
+        chosen += f"; the model's scores are known of {gathering.scores.found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out):

@@ -110,7 +110,7 @@ function update() {
   $("shown").textContent = `${order.length.toLocaleString("en")} of ${counted(rows.length, "row")} shown`;
   if ($("numbers").open) for (const draw of drawings.values()) draw();
   if (!order.includes(current)) show(order[0] ?? null);
-  else reveal();
+  else reveal(), showMark();
 }
 
 // ----------------------------------------------------------------- the list, drawn where it is seen
@@ -240,20 +240,23 @@ function showMark() {
   const mark = marks.get(current);
   for (const button of document.querySelectorAll("[data-mark]")) {
     button.setAttribute("aria-pressed", String(mark?.mark === button.dataset.mark));
-    button.disabled = current === null
-      || (button.dataset.mark === "swap" && rows[current].key.responses.length !== 2);
+    button.disabled = current === null || !fits(current, button.dataset.mark);
   }
-  $("note").disabled = current === null;
+  $("note").disabled = $("all").disabled = current === null;
+  $("all").textContent = `Mark all ${order.length.toLocaleString("en")} shown alike`;
   if (document.activeElement !== $("note")) $("note").value = mark?.note ?? "";
   $("save").textContent = `Save ${counted(marks.size, "mark")}`;
 }
 
-/** Changes the mark of the shown row; a row without mark and note has none. */
-function mark(change) {
-  if (current === null) return;
-  const now = { mark: null, note: "", ...marks.get(current), ...change };
-  if (now.mark || now.note) marks.set(current, now);
-  else marks.delete(current);
+const fits = (i, name) => name !== "swap" || rows[i].key.responses.length === 2;
+
+/** Changes the marks of rows; a row without mark and note has none. */
+function mark(change, places = [current]) {
+  for (const i of places.filter((i) => i !== null && fits(i, change.mark))) {
+    const now = { mark: null, note: "", ...marks.get(i), ...change };
+    if (now.mark || now.note) marks.set(i, now);
+    else marks.delete(i);
+  }
   changed = true;
   $("saved").textContent = "";
   drawList();
@@ -403,6 +406,7 @@ function start(found) {
   for (const button of document.querySelectorAll("[data-mark]"))
     button.addEventListener("click", () => toggle(button.dataset.mark));
   $("note").addEventListener("input", () => mark({ note: $("note").value }));
+  $("all").addEventListener("click", () => mark({ mark: marks.get(current)?.mark ?? null }, order));
   $("save").addEventListener("click", save);
   const keys = { ArrowLeft: () => step(-1), p: () => step(-1), ArrowRight: () => step(1), n: () => step(1),
     k: () => toggle("keep"), d: () => toggle("drop"), s: () => toggle("swap"), m: () => $("note").focus() };
