@@ -4,12 +4,16 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PATIENCE = 30  # seconds
 
 
 class Browser:
@@ -43,7 +47,7 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        place = {"behavior": "allow", "downloadPath": str(self.downloads), "eventsEnabled": True}
+        place = {"behavior": "allow", "downloadPath": str(self.downloads)}
         self.call("Browser.setDownloadBehavior", **place)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -59,24 +63,24 @@ class Browser:
         assert "error" not in answer, (method, answer["error"])
         return answer["result"]
 
-    def wait_for(self, event: str) -> None:
-        """Return at the next event of the name."""
-        while True:
-            message = self._read()
-            self._note(message)
-            if message.get("method") == event and not (
-                event == "Browser.downloadProgress" and message["params"]["state"] == "inProgress"
-            ):
-                return
-
     def open(self, page: Path, fragment: str = "") -> None:
         """Open a file and wait until its script has shown the rows."""
+        self.evaluate("typeof changed === 'undefined' || (changed = false)")  # no question now
         self.problems.clear()
         self.requests.clear()
-        self.call("Page.navigate", url=page.as_uri() + fragment)
-        self.wait_for("Page.loadEventFired")
-        ready = "new Promise(done => { const look = () => document.body.dataset.ready"
-        self.evaluate(f"{ready} ? done(true) : setTimeout(look, 5); look(); }})")
+        # A query of its own makes it another document, also where only the fragment differs.
+        url = f"{page.as_uri()}?{next(self._numbers)}"
+        self.call("Page.navigate", url=url + fragment)
+        here = f"location.href.startsWith({url!r}) && document.body?.dataset.ready === 'true'"
+        self.wait_until(lambda: self.evaluate(here))
+
+    @staticmethod
+    def wait_until(condition: Callable[[], object]) -> None:
+        """Return once the condition holds."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, "the browser does not get there"
+            time.sleep(0.01)
 
     def evaluate(self, expression: str) -> Any:
         """The JSON value of an expression in the page; a promise is awaited."""
@@ -116,6 +120,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._reader], [], [], PATIENCE)[0], "the browser says nothing"
             part = os.read(self._reader.fileno(), 1 << 16)
             assert part, "the browser has ended"
             self._buffer += part
@@ -125,7 +130,7 @@ class Browser:
     def _note(self, message: dict[str, Any]) -> None:
         method, found = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
-            self.requests.append(found["request"]["url"])
+            self.requests.append(found["request"]["url"].partition("?")[0])
         if method in ("Runtime.exceptionThrown", "Log.entryAdded"):
             self.problems.append(json.dumps(found))
         if method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning"):
