@@ -12,7 +12,7 @@ import numpy as np
 from notus.curation.rows import Row
 from notus.tables import markdown_table
 
-LISTED_HITS = 100
+LISTED = 100  # hits, and marks; all of them are in dropped.jsonl and the manifest
 NO_SOURCE = "(no source)"
 SIDES = ("chosen", "rejected")
 
@@ -44,7 +44,7 @@ def write_report(
     }
     if marked:
         tables["Marks"] = markdown_table(
-            ["row", "mark", "note"], [list(mark.values()) for mark in marked]
+            ["row", "mark", "note"], [list(mark.values()) for mark in marked[:LISTED]]
         )
     if unusable := counts["pairs that the trainer drops"]:
         tables["Pairs that the trainer drops"] = markdown_table(["", "pairs"], unusable.items())
@@ -102,7 +102,7 @@ def _responses_table(pairs: Sequence[Row]) -> str:
 def _hits_table(hits: Sequence[Row]) -> str:
     """The first rows that hold a benchmark prompt; all of them are in dropped.jsonl."""
     rows = []
-    for hit in hits[:LISTED_HITS]:
+    for hit in hits[:LISTED]:
         prompt = " ".join(hit["benchmark_prompt"].split())
         prompt = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
         kind, covered = hit["benchmark_kind"], f"{hit['benchmark_overlap']:.0%}"
