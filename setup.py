@@ -21,6 +21,7 @@ setup(
         "notus.card",
         "notus.evals",
         "notus.look",
+        "notus.feedback",
         "notus.kernels",
     ],
     package_data={"notus.look": ["page.html", "page.css", "page.js"]},

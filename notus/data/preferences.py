@@ -16,7 +16,7 @@ from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row,
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
 from notus.curation.marks import MARKED, fingerprint
 from notus.curation.ratings import READ_RATED, Choice, RatedRow
-from notus.curation.rows import Row, read_rows
+from notus.curation.rows import LONGEST_LINE, Row, read_rows
 from notus.data.formats import (
     FORMATS,
     ONLY_ANSWERS,
@@ -27,7 +27,7 @@ from notus.data.formats import (
     single_turn_pair,
 )
 from notus.errors import UserError
-from notus.strict import Positive, Text
+from notus.strict import Count, Positive, Text
 
 
 class Preferences(NamedTuple):
@@ -45,6 +45,7 @@ class Source:
     path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
     split: Text | None = None  # null: "train", where the dataset has splits
     weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
+    longest_line: Count = LONGEST_LINE  # characters of a line of JSON; a longer one is refused
     format: Text | None = None  # a name from notus/data/formats.py; null: seen from the rows
     curation: Curation | None = None  # null: the rows are pairs, and all of them enter
 
@@ -55,16 +56,15 @@ class Source:
 class Found(NamedTuple):
     """A row of a source: what it holds, and what becomes of it.
 
-    rated: its responses, if it is a row of rated ones. pairs: of rated responses the pair that the
-    rule picks, of others what the row holds, with marks applied. dropped: why they are left out.
-    Of unpaired rows only the pairs are known, without `row`.
+    rated: its responses, if it is a row of rated ones. outcomes: its pairs, with marks applied,
+    each with the reason why it is left out or None; a reason without a pair where the row gives
+    none. Of unpaired rows only the outcomes are known, without `row`.
     """
 
     where: str
     row: Row
     rated: RatedRow | None
-    pairs: list[Pair]
-    dropped: Dropped | None
+    outcomes: list[tuple[Pair | None, Dropped | None]]
 
 
 def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
@@ -73,18 +73,18 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
     responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
     """
     for found in read_found(source, seed, responses_only=responses_only):
-        if found.dropped:
-            yield found.dropped
-            continue
-        for pair in found.pairs:
-            yield replace(pair, rejected=type(pair.rejected)()) if responses_only else pair
+        for pair, dropped in found.outcomes:
+            if dropped:
+                yield dropped
+            else:
+                yield replace(pair, rejected=type(pair.rejected)()) if responses_only else pair
 
 
 def read_found(
     source: Source, seed: int, held_out: Sequence[str] = (), responses_only: bool = False
 ) -> Iterator[Found]:
     """A source's rows in file order; held_out: as for `Screen`, of a source with a curation."""
-    rows = read_rows(source.path, source.split)
+    rows = read_rows(source.path, source.split, source.longest_line)
     where, row = first = next(rows)
     name = find_format(source.format, row, where)
     _check_use(source, name, where, responses_only)
@@ -93,37 +93,51 @@ def read_found(
     rows = chain([first], rows)
     if name == "unpaired" and not responses_only:
         for pair in pair_up(rows):
-            is_pair = isinstance(pair, Pair)
-            where, dropped = (pair.where, None) if is_pair else ("", pair)
-            yield Found(where, {}, None, [pair] if is_pair else [], dropped)
+            if isinstance(pair, Dropped):
+                yield Found("", {}, None, [(None, pair)])
+            else:
+                yield Found(pair.where, {}, None, [(pair, None)])
         return
     for where, row in rows:
-        rated, pairs, dropped = None, [], None
+        rated = None
         if convert is None:
             rated = READ_RATED[name](row, where)
-            outcome = curate_row(rated, row, where, curation, screen, seed)
-            if isinstance(outcome, Choice):
-                chosen, rejected = outcome.chosen["response"], outcome.rejected["response"]
-                scores = (outcome.chosen_score, outcome.rejected_score)
-                outcome = [single_turn_pair(rated.prompt, chosen, rejected, where, scores)]
+            choices = curate_row(rated, row, where, curation, screen, seed)
+            outcomes = [_pair_of(choice, rated.prompt, where) for choice in choices]
+            if responses_only:  # pairs of a row have the same chosen response
+                first = next((one for one in outcomes if one[0]), None)
+                outcomes = [one for one in outcomes if one is first or not one[0]]
         else:
-            outcome = convert(row, where)
-        if isinstance(outcome, Dropped):
-            dropped = outcome
-        else:
-            pairs = [replace(pair, labels=labels_of(row)) for pair in outcome]
-            if screen and convert is not None:
-                pairs, dropped = _screened(pairs[0], row, screen)
-        yield Found(where, row, rated, pairs, dropped)
+            converted = convert(row, where)
+            if isinstance(converted, Dropped):
+                outcomes = [(None, converted)]
+            elif screen:
+                outcomes = [_screened(converted[0], row, screen)]
+            else:
+                outcomes = [(pair, None) for pair in converted]
+        labels = labels_of(row)
+        labelled = [(pair and replace(pair, labels=labels), reason) for pair, reason in outcomes]
+        yield Found(where, row, rated, labelled)
     if screen:
         screen.marks.require_all_found()
 
 
-def _screened(pair: Pair, row: Row, screen: Screen) -> tuple[list[Pair], Dropped | None]:
+def _pair_of(
+    choice: Choice | Dropped, prompt: str, where: str
+) -> tuple[Pair | None, Dropped | None]:
+    """What becomes of a row of rated responses: a pair, or the reason why not."""
+    if isinstance(choice, Dropped):
+        return None, choice
+    texts = choice.chosen["response"], choice.rejected["response"]
+    scores = choice.chosen_score, choice.rejected_score
+    return single_turn_pair(prompt, *texts, where, scores), None
+
+
+def _screened(pair: Pair, row: Row, screen: Screen) -> tuple[Pair, Dropped | None]:
     """A ready pair with its mark applied, and why it is left out."""
     mark = screen.marks.find(pair.prompt, (pair.chosen, pair.rejected), pair.where)
     if mark and mark.mark == "drop":
-        return [pair], Dropped(MARKED)
+        return pair, Dropped(MARKED)
     if mark and mark.mark == "swap" and mark.responses[0] == fingerprint(pair.chosen):
         pair = replace(
             pair,
@@ -133,7 +147,7 @@ def _screened(pair: Pair, row: Row, screen: Screen) -> tuple[list[Pair], Dropped
             rejected_score=pair.chosen_score,
         )
     refused = screen.refuse(pair.prompt, row, pair.where)
-    return [pair], refused or screen.repeated(pair.prompt, pair.where)
+    return pair, refused or screen.repeated(pair.prompt, pair.where)
 
 
 def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:

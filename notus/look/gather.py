@@ -52,12 +52,12 @@ class Gathering:
         curation, unusable = self.source.curation, self.counts["pairs that the trainer drops"]
         for found in read_found(self.source, self.seed, self._held_out):
             self.counts["rows"] += 1
-            if found.dropped:
-                self.counts["dropped"][found.dropped.reason] += 1
-            else:
-                self.counts["pairs"] += len(found.pairs)
-            for number, pair in enumerate(found.pairs or [None], start=1):
-                record = make_record(found, pair, curation, self.seed, self._marks)
+            for number, (pair, dropped) in enumerate(found.outcomes, start=1):
+                if dropped:
+                    self.counts["dropped"][dropped.reason] += 1
+                else:
+                    self.counts["pairs"] += 1
+                record = make_record(found, pair, dropped, curation, self.seed, self._marks)
                 if number > 1:
                     record["where"] += f", pair {number}"
                 if record["unusable"]:
@@ -95,8 +95,8 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
         manifest = read_object(folder / MANIFEST)
         held_out, seed = manifest.get("held_out") or (), manifest.get("seed", seed)
         expected = {name: manifest.get("counts", {}).get(name) for name in ("rows", "pairs")}
-        manifest |= {"path": manifest.get("input"), "curation": None}
-        given = {key: value or None for key, value in manifest.items() if key != "curation"}
+        manifest["path"] = manifest.get("input")
+        given = {key: value for key, value in manifest.items() if value not in (None, [])}
         curation = parse_part(given, Curation, folder / MANIFEST)
         source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
     where, row = next(read_rows(source.path, source.split))

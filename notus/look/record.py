@@ -22,13 +22,13 @@ from contextlib import suppress
 from typing import Any
 
 from notus.curation.curate import Curation, reason_to_drop, texts_of
-from notus.curation.decontamination import Prompt
+from notus.curation.decontamination import Dropped, Prompt
 from notus.curation.marks import Marks, fingerprint
 from notus.curation.ratings import (
     RULES,
     Completion,
     RatedRow,
-    choose_pair,
+    choose_pairs,
     mean_rating,
     overall_score,
     rating,
@@ -47,9 +47,14 @@ MEASURES = {"mean rating": mean_rating, "overall score": overall_score, "rating"
 
 
 def make_record(
-    found: Found, pair: Pair | None, curation: Curation | None, seed: int, marks: Marks
+    found: Found,
+    pair: Pair | None,
+    dropped: Dropped | None,
+    curation: Curation | None,
+    seed: int,
+    marks: Marks,
 ) -> Record:
-    """The record of a row and of one of its pairs, if it gives any.
+    """The record of a row and of one of its outcomes (`pair`, `dropped`).
 
     seed: of the draws of rejected responses.
     """
@@ -63,14 +68,14 @@ def make_record(
         record["mark"] = {"mark": mark.mark, "note": mark.note}
     labels = (found.row.get(name) for name in LABELS)
     unusable = None
-    if pair and not found.dropped:
+    if pair and not dropped:
         unusable = reason_to_drop(pair.prompt, pair.chosen, pair.rejected)
     sides = [record["responses"][place] for place in map(record.get, SIDES) if place is not None]
     return record | {
         "where": found.where,
         "source": next((label for label in labels if isinstance(label, str)), None),
         "turns": turns_of(prompt),
-        "dropped": found.dropped and found.dropped.reason,
+        "dropped": dropped and dropped.reason,
         "unusable": unusable,
         "numbers": numbers_of(sides, pair) | mismatch(record["responses"]),
         "key": key,
@@ -94,7 +99,8 @@ def rated_part(rated: RatedRow, pair: Pair | None, curation: Curation, seed: int
             rules[rule] = outcome
         elif outcome:
             best.add(responses[outcome[0]]["text"])
-            for side, place in zip(SIDES, outcome, strict=True):
+            for place in outcome:
+                side = SIDES[place != outcome[0]]
                 responses[place].setdefault("picks", []).append(f"{rule}: {side}")
     flags = [RULES_DISAGREE] if len(best) > 1 else []
     if any(r.get("overall score") == 10 and r.get("mean rating", 5) < 3 for r in responses):
@@ -110,21 +116,22 @@ def rated_part(rated: RatedRow, pair: Pair | None, curation: Curation, seed: int
     return {"responses": responses, "rules": rules, "flags": flags, **places}
 
 
-def _pick(rated: RatedRow, rule: str, seed: int, rejected: str) -> tuple[int, int] | str | None:
-    """The places of chosen and rejected response under a rule, or why there is no pair.
+def _pick(rated: RatedRow, rule: str, seed: int, rejected: str) -> list[int] | str | None:
+    """The places of the chosen and the rejected responses under a rule, or why there is no pair.
 
     None if the rule's ratings are not in the row.
     """
     try:
         if all(RULES[rule](completion) is None for completion in rated.completions):
             return None
-        choice = choose_pair(rated, rule, seed, rejected)
+        choices = choose_pairs(rated, rule, seed, rejected)
     except UserError as error:  # a rating out of range, which the source's own rule does not use
         return str(error)
-    if isinstance(choice, str):
-        return choice
+    if isinstance(choices, str):
+        return choices
     ids = [id(completion) for completion in rated.completions]
-    return ids.index(id(choice.chosen)), ids.index(id(choice.rejected))
+    picked = [choices[0].chosen, *(choice.rejected for choice in choices)]
+    return [ids.index(id(completion)) for completion in picked]
 
 
 def rated_response(completion: Completion) -> Record:

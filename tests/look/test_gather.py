@@ -44,6 +44,9 @@ def raw(prompt, *completions):
 PLANTED = raw("p?", completion("bad", "1211", 10), completion("good", "5555", 9))
 TIED = raw("t?", completion("x", "3333", 7), completion("y", "3333", 6))
 EMPTY = raw("e?", completion("", "5555", 9), completion("z", "1111", 1))
+THREE = raw(
+    "m?", completion("5", "5555", 5), completion("4", "4444", 5), completion("1", "1111", 5)
+)
 RAW = [PLANTED, TIED, EMPTY, raw("n?", completion("N", ["N/A"] * 4, 3))]
 
 
@@ -94,24 +97,34 @@ def counts_of_curation(folder):
     }
 
 
-@pytest.mark.parametrize("rule", ["mean-rating", "overall-score-fixed"])
+@pytest.mark.parametrize(
+    "rule, more",
+    [
+        ("mean-rating", {}),
+        ("overall-score-fixed", {}),
+        ("mean-rating", {"rejected": "all-lower", "min_margin": 1.5}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["own", "uf_raw_SYNTHETIC_cases.jsonl"])
-def test_counts_are_those_of_curation(tmp_path, name, rule):
+def test_counts_are_those_of_curation(tmp_path, name, rule, more):
     """Of the rows with the same options, and of the curated folder."""
     path = SHARED / name
     if name == "own":
-        path = Path(write(tmp_path / "a.jsonl", [*RAW, PLANTED]))
+        path = Path(write(tmp_path / "a.jsonl", [*RAW, PLANTED, THREE]))
     elif not path.is_file():
         pytest.skip(f"{path} is not there")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "p?"}])
     folder = tmp_path / "out"
     options = ["--rule", rule, "--duplicates", "exact", "--decontaminate", prompts]
+    options += [w for key, x in more.items() for w in (f"--{key.replace('_', '-')}", str(x))]
     assert curate([str(path), "--out", str(folder), *options]) == 0
-    curation = Curation(rule=rule, duplicates="exact", decontaminate=(prompts,))
+    curation = Curation(rule=rule, duplicates="exact", decontaminate=(prompts,), **more)
     expected = counts_of_curation(folder)
     assert records(str(path), curation)[1] == expected
     found, counts = records(str(folder))
-    assert counts == expected and len(found) == expected["rows"]
+    assert counts == expected
+    assert len(found) == expected["pairs"] + sum(expected["dropped"].values())
     lines = (folder / "jsonl/train.jsonl").read_text().splitlines()
     pairs = [
         (r["responses"][r["chosen"]], r["responses"][r["rejected"]])
