@@ -1,6 +1,7 @@
 """A page to look at pairs, sort, filter and mark them: `python -m notus.look`.
 
-gather     rows of a source -> what the page shows of them, and their numbers
+gather     what SOURCE stands for, and the records of its rows
+record     a row -> what the page shows of it, and its numbers
 scores     what a model says of pairs
 selection  the rows that a page holds
 page       rows -> one HTML file
