@@ -23,6 +23,7 @@ import eval as evaluation_commands
 import train
 from notus.config import load_config
 from notus.curation import curate
+from notus.curation.marks import fingerprint
 from notus.engine.flops import gpu_named
 
 ROOT = Path(__file__).parents[1]
@@ -320,6 +321,10 @@ def small(demo, tmp_path_factory):
     notus["data"]["train"][0]["path"] = str(pairs)
     (folder / "configs/notus.json").write_text(json.dumps(notus))
 
+    rated = json.loads((demo / "preferences.jsonl").read_text().splitlines()[0])
+    key = {"prompt": fingerprint(rated["instruction"])}
+    key |= {"responses": [fingerprint(rated["completions"][0]["response"])]}
+    write_rows(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
     write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])
