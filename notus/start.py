@@ -35,6 +35,7 @@ from notus.engine.warmup import fullest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
 from notus.model.attention import check_segments
+from notus.model.hf_config import has_vision
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.model.peft import check_fits, export_adapter, merge, read_adapter
@@ -201,6 +202,11 @@ def announce(setup: Setup) -> None:
         f"epoch; {count_parameters(setup.models.shape):,} parameters on "
         f"{ranks.count} x {ranks.device.type}"
     )
+    if has_vision(setup.models.source):
+        ranks.say(
+            f"{setup.models.source}: its vision tower is left out; the language model is trained, "
+            "and written as a folder of its own"
+        )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
 
