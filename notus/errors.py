@@ -11,8 +11,13 @@ class UserError(ValueError):
 
     The message names the file, row or key, what was found and what was expected. The commands
     print only the message, without a traceback, and exit with code 2. Any other exception is a
-    defect of this project and keeps its traceback.
+    defect of this project and keeps its traceback. As text it is one line: of what it quotes, line
+    breaks are spaces, and characters that do not print are escaped.
     """
+
+    def __str__(self) -> str:
+        line = " ".join(filter(None, map(str.strip, super().__str__().splitlines())))
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 @contextmanager

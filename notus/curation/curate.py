@@ -36,14 +36,15 @@ from notus.curation.ratings import (
     Choice,
     RatedRow,
     aspect_ratings,
-    choose_pair,
+    choose_pairs,
     read_rated_row,
+    shortcoming,
 )
 from notus.curation.report import NO_SOURCE, write_report
 from notus.curation.rows import Row, optional_text, read_rows, read_text
 from notus.errors import UserError
 from notus.files import new_folder, write_json
-from notus.strict import Text
+from notus.strict import Positive, Text, parse
 
 HELD_OUT_PROMPT = "prompt of a held-out row"
 
@@ -55,14 +56,23 @@ class Curation:
     # what ranks a row's completions: the mean of UltraFeedback's aspects (Notus), its overall
     # score (Zephyr) as published or corrected, or each response's own rating; null: ready pairs
     rule: Literal["mean-rating", "overall-score", "overall-score-fixed", "rating"] | None = None
-    # drawn among the lower ones, the lowest, or drawn among all others, ties too, as for Zephyr
-    rejected: Literal["random", "lowest", "zephyr"] = "random"
+    # drawn among the lower ones, the lowest, each lower one in a pair of its own (several pairs of
+    # a row), or drawn among all others, ties too, as for Zephyr
+    rejected: Literal["random", "lowest", "all-lower", "zephyr"] = "random"
+    min_margin: Positive | None = None  # the least by which chosen must exceed rejected, in scores
+    min_chosen: float | None = None  # the least score of a chosen response
+    agree: bool = False  # leave out pairs of which an aspect rates the rejected response higher
     decontaminate: tuple[Text, ...] | None = None  # files of benchmark prompts to leave out
     # a benchmark prompt is recognised by its text, also by its words, also by runs of 8 words
     match: Literal["exact", "normalised", "n-grams"] = "n-grams"
     drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
     # of pairs with the same prompt, or nearly the same, only the first is kept
     duplicates: Literal["keep", "exact", "near"] = "keep"
+
+    @property
+    def decides(self) -> bool:
+        """Whether pairs are left out because of their scores."""
+        return self.min_margin is not None or self.min_chosen is not None or self.agree
 
 
 class Screen:
@@ -104,22 +114,29 @@ class Screen:
 
 def curate_row(
     rated: RatedRow, row: Row, where: str, curation: Curation, screen: Screen, seed: int
-) -> Choice | Dropped:
-    """The pair of a row of rated responses, or the reason why it gives none.
+) -> list[Choice | Dropped]:
+    """The pairs of a row of rated responses, or the reason why it gives none.
 
-    Raises UserError if a rating is out of range, or a response of the pair is not text.
+    With "all-lower" each pair that is left out has its reason among them. Raises UserError if a
+    rating is out of range, or a response of a pair is not text.
     """
     if refused := screen.refuse(rated.prompt, row, where):
-        return refused
+        return [refused]
+    limits = (curation.min_margin, curation.min_chosen, curation.agree)
     try:
-        choice = choose_pair(rated, curation.rule, seed, curation.rejected)
+        choices = choose_pairs(rated, curation.rule, seed, curation.rejected)
+        if isinstance(choices, str):
+            return [Dropped(choices)]
+        reasons = [shortcoming(choice, *limits) for choice in choices]
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if isinstance(choice, str):
-        return Dropped(choice)
-    for completion in (choice.chosen, choice.rejected):
-        read_text(completion, "response", where)
-    return screen.repeated(rated.prompt, where) or choice
+    for choice in choices:
+        for completion in (choice.chosen, choice.rejected):
+            read_text(completion, "response", where)
+    if None in reasons and (repeated := screen.repeated(rated.prompt, where)):
+        return [repeated]
+    both = zip(choices, reasons, strict=True)
+    return [choice if reason is None else Dropped(reason) for choice, reason in both]
 
 
 def reason_to_drop(prompt: Prompt, chosen: Prompt, rejected: Prompt | None) -> str | None:
@@ -153,7 +170,8 @@ def curate(
     The folder holds train.parquet and jsonl/train.jsonl (the same pairs, in Argilla's columns; the
     `*_avg_rating` are the scores under the rule), jsonl/dropped.jsonl (every other row and why),
     report.md with figures, and manifest.json (settings, hashes, counts). As a training source the
-    folder is its Parquet file. It appears only when it is complete.
+    folder is its Parquet file. It appears only when it is complete. With rejected "all-lower" a
+    row may give several pairs, each of which is kept or dropped, so the counts are of pairs there.
 
     held_out: as for `Screen`. seed: of the draws of rejected responses. Raises UserError if `out`
     exists or cannot be written, a file cannot be read, a row or a rating is malformed, or no pair
@@ -161,22 +179,23 @@ def curate(
     """
     settings = {"input": path, "split": split or "train", **asdict(curation)}
     settings |= {"held_out": tuple(held_out), "seed": seed}
-    pairs, dropped, ratings = [], [], defaultdict(list)
+    rows, pairs, dropped, ratings = 0, [], [], defaultdict(list)
     with new_folder(out) as folder:
         screen, digest = Screen(curation, held_out), hashlib.sha256()
         for where, row in tqdm(read_rows(path, split), unit=" rows", disable=None):
             digest.update(_canonical(row))
             rated = read_rated_row(row, where)
-            outcome = curate_row(rated, row, where, curation, screen, seed)
-            if isinstance(outcome, Dropped):
-                dropped.append(_record_of_dropped(rated, outcome, where))
-            else:
-                pairs.append(_record_of_pair(rated, outcome, where))
+            rows += 1
+            for outcome in curate_row(rated, row, where, curation, screen, seed):
+                if isinstance(outcome, Dropped):
+                    dropped.append(_record_of_dropped(rated, outcome, where))
+                else:
+                    pairs.append(_record_of_pair(rated, outcome, where))
             for completion in rated.completions:
                 with suppress(UserError):  # a rating out of range, which the rule does not use
                     for aspect, rating in list(aspect_ratings(completion)):
                         ratings[aspect].append(rating)
-        counts = _counts(pairs, dropped)
+        counts = _counts(rows, pairs, dropped)
         if not pairs:
             text = _counts_text(counts)
             raise UserError(f'{path}: no pair is left under the rule "{curation.rule}"; {text}')
@@ -198,10 +217,10 @@ def curate(
     return counts
 
 
-def _counts(pairs: Sequence[Row], dropped: Sequence[Row]) -> dict[str, Any]:
+def _counts(rows: int, pairs: Sequence[Row], dropped: Sequence[Row]) -> dict[str, Any]:
     texts = ([pair[name] for name in TEXTS[1:]] for pair in pairs)
     return {
-        "rows": len(pairs) + len(dropped),
+        "rows": rows,
         "pairs": len(pairs),
         "dropped": Counter(record["reason"] for record in dropped),
         "pairs by source": Counter(pair["source"] or NO_SOURCE for pair in pairs),
@@ -255,16 +274,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, text in choices.items():
         add(f"--{name}", choices=get_args(kinds[name]), default=getattr(defaults, name), help=text)
+    add("--min-margin", type=float, help="the least difference of a pair's scores")
+    add("--min-chosen", type=float, help="the least score of a chosen response")
+    add("--agree", action="store_true", help="no aspect may rate the rejected response higher")
     add("--seed", type=int, default=42, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
-    curation = Curation(
-        rule=options.rule,
-        decontaminate=tuple(options.decontaminate),
-        drop_sources=tuple(options.drop_source),
-        **{name: getattr(options, name) for name in choices},
-    )
     paths = (options.input, options.split, options.out)
     try:
+        curation = Curation(
+            rule=options.rule,
+            decontaminate=tuple(options.decontaminate),
+            drop_sources=tuple(options.drop_source),
+            min_margin=parse(options.min_margin, Positive | None, "--min-margin"),
+            min_chosen=parse(options.min_chosen, float | None, "--min-chosen"),
+            agree=options.agree,
+            **{name: getattr(options, name) for name in choices},
+        )
         counts = curate(*paths, curation, options.held_out, options.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

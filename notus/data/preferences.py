@@ -14,8 +14,8 @@ import numpy as np
 
 from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.ratings import READ_RATED, Choice
-from notus.curation.rows import read_rows
+from notus.curation.ratings import READ_RATED
+from notus.curation.rows import LONGEST_LINE, read_rows
 from notus.data.formats import (
     FORMATS,
     ONLY_ANSWERS,
@@ -26,7 +26,7 @@ from notus.data.formats import (
     single_turn_pair,
 )
 from notus.errors import UserError
-from notus.strict import Positive, Text
+from notus.strict import Count, Positive, Text
 
 
 class Preferences(NamedTuple):
@@ -44,6 +44,7 @@ class Source:
     path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
     split: Text | None = None  # null: "train", where the dataset has splits
     weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
+    longest_line: Count = LONGEST_LINE  # characters of a line of JSON; a longer one is refused
     format: Text | None = None  # a name from notus/data/formats.py; null: seen from the rows
     curation: Curation | None = None  # null: the rows are pairs, and all of them enter
 
@@ -56,7 +57,7 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
 
     responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
     """
-    rows = read_rows(source.path, source.split)
+    rows = read_rows(source.path, source.split, source.longest_line)
     where, row = first = next(rows)
     name = find_format(source.format, row, where)
     _check_use(source, name, where, responses_only)
@@ -69,11 +70,16 @@ def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Itera
     for where, row in rows:
         if convert is None:
             rated = READ_RATED[name](row, where)
-            outcome = curate_row(rated, row, where, curation, screen, seed)
-            if isinstance(outcome, Choice):
-                chosen, rejected = outcome.chosen["response"], outcome.rejected["response"]
-                scores = (outcome.chosen_score, outcome.rejected_score)
-                outcome = [single_turn_pair(rated.prompt, chosen, rejected, where, scores)]
+            outcome = []
+            for found in curate_row(rated, row, where, curation, screen, seed):
+                if isinstance(found, Dropped):
+                    yield found
+                    continue
+                chosen, rejected = found.chosen["response"], found.rejected["response"]
+                scores = (found.chosen_score, found.rejected_score)
+                outcome.append(single_turn_pair(rated.prompt, chosen, rejected, where, scores))
+            if responses_only:
+                del outcome[1:]  # the same chosen response
         else:
             outcome = convert(row, where)
             if screen and not isinstance(outcome, Dropped):

@@ -26,8 +26,10 @@ from notus.data.formats import PARTS, Message, Pair
 from notus.data.special_tokens import guard_of, spells_added, without_ends
 from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.errors import UserError
+from notus.limits import time_limit
 
 PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
+TEMPLATE_SECONDS = 10.0  # of computing, for one conversation
 
 AS_TEXT = "with special-token text in content, read as text"
 AS_SPECIAL = "with special-token text in content, read as special tokens"
@@ -295,9 +297,10 @@ def render(
 ) -> str:
     """The conversation as the chat template writes it; raises UserError that names `where`."""
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=opens_answer
-        )
+        with time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_answer
+            )
         text.encode()  # UnicodeEncodeError for half a surrogate pair
     # A template may refuse roles or their order, or compute anything that the values do not allow.
     except Exception as error:
