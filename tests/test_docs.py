@@ -279,6 +279,8 @@ def shrink(configuration: dict) -> dict:
     """The same configuration at the size of the tests' demo, on the CPU."""
     data = configuration["data"]
     sizes: dict = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
+    if "truncation" in data:  # then the length of prompts has no effect
+        del sizes["max_prompt_length"]
     if isinstance(data.get("eval"), dict):
         sizes["eval"] = {"holdout": 9, "seed": 42}
     return configuration | {
