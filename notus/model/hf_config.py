@@ -118,7 +118,7 @@ def decoder_config(folder: Path) -> dict[str, Any]:
         return config
     text = config.get("text_config")
     kind = text.get("model_type") if isinstance(text, dict) else None
-    if kind not in TOWER_CLASSES:
+    if kind not in tuple(TOWER_CLASSES):
         raise UserError(
             f"{path}: text_config.model_type is {kind or 'none named'}{_other_kind(text)}, "
             f"expected one of {', '.join(TOWER_CLASSES)}"
@@ -197,13 +197,13 @@ def _stores_head(folder: Path) -> bool:
     names: Any = ()
     try:
         if (folder / INDEX).is_file():
-            names = read_object(folder / INDEX).get("weight_map") or ()
+            names = read_object(folder / INDEX).get("weight_map")
         elif (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, framework="pt") as handle:
                 names = list(handle.keys())
     except (OSError, SafetensorError):
         pass  # named when the weights are opened
-    return any(name.endswith("lm_head.weight") for name in names)
+    return any(str(name).endswith("lm_head.weight") for name in names or ())
 
 
 def _window(config: dict[str, Any], architecture: str, path: Path) -> Any:
@@ -215,9 +215,10 @@ def _window(config: dict[str, Any], architecture: str, path: Path) -> Any:
         window = window if config.get("use_sliding_window") else None
         full, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
         if kinds is None and window is not None and type(full) is type(layers) is int:
-            kinds = [FULL] * min(full, layers) + [SLIDING] * max(layers - full, 0)
+            kinds = [FULL] * (full > 0) + [SLIDING] * (layers > full)
     if kinds is None:
         return window
+    kinds = kinds if isinstance(kinds, list) else [kinds]
     if kinds == [FULL] * len(kinds) and (window is None or architecture in LAYERED):
         return None
     if kinds == [SLIDING] * len(kinds) and window is not None:
@@ -232,8 +233,12 @@ def _flatten_rope(config: dict[str, Any], architecture: str, path: Path) -> None
     """Move what is read of the rope settings to the places that ModelShape gives it."""
     # Since transformers 5 the base frequency is among the rope settings.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: the rope settings are {rope!r}, expected an object")
+    if not isinstance(rope, dict) or any(isinstance(entry, dict) for entry in rope.values()):
+        raise UserError(
+            f"{path}: the rope settings are {rope!r}, expected an object for all layers"
+        )
+            f"{path}: the rope settings are {rope!r}, expected an object for all layers"
+        )
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
     kind, config["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None

@@ -161,6 +161,8 @@ def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
             TOWER | {"text_config": {"model_type": "mistral4", "kv_lora_rank": 64}},
             r"model_type is mistral4 \(multi-head latent attention\), expected one of mistral, ",
         ),
+        ({"layer_types": 3}, r'layer_types: found \["3"\] with sliding_window null'),
+        ({"rope_parameters": {"full_attention": YARN}}, "expected an object for all layers"),
         (TOWER, "text_config.model_type is none named, expected one of mistral, ministral3"),
         (
             TOWER | {"text_config": {"model_type": "mistral"}, "quantization_config": FP8},
