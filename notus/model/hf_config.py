@@ -237,8 +237,6 @@ def _flatten_rope(config: dict[str, Any], architecture: str, path: Path) -> None
         raise UserError(
             f"{path}: the rope settings are {rope!r}, expected an object for all layers"
         )
-            f"{path}: the rope settings are {rope!r}, expected an object for all layers"
-        )
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
     kind, config["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None
