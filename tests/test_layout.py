@@ -21,8 +21,8 @@ ORDER = """
     data.planning data.packing data.dataset
     kernels
     model.intervals
-    model.attention model.hf_config model.mistral model.host_copies model.weights model.lora
-    model.peft
+    model.attention model.hf_config model.rope model.mistral model.host_copies model.weights
+    model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.turns objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
