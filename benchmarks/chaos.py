@@ -58,7 +58,7 @@ from notus.engine.history import versions
 from notus.files import remove
 from notus.objective import reference_cache
 
-DRAWN = ["full"] * 4 + ["adapters", "following", "two ranks", "two ranks"]
+DRAWN = ["full"] * 3 + ["best", "adapters", "following", "two ranks", "two ranks"]
 READ_AT_END = re.compile("run(/(final|config.json|history.jsonl|lock).*)?$")  # of a finished run
 
 
@@ -210,7 +210,7 @@ def mount(place: Path, options: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", type=int, default=100, help="cases of two to four kills")
+    parser.add_argument("--kills", type=int, default=130, help="cases of two to four kills")
     parser.add_argument("--damages", type=int, default=420)
     parser.add_argument("--disks", type=int, default=40)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])

@@ -347,6 +347,23 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("refused", ["open", "pwrite"])
+def test_a_lock_that_cannot_be_made_is_in_nobodys_way(setting, monkeypatch, refused):
+    """There is no room for it, or for the text in it."""
+    folder, identity, online = setting
+    plain = getattr(os, refused)
+
+    def refuse(file, *others):
+        if refused == "pwrite" or str(file).endswith(".lock"):
+            no_space()
+        return plain(file, *others)
+
+    monkeypatch.setattr(turns.os, refused, refuse)
+    found = cached_log_probs(folder, folder, identity, online)
+    assert len(found) == online.pairs.response_starts[-1]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
 def test_without_locks_every_run_computes_its_own(setting, monkeypatch):
     """Two that write the same cache at the same time leave a sound one."""
     folder, identity, online = setting
