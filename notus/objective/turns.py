@@ -19,7 +19,8 @@ class Turn(AbstractContextManager):
 
     The kernel holds it as a lock (flock) on `path` and frees it with the process. The text in the
     file is for people: JSON with "host" and "pid" of the holder. On a file system without locks, or
-    where the file cannot be opened (another user's, no space), everyone has a turn at once. held: whether the lock is held.
+    where the file cannot be opened (another user's, no space), everyone has a turn at once. held:
+    whether the lock is held.
     """
 
     def __init__(self, path: Path) -> None:
