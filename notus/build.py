@@ -193,6 +193,8 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         responses_only=config.train.objective == "sft",
     )
     for name, found in datasets.items():
+        for remark in found.remarks:
+            ranks.say(remark)
         ranks.say(f"{name} data: {len(found.pairs):,} {config.train.unit}{found.notes}")
     return datasets
 

@@ -25,12 +25,14 @@ class Dataset:
     """A data set as text and as tokens.
 
     rows: its pairs as they were read. tokenized: their tokens. dropped: how many rows were dropped
-    while reading, by reason; a holdout's are counted with the training data's.
+    while reading, by reason; a holdout's are counted with the training data's. remarks: lines on
+    what was read and may surprise.
     """
 
     rows: Sequence[Pair]
     tokenized: Tokenized
     dropped: Mapping[str, int]
+    remarks: Sequence[str] = ()
 
     @property
     def pairs(self) -> TokenizedPairs:
@@ -88,17 +90,19 @@ def load_datasets(
             drop_leaks=drop_leaks,
             responses_only=responses_only,
         )
-    read = {"train": (found.train, found.dropped)}
+    read = {"train": (found.train, found.dropped, found.remarks)}
     if held_out:
-        read["eval"] = (held_out.train, held_out.dropped)
+        read["eval"] = (held_out.train, held_out.dropped, held_out.remarks)
     elif holdout:
-        read["eval"] = (found.holdout, {})
+        read["eval"] = (found.holdout, {}, [])
 
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **tokenization)
     datasets = {}
-    for name, (rows, dropped) in read.items():
+    for name, (rows, dropped, remarks) in read.items():
         tokenized = Tokenized.join(map_over_ranks(rows, tokenize))
-        data = datasets[name] = Dataset(rows, tokenized, dropped)
+        data = datasets[name] = Dataset(
+            rows, tokenized, dropped, [*remarks, *_text_in_a_chat(rows, tokenizer)]
+        )
         if not len(data.pairs):
             raise UserError(f"{name} data: no pair is left after tokenization{data.notes}")
         slots = slots_of(data.pairs.lengths, prefix_sharing)
@@ -108,3 +112,14 @@ def load_datasets(
                 f"tokens_per_microbatch is {tokens_per_microbatch}; raise it, or lower max_length"
             )
     return datasets
+
+
+def _text_in_a_chat(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """A remark if pairs are plain text although the tokenizer can write conversations."""
+    texts = sum(isinstance(pair.prompt, str) for pair in rows)
+    if not texts or not tokenizer.chat_template:
+        return []
+    return [
+        f"{texts:,} of {len(rows):,} pairs are plain text and are trained on without the "
+        'tokenizer\'s chat template; if they are turns of a chat, give their source "format": "turns"'
+    ]

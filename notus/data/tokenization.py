@@ -22,8 +22,9 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.formats import PARTS, Message, Pair
+from notus.data.formats import PARTS, Pair
 from notus.data.special_tokens import guard_of, spells_added, without_ends
+from notus.data.template import check_written, render, with_system_prompt
 from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.errors import UserError
 
@@ -256,13 +257,6 @@ def _trl_0_7_4(
 # ------------------------------------------------------------------------------ the chat template
 
 
-def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation, with `system_prompt`, if given, as its system turn if it has none."""
-    if system_prompt is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
-
-
 def _branch_texts(
     pair: Pair, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> list[str]:
@@ -276,10 +270,12 @@ def _branch_texts(
             "chat_template in its tokenizer_config.json, or rows of plain text"
         )
     messages = with_system_prompt(pair.prompt, system_prompt)
-    prompt = render(tokenizer, messages, pair.where, opens_answer=True)
+    given = {"tools": pair.tools, "options": pair.template_options}
+    prompt = render(tokenizer, messages, pair.where, opens_answer=True, **given)
     texts = [prompt]
-    for response in responses:
-        branch = render(tokenizer, [*messages, *response], pair.where, opens_answer=False)
+    for number, response in enumerate(responses):
+        conversation = [*messages, *response]
+        branch = render(tokenizer, conversation, pair.where, opens_answer=False, **given)
         if not branch.startswith(prompt):
             raise UserError(
                 f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
@@ -287,20 +283,6 @@ def _branch_texts(
                 f"{branch[max(0, len(prompt) - 40) : len(prompt) + 20]!r}; expected the same text"
             )
         texts.append(branch[len(prompt) :])
+        start = len(messages) if number else 0  # the prompt is looked at once
+        check_written(tokenizer, conversation, pair.where, start=start, **given)
     return texts
-
-
-def render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], where: str, *, opens_answer: bool
-) -> str:
-    """The conversation as the chat template writes it; raises UserError that names `where`."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=opens_answer
-        )
-        text.encode()  # UnicodeEncodeError for half a surrogate pair
-    # A template may refuse roles or their order, or compute anything that the values do not allow.
-    except Exception as error:
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise UserError(f"{where}: the chat template refuses this conversation: {reason}") from None
-    return text

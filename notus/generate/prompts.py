@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.curation.rows import read_rows
 from notus.data.formats import Message, read_messages
-from notus.data.tokenization import render, with_system_prompt
+from notus.data.template import render, with_system_prompt
 from notus.errors import UserError
 from notus.strict import Text, parse_part
 

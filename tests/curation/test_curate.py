@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from notus.curation import report as curation_report
 from notus.curation.curate import Curation, Screen, curate, curate_row, main
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import read_rated_row
+from notus.curation.rated_rows import read_ultrafeedback
 from notus.curation.rows import read_rows
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
@@ -129,7 +129,7 @@ def test_every_case_by_the_mean_rule(tmp_path, case):
         prompt=fields.get("prompt", "Name a colour."),
         source=fields.get("source", "flan"),
     )
-    rated = read_rated_row(row, "here:1")
+    rated = read_ultrafeedback(row, "here:1")
     outcome = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
     if isinstance(outcome, Dropped):
         assert [outcome.reason] == [expected[0].format(bench=bench)]
@@ -146,7 +146,7 @@ def test_the_first_revisions_lists_of_annotations():
     for one in row["completions"]:
         one["annotations"] = {name: [found] for name, found in one["annotations"].items()}
         one["fine-grained_score"] = None
-    rated = read_rated_row(row, "a:1")
+    rated = read_ultrafeedback(row, "a:1")
     outcome = curate_row(rated, row, "a:1", by_mean(), Screen(by_mean()), 0)
     assert outcome[2:] == (4.0, 2.0)
 
@@ -241,7 +241,7 @@ def test_the_manifest_counts_every_row(place, run):
 
 
 class Source:
-    split, weight, format = None, 1.0, None
+    split, weight, format, columns, ignore = None, 1.0, None, None, None
 
     def __init__(self, path, curation=None):
         self.path, self.curation = path, curation
@@ -338,7 +338,7 @@ def test_any_set_of_rated_responses(place, run):
         [None, "1", "a", "c", 10.0, -1.0, None],
     ]
     report = (place / "out" / "report.md").read_text()
-    assert "Benchmark" not in report and "| pairs | 60 | 60 |" in report
+    assert "Not screened" in report and "| pairs | 60 | 60 |" in report
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -353,8 +353,15 @@ def test_any_set_of_rated_responses(place, run):
          "in.jsonl:1: overall_score is 11; expected a number from 1 to 10"),
         ("in.jsonl", f"{json.dumps(ROWS[0])}\n[1]", (), "in.jsonl:2: the row is a list; expected"),
         ("in.jsonl", f"{json.dumps(ROWS[0])}\n{{oops", (), "in.jsonl:2: not JSON"),
-        ("in.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), (),
-         "in.jsonl:1: no rated responses; found the columns prompt, chosen, rejected; expected"),
+        ("in.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}),
+         ("--rule", "rating"), 'with a rule for rows in the format "preference", which are pairs'),
+        ("in.jsonl", json.dumps({"text": "a"}), (), "in.jsonl:1: not a known preference format"),
+        ("in.jsonl", json.dumps({"messages": []}), (), "not for rows of one response each"),
+        ("in.jsonl", json.dumps(ROWS[0]), ("--rule", "rating"),
+         "fewer than two rated completions"),
+        ("in.jsonl", json.dumps({"prompt": "a", "responses": [], "ratings": []}),
+         ("--rule", "overall-score"),
+         'the rule "overall-score" does not read rows of the format "rated"; expected "rating"'),
         ("in.jsonl", json.dumps(raw(completion("4444", 5, 3), completion("1111"))), (),
          'in.jsonl:1: "response" is a number; expected text'),
         ("in.jsonl", json.dumps(raw(completion("4444", model=3), completion("1111"))), (),
@@ -466,7 +473,7 @@ def outcomes(rows, settings, seed):
     screen = Screen(settings)
     found = []
     for row in rows:
-        rated = read_rated_row(row, "here")
+        rated = read_ultrafeedback(row, "here")
         found.append(curate_row(rated, row, "here", settings, screen, seed))
     return found
 

@@ -13,6 +13,8 @@ class Source:
     split: str | None = None
     weight: float = 1.0
     format: str | None = None
+    columns: dict | None = None
+    ignore: tuple | None = None
     curation: Curation | None = None
 
 
