@@ -5,6 +5,7 @@ turn, the tools and the options of the chat template into the pair, whatever its
 a row that holds more. Columns of metadata (ids, names of models, scores) are free.
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,15 @@ MEANINGFUL = {
 }
 # Columns that are read without being the text of a pair.
 KNOWN = {*LABELS, *(column for columns in SCORE_COLUMNS for column in columns), "metadata"}
+
+
+def check_names(columns: Mapping[str, str], path: str) -> None:
+    """Raise UserError for a name on the left of a source's `columns` that no format knows."""
+    known = {*KNOWN, *ADDED, *(name for entry in FORMATS.values() for name in entry.reads)}
+    for name in columns.keys() - known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f'the nearest is "{nearest[0]}"' if nearest else f"known are {', '.join(known)}"
+        raise UserError(f"{path}: columns.{name}: no format knows this name; {hint}")
 
 
 def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:

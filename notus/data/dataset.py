@@ -120,6 +120,7 @@ def _text_in_a_chat(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) ->
     if not texts or not tokenizer.chat_template:
         return []
     return [
-        f"{texts:,} of {len(rows):,} pairs are plain text and are trained on without the "
-        'tokenizer\'s chat template; if they are turns of a chat, give their source "format": "turns"'
+        f"{texts:,} of {len(rows):,} pairs are plain text and are trained on without the chat "
+        "template that the tokenizer has; if they are turns of a chat, give their source "
+        '"format": "turns"'
     ]

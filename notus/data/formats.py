@@ -97,6 +97,8 @@ def _from(role: str, text: str) -> dict[str, str]:
     return {"from": role, "value": text}
 
 
+# What `gather` makes, and a ready pair that a rule's choice replaces.
+RATED_READS = ("responses", "ratings", "chosen", "rejected")
 RATED_EXAMPLES: dict[str, dict[str, Any]] = {
     "ultrafeedback": {
         "instruction": "Why?",
@@ -130,7 +132,7 @@ TEXTS = {"chosen": "So.", "rejected": "No."}
 # The first format that recognises a source's first row is taken, so the special ones come first.
 FORMATS: dict[str, Format] = {
     **{
-        name: _format(None, *RATED[name].columns, reads=("responses", "ratings"), **example)
+        name: _format(None, *RATED[name].columns, reads=RATED_READS, **example)
         for name, example in RATED_EXAMPLES.items()
     },
     "argilla": _format(

@@ -11,7 +11,15 @@ from notus.curation.rated_rows import RATED
 from notus.curation.ratings import Choice
 from notus.curation.rows import PlacedRow, Row, read_rows
 from notus.data.answer_formats import convert_labelled, pair_up
-from notus.data.columns import complete, complete_all, rename, unused, without_columns, without_keys
+from notus.data.columns import (
+    check_names,
+    complete,
+    complete_all,
+    rename,
+    unused,
+    without_columns,
+    without_keys,
+)
 from notus.data.formats import FORMATS, ONLY_ANSWERS, find_format
 from notus.data.pairs import Pair, labels_of, question_pair
 from notus.errors import UserError
@@ -76,6 +84,7 @@ def read_pairs(
     reading: is filled.
     """
     reading = reading or Reading(source.path)
+    check_names(source.columns or {}, source.path)
     rows = _prepared(source, reading)
     where, row = first = next(rows)
     rule = source.curation.rule if source.curation else None
