@@ -170,7 +170,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tools": [WEATHER]}, 'the chat template leaves "tools" out; expected .*"ignore": .*tools'),
+        ({"tools": [WEATHER]}, 'the chat template leaves "tools" out; .*"ignore": .*tools'),
         ({"prompt": [SYSTEM, user("a")]}, "message 1, of the system: the chat template leaves it"),
         ({"prompt": [user("a"), assistant("b"), RESULT]}, "message 3, of the tool: the chat temp"),
         ({"rejected": [call({"city": "Rome"})]}, 'message 2, of the assistant: .*"tool_calls" out'),
