@@ -30,6 +30,7 @@ from notus.errors import UserError, agreed
 from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
 from notus.kernels.dispatch import check_backend
+from notus.masking import masked
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
 from notus.model.intervals import BLOCK
@@ -44,8 +45,8 @@ from notus.strict import parse
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Every key with its resolved value as JSON, the loss's options included."""
-    return to_dict(config) | {"loss": make_loss(config).settings}
+    """Every key with its resolved value as JSON, the loss's options included, secrets masked."""
+    return masked(to_dict(config) | {"loss": make_loss(config).settings})
 
 
 def settings_now(earlier: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 import atexit
 import os
+import re
+import shutil
 import sys
-from contextlib import suppress
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TextIO
 
@@ -14,6 +18,35 @@ def emit(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _register()
+
+
+def wrap(text: str) -> str:
+    """Its lines at the terminal's width, 80 columns where there is none.
+
+    What continues a line is below its text: behind its indentation and a first word that two or
+    more spaces set off.
+    """
+    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    lines = []
+    for line in text.splitlines():
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        start = re.match(r" *(\S+ {2,}(?=\S))?", line).end()
+        indents = {"initial_indent": line[:start], "subsequent_indent": " " * (start or 2)}
+        unbroken = {"break_long_words": False, "break_on_hyphens": False}
+        lines += textwrap.wrap(line[start:], width, **indents, **unbroken)
+    return "\n".join(lines)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Warn, in one line, instead of raising whatever a figure's library meets in the block."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        emit(f"warning: a figure could not be drawn: {reason}", sys.stderr)
 
 
 @cache

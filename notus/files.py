@@ -20,6 +20,16 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{path.name}")
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder; nobody else may be writing there.
+
+    Raises UserError when the file system refuses.
+    """
+    with writing(folder):
+        for left in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
 def write_whole(
     path: Path, content: str | Callable[[Path], object], *, durable: bool = False
 ) -> None:

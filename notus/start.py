@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from notus import build
 from notus.build import Setup
-from notus.config import Config
+from notus.config import Config, to_dict
 from notus.data.dataset import Dataset
 from notus.data.packing import pack_division
 from notus.data.planning import idle_text
@@ -31,9 +31,10 @@ from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts, Stopped
-from notus.engine.warmup import fullest_row, warm_up
+from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
+from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
@@ -123,8 +124,9 @@ def open_run(
     elif facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
     if ranks.device.type == "cuda" or build.compiles(config, ranks.device):
-        ranks.say(f"first a row of {run.rows.budget:,} slots: to compile, and to see that it fits")
-        batch = fullest_row(run.plan, run.pairs, run.rows)
+        batch = longest_row(run.plan, run.pairs, run.rows)
+        slots = len(batch.tokens)
+        ranks.say(f"first the longest row, {slots:,} slots: to compile, and to see that it fits")
         warm_up(policy, batch, ranks, run.keep_gathered, run.loss.uses_weights)
     return run
 
@@ -194,7 +196,7 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
 
 
 def announce(setup: Setup) -> None:
-    """Print the size of the run, and the ranks that will idle."""
+    """Print the size of the run, the ranks that will idle, and the settings that are masked."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
         f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
@@ -203,6 +205,8 @@ def announce(setup: Setup) -> None:
     )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
+    if ranks.first and (keys := ", ".join(masked_keys(to_dict(setup.config)))):
+        warn(f"{keys}: looks like a secret, and is recorded as {MASK}")
 
 
 def holds_final(setup: Setup) -> bool:
@@ -211,9 +215,12 @@ def holds_final(setup: Setup) -> bool:
     Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
     """
     final = setup.output / "final"
-    found = [os.path.lexists(final), final_damage(setup)]
+    sealed = (final / checkpoint.MANIFEST).is_file()  # not after a kill just before that
+    found = [os.path.lexists(final), final_damage(setup), sealed]
     dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
-    there, damage = found
+    there, damage, sealed = found
+    if sealed and not damage:
+        damage = checkpoint.damage(final)
     if not there or not damage:
         return there
     with agreed():
@@ -322,6 +329,7 @@ def claim_output_dir(
     with agreed():
         resuming.make_output_dir(setup.output)
         lock.take()
+        resuming.remove_leftovers(setup.output)
         resuming.write_settings(setup.output, settings, setup.start)
     with agreed():
         resuming.check_shared(setup.output)
@@ -410,12 +418,14 @@ def export(run: Run) -> None:
     final, lora = run.output / "final", run.config.model.lora
     if lora is None:
         export_model(final, run.policy, run.models.source)
-        return
-    merged_here = run.models.source.parent == run.output
-    export_adapter(
-        final,
-        run.policy,
-        lora,
-        base_name=str(run.models.source) if merged_here else run.config.model.policy,
-        base=run.models.source,
-    )
+    else:
+        merged_here = run.models.source.parent == run.output
+        export_adapter(
+            final,
+            run.policy,
+            lora,
+            base_name=str(run.models.source) if merged_here else run.config.model.policy,
+            base=run.models.source,
+        )
+    with agreed():
+        checkpoint.seal(final)

@@ -57,3 +57,16 @@ def test_what_is_refused_does_not_fail_again_at_the_end(tmp_path, monkeypatch):
             full.flush()
         console._discard()
         full.flush()
+
+
+def test_lines_wrap_below_their_text(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "  steps      one two three four five six seven\nshort  line\n\n    " + "a/" * 30 + " b"
+    assert console.wrap(text).splitlines() == [
+        "  steps      one two three four five six",
+        "             seven",
+        "short  line",
+        "",
+        "    " + "a/" * 30,
+        "    b",
+    ]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
-    errors files console strict tables
+    errors files console strict masking limits tables
     curation.rows data.messages
     curation.rated_rows curation.ratings curation.decontamination curation.report
     data.pairs data.pair_formats data.answer_formats data.formats data.columns
@@ -23,7 +23,8 @@ ORDER = """
     data.planning data.packing data.dataset
     kernels
     model.intervals
-    model.attention model.hf_config model.mistral model.weights model.lora model.peft
+    model.attention model.hf_config model.mistral model.host_copies model.weights model.lora
+    model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics

@@ -4,7 +4,8 @@
 
 Every number is from config.json, metrics.jsonl, history.jsonl, the newest checkpoint's state.json,
 evals/*.json and the manifest of curated training data. train.py writes the card at the end of a
-run; this command writes it again, for example after evaluations. It holds no absolute path.
+run; this command writes it again, for example after evaluations. It holds no absolute path and no
+secret.
 """
 
 import argparse
@@ -23,10 +24,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from notus.card.curves import draw_curves
+from notus.console import drawing
 from notus.engine.checkpoint import checkpoints
 from notus.engine.history import read_history
 from notus.errors import UserError
 from notus.files import read_object, write_whole
+from notus.masking import mask_text
 from notus.tables import markdown_table
 
 Plain = dict[str, Any]
@@ -130,7 +133,7 @@ def write_card(
         for title, content in sections.items():
             body = list(content)
             blocks += [f"## {title}", *body] if body else []
-        write_whole(final / "README.md", "\n\n".join(blocks) + "\n")
+        write_whole(final / "README.md", mask_text("\n\n".join(blocks)) + "\n")
     except OSError as error:
         raise UserError(f"{final / 'README.md'}: cannot be written ({error.strerror})") from None
     return final / "README.md"
@@ -144,7 +147,13 @@ def figures(record: Record) -> Iterator[str]:
         yield "Not drawn: this needs matplotlib (`pip install -e '.[report]'` in notus's folder)."
         return
     per_epoch = record.state.get("steps_per_epoch")
-    for name in draw_curves(folder, record.training, record.evaluations, per_epoch):
+    names: list[str] = []
+    with drawing():
+        names = draw_curves(folder, record.training, record.evaluations, per_epoch)
+    if not names:
+        yield "Not drawn: the command that wrote this card says why."
+        return
+    for name in names:
         yield f"![{name}](figures/{name}.png)"
     yield "Thin: logged steps; thick: their mean; circles: held-out pairs; dotted: epochs."
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from notus.console import drawing
 from notus.curation.rows import Row
 from notus.tables import markdown_table
 
@@ -50,12 +51,14 @@ def write_report(
     text = "# Curation\n" + "".join(f"\n## {title}\n\n{table}\n" for title, table in tables.items())
     if find_spec("matplotlib"):
         (folder / "figures").mkdir()
-        scores = {side: [pair[f"{side}_avg_rating"] for pair in scored(pairs)] for side in SIDES}
-        for name, title, values in (
-            ("ratings", "Ratings of all completions by aspect", ratings),
-            ("scores", "Scores of the pairs under the rule", scores),
-        ):
-            if all(values.values()) and values:
+        figures = []
+        if with_scores := scored(pairs):
+            scores = {side: [pair[f"{side}_avg_rating"] for pair in with_scores] for side in SIDES}
+            figures.append(("scores", "Scores of the pairs under the rule", scores))
+        if ratings:
+            figures.insert(0, ("ratings", "Ratings of all completions by aspect", ratings))
+        for name, title, values in figures:
+            with drawing():
                 _draw(folder / "figures" / f"{name}.png", title, values)
                 text += f"\n![{title}](figures/{name}.png)\n"
     (folder / "report.md").write_text(text, encoding="utf-8")

@@ -5,6 +5,8 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,11 +23,20 @@ JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
 
 
-def read_rows(path: str, split: str | None = None) -> Iterator[PlacedRow]:
+LONGEST_LINE = 64 * 2**20
+# A .gz file of text grows 3 to 20 times; one of nothing but spaces 1000 times. The growth is looked
+# at from so many bytes on.
+MOST_GROWTH, LOOKED_AT = 200, 2**24
+
+
+def read_rows(
+    path: str, split: str | None = None, longest_line: int = LONGEST_LINE
+) -> Iterator[PlacedRow]:
     """(where, row) of a file, a folder of files, a dataset saved to disk or one on the hub.
 
     A split of None means "train" where there are splits. In a folder, the files whose names contain
-    the split are read; if there are none, the folder has no splits.
+    the split are read; if there are none, the folder has no splits. longest_line: the characters
+    that a line of JSON may have.
 
     Raises:
         UserError: nothing is found, or what is found cannot be read as rows.
@@ -35,7 +46,7 @@ def read_rows(path: str, split: str | None = None) -> Iterator[PlacedRow]:
         is_file = local.is_file()
         names = [file.name for file in local.iterdir()] if local.is_dir() else None
     if is_file:
-        return _read_files([local], split)
+        return _read_files([local], split, longest_line)
     if names is None:
         return _read_hub(path, split or "train")
     if "dataset_dict.json" in names or "state.json" in names:
@@ -43,7 +54,7 @@ def read_rows(path: str, split: str | None = None) -> Iterator[PlacedRow]:
     files = [local / name for name in sorted(names) if name.endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-    return _read_files(files, split)
+    return _read_files(files, split, longest_line)
 
 
 @contextmanager
@@ -57,19 +68,19 @@ def _reading(place: Path | str, kind: str = "") -> Iterator[None]:
         raise UserError(f"{place}: cannot be read{kind}: {error}") from None
 
 
-def _read_files(files: Sequence[Path], split: str | None) -> Iterator[PlacedRow]:
+def _read_files(files: Sequence[Path], split: str | None, longest_line: int) -> Iterator[PlacedRow]:
     named = [file for file in files if (split or "train") in file.name]
     if not named and split not in (None, "train"):
         names = ", ".join(file.name for file in files)
         raise UserError(f'{files[0].parent}: no file name contains the split "{split}": {names}')
-    return chain.from_iterable(map(_read_file, named or files))
+    return chain.from_iterable(_read_file(file, longest_line) for file in named or files)
 
 
-def _read_file(file: Path) -> Iterator[PlacedRow]:
+def _read_file(file: Path, longest_line: int) -> Iterator[PlacedRow]:
     if file.name.endswith(".parquet"):
         return _placed(file, _read_parquet(file))
     if file.name.endswith(JSON_SUFFIXES):
-        return _placed(file, _read_json(file))
+        return _placed(file, _read_json(file, longest_line))
     if file.name.endswith(".csv"):
         return _placed(file, _read_csv(file))
     raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
@@ -86,17 +97,40 @@ def _placed(name: Path | str, rows: Iterable[tuple[int, Any]]) -> Iterator[Place
         raise UserError(f"{name}: holds no rows")
 
 
-def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+class _Inflated(gzip.GzipFile):
+    """The contents of a .gz file. Raises UserError when they are MOST_GROWTH times its size."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self._most = max(LOOKED_AT, MOST_GROWTH * file.stat().st_size)
+
+    def read1(self, size: int = -1) -> bytes:
+        if self.tell() > self._most:
+            raise UserError(
+                f"{self.name}: grows to more than {MOST_GROWTH} times its size; expected rows of "
+                "text; if it holds them, unpack it first"
+            )
+        return super().read1(size)
+
+
+def _read_json(file: Path, longest_line: int) -> Iterator[tuple[int, Any]]:
     """The rows of an array or of lines, by their number in the array or the line's number."""
-    opened = gzip.open if file.suffix == ".gz" else open
+    opened = _Inflated(file) if file.suffix == ".gz" else file.open("rb")
     # The "-sig" drops the byte order mark that editors on Windows put first.
-    with _reading(file), opened(file, "rt", encoding="utf-8-sig") as text:
+    with _reading(file), opened, TextIOWrapper(opened, encoding="utf-8-sig") as text:
         is_array = text.read(4096).lstrip().startswith("[")
         text.seek(0)
         if is_array:
-            yield from enumerate(_parse(file, None, text.read()), start=1)
+            content = "".join(iter(partial(text.read, 2**20), ""))
+            yield from enumerate(_parse(file, None, content), start=1)
             return
-        for line, content in enumerate(text, start=1):
+        lines = iter(partial(text.readline, longest_line + 1), "")
+        for line, content in enumerate(lines, start=1):
+            if len(content.rstrip("\n")) > longest_line:
+                raise UserError(
+                    f"{file}:{line}: found a line of more than {longest_line:,} characters, "
+                    "expected fewer (longest_line of a source in data.train)"
+                )
             if content.strip():
                 yield line, _parse(file, line, content)
 

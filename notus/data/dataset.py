@@ -26,7 +26,7 @@ class Dataset:
 
     rows: its pairs as they were read. tokenized: their tokens. dropped: how many rows were dropped
     while reading, by reason; a holdout's are counted with the training data's. remarks: lines on
-    what was read and may surprise.
+    the columns that were read without use, and on those that were ignored.
     """
 
     rows: Sequence[Pair]
@@ -100,9 +100,7 @@ def load_datasets(
     datasets = {}
     for name, (rows, dropped, remarks) in read.items():
         tokenized = Tokenized.join(map_over_ranks(rows, tokenize))
-        data = datasets[name] = Dataset(
-            rows, tokenized, dropped, [*remarks, *_text_in_a_chat(rows, tokenizer)]
-        )
+        data = datasets[name] = Dataset(rows, tokenized, dropped, remarks)
         if not len(data.pairs):
             raise UserError(f"{name} data: no pair is left after tokenization{data.notes}")
         slots = slots_of(data.pairs.lengths, prefix_sharing)
@@ -112,15 +110,3 @@ def load_datasets(
                 f"tokens_per_microbatch is {tokens_per_microbatch}; raise it, or lower max_length"
             )
     return datasets
-
-
-def _text_in_a_chat(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """A remark if pairs are plain text although the tokenizer can write conversations."""
-    texts = sum(isinstance(pair.prompt, str) for pair in rows)
-    if not texts or not tokenizer.chat_template:
-        return []
-    return [
-        f"{texts:,} of {len(rows):,} pairs are plain text and are trained on without the chat "
-        "template that the tokenizer has; if they are turns of a chat, give their source "
-        '"format": "turns"'
-    ]

@@ -243,15 +243,15 @@ def find_format(name: str | None, row: Row, where: str, rated: bool = False) -> 
         skipped = is_pair and not rated and entry.convert is None
         if entry.recognises and entry.recognises(row) and not skipped:
             return known
-    raise UserError(_unknown(row, where))
+    raise UserError(*_unknown(row, where))
 
 
-def _unknown(row: Row, where: str) -> str:
-    """The message for a row of no known format: the nearest ones, and what is missing."""
+def _unknown(row: Row, where: str) -> list[str]:
+    """The lines about a row of no known format: the nearest ones, and what is missing."""
     to_name = [n for n, f in FORMATS.items() if not f.recognises and set(f.columns) <= row.keys()]
     if to_name:
         names = " or ".join(f'"format": "{name}"' for name in to_name)
-        return f"{where}: the columns fit {len(to_name)} formats; give the source {names}"
+        return [f"{where}: the columns fit {len(to_name)} formats; give the source {names}"]
 
     def likeness(entry: Format) -> float:
         """The share of a format's columns that the row has, or nearly; the larger of equal ones."""
@@ -261,15 +261,16 @@ def _unknown(row: Row, where: str) -> str:
         ]
         return sum(has) / len(has) + 0.1 * sum(has)
 
-    nearest = sorted(FORMATS, key=lambda name: -likeness(FORMATS[name]))[:2]
+    # Of equal ones, a ready pair is the nearer.
+    nearest = sorted(FORMATS, key=lambda n: (-likeness(FORMATS[n]), not FORMATS[n].convert))[:2]
     lines = [f"{where}: not a known preference format; found the columns {', '.join(row)}"]
     for name in nearest:
         entry = FORMATS[name]
         missing = ", ".join(column for column in entry.columns if column not in row)
-        lines += [f'near is "{name}" without {missing}; a row of it:', f"  {entry.example}"]
+        lines += [f'near is "{name}" without {missing}; a row of it:', entry.example]
     lines += [
         "if the columns have other names, say so in the source (dots lead into objects):",
-        '  "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        '"columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
         "docs/data.md has every format",
     ]
-    return "\n  ".join(lines)
+    return lines

@@ -199,7 +199,12 @@ def pack(
 def pack_division(
     division: Division, pairs: TokenizedPairs, rank: int, rows: Rows
 ) -> Iterator[Microbatch]:
-    """The microbatches of one rank, packed one at a time, on `rows.device`."""
+    """The microbatches of one rank, packed one at a time, on `rows.device`.
+
+    On a GPU each is packed while the passes over the one before still run: nothing between two
+    microbatches waits for the device. A step's first one is packed while the optimiser updates the
+    weights.
+    """
     for bins in division.bins:
         batch = pack(pairs, bins[rank], division.slots, rows.prefix_sharing)
         yield batch.to(rows.device)

@@ -7,6 +7,7 @@ microbatches changes neither the gradient nor any metric.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -63,12 +64,17 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.arange(len(self.slot_counts))
         if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(order))
+            order = _permutation(self.seed, epoch, len(order))
         return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
 
     def division(self, pairs: np.ndarray) -> Division:
         """The pairs divided over ranks and microbatches."""
         return divide_pairs(pairs, self.slot_counts, ranks=self.ranks, budget=self.budget)
+
+
+@lru_cache(maxsize=1)  # an epoch's steps share it; a million pairs take 20 ms
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def idle_text(pairs_per_step: int, ranks: int, unit: str) -> str | None:

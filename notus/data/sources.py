@@ -9,7 +9,7 @@ from notus.curation.curate import Curation, Screen, check_ready, check_rule, cur
 from notus.curation.decontamination import Dropped
 from notus.curation.rated_rows import RATED
 from notus.curation.ratings import Choice
-from notus.curation.rows import PlacedRow, Row, read_rows
+from notus.curation.rows import LONGEST_LINE, PlacedRow, Row, read_rows
 from notus.data.answer_formats import convert_labelled, pair_up
 from notus.data.columns import (
     check_names,
@@ -23,7 +23,7 @@ from notus.data.columns import (
 from notus.data.formats import FORMATS, ONLY_ANSWERS, find_format
 from notus.data.pairs import Pair, labels_of, question_pair
 from notus.errors import UserError
-from notus.strict import Positive, Text
+from notus.strict import Count, Positive, Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Source:
     path: Text
     split: Text | None = None  # null: "train", where the dataset has splits
     weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
+    longest_line: Count = LONGEST_LINE  # characters of a line of JSON; a longer one is refused
     format: Text | None = None  # a name from docs/data.md; null: seen from the rows
     # the names that the formats know -> the columns that the rows have, as {"prompt": "question"};
     # "a.b" is the field b of the object a; null: the columns have names that a format knows
@@ -47,31 +48,22 @@ class Source:
 class Reading:
     """What was seen of a source's rows while they were read, for the log.
 
-    columns: how many rows have each. ignored: how many rows held what the source ignores, by name.
-    kinds: how many pairs are "text" and how many "messages".
+    columns: of any row, in order. ignored: how many rows held what the source ignores, by name.
     """
 
     path: str
     format: str = ""
     rows: int = 0
-    columns: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, None] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """One line on what was read, and one for each thing that may surprise."""
+        """A line on what was read and which columns had no use, and one for each ignored name."""
         found = [f'{self.path}: {self.rows:,} rows of the format "{self.format}"']
         if left := unused([*self.columns], self.format):
             found[0] += f"; columns without use: {', '.join(left)}"
         for name, rows in self.ignored.items():
             found.append(f'{self.path}: "{name}" of {rows:,} rows is ignored')
-        some = {name: n for name, n in self.columns.items() if n < self.rows}
-        if some:
-            named = ", ".join(f"{name} ({n:,})" for name, n in [*some.items()][:5])
-            found.append(f"{self.path}: not all of {self.rows:,} rows have the columns {named}")
-        if len(self.kinds) > 1:
-            counts = " and ".join(f"{n:,} of {kind}" for kind, n in self.kinds.items())
-            found.append(f"{self.path}: pairs of two kinds, {counts}")
         return found
 
 
@@ -98,22 +90,20 @@ def read_pairs(
     else:
         outcomes = chain.from_iterable(_outcomes(source, name, rows, seed))
     for outcome in outcomes:
-        if isinstance(outcome, Pair):
-            reading.kinds["text" if isinstance(outcome.prompt, str) else "messages"] += 1
-            if responses_only:
-                outcome = replace(outcome, rejected=type(outcome.rejected)())
+        if responses_only and isinstance(outcome, Pair):
+            outcome = replace(outcome, rejected=type(outcome.rejected)())
         yield outcome
 
 
 def _prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
     """The rows, with the names that the formats know and without what is ignored."""
-    for where, row in read_rows(source.path, source.split):
+    for where, row in read_rows(source.path, source.split, source.longest_line):
         ignore = source.ignore or ()
         row = without_columns(row, ignore, reading.ignored) if ignore else row
         row = rename(row, source.columns, where) if source.columns else row
         row = without_keys(row, ignore, reading.ignored) if ignore else row
         reading.rows += 1
-        reading.columns.update(row.keys())
+        reading.columns |= dict.fromkeys(row)
         yield where, row
 
 

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.data.messages import SYSTEM, TOOL_ROLES, Message, holds
 from notus.errors import UserError
+from notus.limits import time_limit
 
+TEMPLATE_SECONDS = 10.0  # of computing, for one conversation
 # Keys of a tool's result that only say which call it answers; many templates do without.
 LINKS = ("name", "tool_call_id")
 
@@ -36,13 +38,14 @@ def render(
     further variables of the template.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=opens_answer,
-            **options or {},
-        )
+        with time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(
+                messages,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+                **options or {},
+            )
         text.encode()  # UnicodeEncodeError for half a surrogate pair
     # A template may refuse roles or their order, or compute anything that the values do not allow.
     except Exception as error:

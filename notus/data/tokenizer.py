@@ -5,6 +5,7 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from notus.errors import UserError
 
@@ -19,19 +20,25 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
     Raises UserError when the folder has neither file, when it names no end-of-sequence token, and
     when the tokenizer has more tokens than the model.
     """
+    # Texts are cut to the configuration's lengths; the files may hold any value for it.
+    options = {"model_max_length": int(VERY_LARGE_INTEGER)}
     try:
         if (folder / "tokenizer.json").is_file():
             Tokenizer.from_file(str(folder / "tokenizer.json"))  # its message says where and what
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
         elif (folder / "tokenizer.model").is_file():
             backend = sentencepiece_backend(folder / "tokenizer.model")
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
+            options["tokenizer_object"] = backend
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
         else:
             raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; expected a tokenizer")
     except UserError:
         raise
     except Exception as error:  # whatever the libraries meet in damaged files
         raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    for name, token in tokenizer.special_tokens_map.items():
+        if token == "":
+            raise UserError(f"{folder}: the tokenizer's {name} is empty; expected text or null")
     if not tokenizer.eos_token or tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
     if vocab_size is not None and len(tokenizer) > vocab_size:

@@ -15,41 +15,62 @@ import torch
 from notus.errors import UserError
 from notus.kernels.reference import CHUNK_LOGITS
 from notus.model.hf_config import ModelShape
-from notus.model.lora import LoraSettings, add_adapters
+from notus.model.lora import LoraLinear, LoraSettings, add_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 
 MODES = ("none", "selective", "full")  # of activation checkpointing, by what is recomputed
 OPTIMIZER_STATES = {"adamw": 2, "rmsprop": 1}  # numbers per trainable parameter
 # Of kernels/linear_log_probs.py, which cannot be imported without Triton.
 TRITON_CHUNK_ROWS = 2048
+FED = ("gate", "up")  # the products that read the second norm, as q, k and v read the first
 # The block that `block_bytes` was written for; a bias keeps nothing.
 BLOCK_PARAMETERS = {
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
-    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    *(f"mlp.{name}_proj.weight" for name in (*FED, "down")),
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
 }
 
 
+class Adapters(NamedTuple):
+    """What the adapters of one block add to and take from its activations, in numbers per token."""
+
+    results: int  # of the products with A and with B
+    thin: int  # of these, with A: what B multiplies
+    norms: int  # results of norms that an A multiplies as they are: at most two
+    down: bool  # whether one of them is the last product's, down_proj
+    dropped: int  # inputs of which dropout makes a copy for an A
+
+
 class ParameterCounts(NamedTuple):
-    """The policy's parameters, and the results of its adapters, if any."""
+    """The policy's parameters, and its adapters, if any."""
 
     trainable: int  # in float32
     frozen: int  # 0 in full training; with adapters, only these are trained
-    adapter_results: int  # numbers per token that the products of one block's adapters give
+    adapters: Adapters | None = None
 
 
 def parameter_counts(shape: ModelShape, lora: LoraSettings | None) -> ParameterCounts:
     """The counts, from the modules. Raises UserError for adapters that the decoder cannot have."""
     base = count_parameters(shape)
     if lora is None:
-        return ParameterCounts(trainable=base, frozen=0, adapter_results=0)
+        return ParameterCounts(trainable=base, frozen=0)
     with torch.device("meta"):
         model = MistralForCausalLM(shape)
         add_adapters(model, lora)
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    first = [p for p in model.model.layers[0].parameters() if p.requires_grad]
-    return ParameterCounts(sum(p.numel() for p in adapters), base, sum(len(p) for p in first))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    first = model.model.layers[0].named_modules()
+    chosen = {name: module for name, module in first if isinstance(module, LoraLinear)}
+    names, plain = " ".join(chosen), not lora.dropout
+    norms = plain * sum(any(f"{n}_proj" in names for n in read) for read in ("qkv", FED))
+    adapters = Adapters(
+        results=sum(lora.rank + module.out_features for module in chosen.values()),
+        thin=lora.rank * len(chosen),
+        norms=norms,
+        down="down_proj" in names,
+        dropped=0 if plain else sum(module.in_features for module in chosen.values()),
+    )
+    return ParameterCounts(trainable, base, adapters)
 
 
 class UnitSizes(NamedTuple):
@@ -118,27 +139,37 @@ class MemoryBudget(NamedTuple):
         return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
 
 
-def block_bytes(shape: ModelShape, width: int, mode: str, compiled: bool) -> tuple[int, int]:
+def block_bytes(
+    shape: ModelShape, width: int, mode: str, compiled: bool, adapters: Adapters | None = None
+) -> tuple[int, int]:
     """Bytes per token slot that a block keeps for its backward pass, and what that pass adds.
 
-    mode: of activation checkpointing; width: bytes of the compute dtype. "none" keeps: of a norm,
-    its input in float32, that scaled, and its result (compiled, only input and result, in the
-    compute dtype); of attention, its rotated queries and keys, values, output and float32
-    log-sum-exp, and the rounded rotary tables; of the feed-forward part gate, silu(gate)
-    (recomputed if compiled), up and their product. "selective": the input and the results of matrix
-    products and of attention. "full": the input. The pass adds what is recomputed, and gradients:
-    of the product, of silu(gate) and of up at once, when the product itself is no longer needed,
-    and of the residual stream.
+    mode: of activation checkpointing; width: bytes of the compute dtype; adapters: None in full
+    training. "none" keeps: of a norm, its input in float32, that scaled, and its result (compiled,
+    only input and result, in the compute dtype); of attention, its rotated queries and keys,
+    values, output and float32 log-sum-exp, and the rounded rotary tables; of the feed-forward part
+    gate, silu(gate) (recomputed if compiled), up and their product. Under adapters the scaled
+    inputs go, since only the norms' frozen weights use them, and so do results of norms and the
+    product unless an adapter multiplies them; of each adapter its thin product stays, and with
+    dropout its input after that and a mask of one byte for each number. "selective": the input and
+    the results of matrix products and of attention. "full": the input. The pass adds what is
+    recomputed, and gradients: of the product, of silu(gate) and of up at once, when the product
+    itself is no longer needed, and of the residual stream.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
     log_sum_exp = 4 * shape.num_attention_heads
+    scaled = 0 if compiled or adapters else width
+    results = adapters.norms if adapters else 2  # of norms
     # In float32 the float32 input is the residual stream itself, and the tables need no rounding.
-    norms = 2 * (2 * width if compiled else 4 + 2 * width) * hidden + 2 * 4
+    norms = 2 * ((width if compiled else 4) + scaled) * hidden + results * width * hidden + 2 * 4
     tables = (2 if compiled else 4) * width * shape.head_dim if width < 4 else 0
     attention = width * (2 * queries + 2 * keys) + tables + log_sum_exp
-    everything = norms + attention + (3 if compiled else 4) * width * inner
+    product = adapters is None or (adapters.down and not adapters.dropped)
+    everything = norms + attention + ((2 if compiled else 3) + product) * width * inner
+    if adapters:
+        everything += width * adapters.thin + (width + 1) * adapters.dropped
     gradients = width * (2 * inner + 2 * hidden)
     if mode == "none":
         return everything, gradients
@@ -146,17 +177,18 @@ def block_bytes(shape: ModelShape, width: int, mode: str, compiled: bool) -> tup
         return width * hidden, everything + gradients
     assert mode == "selective", mode
     # The feed-forward part's result is kept too, but a compiler sees that nothing reads it.
-    results = (1 if compiled else 2) * hidden + 2 * queries + 2 * keys + 2 * inner
+    kept = (2 if compiled else 3) * hidden + 2 * queries + 2 * keys + 2 * inner
+    if adapters:
+        kept += adapters.results - (hidden if compiled and adapters.down else 0)
     present = width * (2 * inner + queries + keys)  # gate, up, values and attention's output
-    return width * (hidden + results) + log_sum_exp, everything - present + gradients
+    return width * kept + log_sum_exp, everything - present + gradients
 
 
 def _block_activations(settings: MemorySettings) -> tuple[int, int]:
     """One block's activations: kept for its backward pass, and needed by that pass."""
     mode, width, slots = settings.activation_checkpointing, settings.compute_width, settings.slots
-    kept, at_work = block_bytes(settings.shape, width, mode, settings.compiled)
-    if mode == "selective":  # the results of the adapters' products are kept too
-        kept += width * settings.counts.adapter_results
+    adapters = settings.counts.adapters
+    kept, at_work = block_bytes(settings.shape, width, mode, settings.compiled, adapters)
     if settings.on_cpu and mode == "none":  # attention keeps the mask as numbers, in every block
         kept += width * slots
     elif settings.on_cpu:

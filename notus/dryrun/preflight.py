@@ -12,6 +12,7 @@ import numpy as np
 
 from notus.build import build_plan, find_models, load_data, make_loss, settings_now, settings_of
 from notus.config import Config
+from notus.console import wrap
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.data.tokenizer import load_tokenizer
@@ -27,6 +28,8 @@ from notus.dryrun.estimate import (
     remedies,
     usable,
 )
+from notus.dryrun.memory import MODES
+from notus.dryrun.oddities import oddities
 from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint, resume
 from notus.engine.distributed import Ranks
@@ -63,21 +66,35 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     data = load_data(config, models, ranks)
     if ranks.first:
         style, unit = config.data.tokenization, config.train.unit
-        report = token_report(data, load_tokenizer(models.tokenizer), style, unit)
-        ranks.say(f"\n{report}\n")
-    output = Path(config.output_dir)
-    with agreed():
-        resume.check_output_dir(output, settings_of(config), options.resume, settings_now)
-    if options.model_only:
-        checkpoint.check_sound(Path(options.resume))
-    else:
-        checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
+        tokenizer = load_tokenizer(models.tokenizer)
+        ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
+        rows = data["train"].rows
+        for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
+            ranks.say(wrap(f"warning: {line}\n"))
+    refusal = refusal_of(config, ranks, options)
     pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build_plan(config, pairs, gpus)
     steps = [plan.pairs_of(step) for step in range(plan.steps)]
     estimate = estimate_run(config, gpus, models, make_loss(config), pairs, held_out, steps)
-    ranks.say(preflight(estimate, gpu, options.price))
-    return 0 if gpu is None or estimate.fits(gpu) else 1
+    ranks.say(wrap(preflight(estimate, gpu, options.price)))
+    if refusal:
+        ranks.say(wrap(f"\nWOULD NOT START: {refusal}"))
+    return 0 if not refusal and (gpu is None or estimate.fits(gpu)) else 1
+
+
+def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str:
+    """Why a run would refuse output_dir or --resume, or "". Collective."""
+    output = Path(config.output_dir)
+    try:
+        with agreed():
+            resume.check_output_dir(output, settings_of(config), options.resume, settings_now)
+        if options.model_only:
+            checkpoint.check_sound(Path(options.resume))
+        else:
+            checkpoint.find_checkpoint(output / "checkpoints", options.resume, ranks.say)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
@@ -88,10 +105,12 @@ def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
     on_cpu = estimate.config.parallel.device == "cpu"
     kind = "CPU" if on_cpu else "GPU" if gpu is None else gpu.name
     chosen = []
-    if gpu is not None and estimate.config.parallel.keep_gathered == "auto":
-        kept = estimate.gathers_once(usable(gpu))
-        estimate = estimate.with_setting("parallel.keep_gathered", kept)
-        chosen = ["  " + gathering_text(kept)]
+    if gpu is not None:
+        if estimate.config.parallel.keep_gathered == "auto":
+            kept = estimate.gathers_once(usable(gpu))
+            estimate = estimate.with_setting("parallel.keep_gathered", kept)
+            chosen = ["  " + gathering_text(kept)]
+        chosen += faster_text(estimate, gpu)
     memory = f"memory of one rank, on {estimate.gpus} x {kind}"
     parts = [*plan_text(estimate), "", memory, *memory_text(estimate)]
     if gpu is not None:
@@ -151,6 +170,27 @@ def memory_text(estimate: Estimate) -> Iterator[str]:
             name = "zeros that stand for a reference (float32)"
         if size != 0:
             yield f"  {name:<54}{'' if size is None else size_text(size):>11}".rstrip()
+
+
+def faster_text(estimate: Estimate, gpu: GPU) -> Iterator[str]:
+    """The settings that trade memory for speed, and what the next faster ones would take."""
+    mode = estimate.config.parallel.activation_checkpointing
+    if faster := MODES[: MODES.index(mode)][::-1]:
+        peaks = [estimate.with_setting("parallel.activation_checkpointing", m) for m in faster]
+        found = ", ".join(f"{m} {peak_text(p, gpu)}" for m, p in zip(faster, peaks, strict=True))
+        yield f"  parallel.activation_checkpointing: {mode}; to recompute less, {found}"
+    budget = estimate.config.data.tokens_per_microbatch
+    doubled = estimate.with_setting("data.tokens_per_microbatch", 2 * budget)
+    rows, fewer = estimate.rows.microbatches, doubled.rows.microbatches
+    found = "no fewer microbatches"
+    if fewer < rows:
+        found = f"{1 - fewer / rows:.0%} fewer microbatches, {peak_text(doubled, gpu)}"
+    yield f"  data.tokens_per_microbatch: {budget:,}; with {2 * budget:,}, {found}"
+
+
+def peak_text(estimate: Estimate, gpu: GPU) -> str:
+    """A run's peak and whether it fits, as part of a sentence."""
+    return f"{size_text(estimate.memory.peak)} ({'fits' if estimate.fits(gpu) else 'too much'})"
 
 
 def verdict_text(estimate: Estimate, gpu: GPU) -> Iterator[str]:

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from notus.engine.metrics import Progress
 from notus.errors import UserError
+from notus.files import write_whole, writing
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import Shape, check_shapes, header_shapes, read_rows
 
@@ -68,7 +69,7 @@ def find_checkpoint(root: Path, resume: str, say: Callable[[str], None]) -> Path
     listed = [checkpoints(root)]
     dist.broadcast_object_list(listed, 0)
     for folder in reversed(listed[0]):
-        problem = _damage(folder)
+        problem = damage(folder)
         if problem is None:
             return folder
         say(f"passed over the damaged checkpoint {folder.name}: {problem}")
@@ -90,7 +91,7 @@ def check_sound(folder: Path) -> None:
             f"--resume {folder}: no {MANIFEST} there; expected auto, never, or the folder of a "
             "complete checkpoint, such as checkpoints/step-00000500 in an output_dir"
         )
-    problem = _damage(folder)
+    problem = damage(folder)
     if problem is not None:
         raise UserError(f"--resume {folder}: the checkpoint is damaged: {problem}")
 
@@ -216,7 +217,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _damage(folder: Path) -> str | None:
+def seal(folder: Path) -> None:
+    """Add a manifest of an exported model's weights, the adapters' too, on rank 0 only.
+
+    Other files are the user's to edit. Raises UserError when it cannot be written.
+    """
+    if dist.get_rank() == 0:
+        with writing(folder):
+            weights = sorted(folder.rglob("*.safetensors"))
+            files = {path.relative_to(folder).as_posix(): entry(path) for path in weights}
+            write_whole(folder / MANIFEST, render_manifest(files), durable=True)
+
+
+def entry(path: Path) -> Plain:
+    """The file's entry in a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def damage(folder: Path) -> str | None:
     """The first difference from the manifest, the same on every rank, or None. Collective."""
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _own_damage(folder))

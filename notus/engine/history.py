@@ -1,6 +1,7 @@
 """history.jsonl in output_dir: each start and end of a run, for its model card.
 
 One line of JSON when the program starts and one when it ends by itself. Times are UTC, ISO 8601.
+Secrets in commands and paths are masked.
 """
 
 import json
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from notus.engine.log import warn
 from notus.errors import UserError
 from notus.files import set_aside, write_whole, writing
+from notus.masking import mask_text, mask_word
 
 NAME = "history.jsonl"
 START_KEYS = {"continues", "command", "ranks", "device", "versions", "data", "local"}
@@ -47,14 +49,14 @@ def record_start(
             "start",
             {
                 "continues": continues,
-                "command": command(sys.argv, os.environ),
+                "command": [mask_word(word) for word in command(sys.argv, os.environ)],
                 "ranks": dist.get_world_size(),
                 "device": torch.cuda.get_device_name(device)
                 if device.type == "cuda"
                 else f"CPU ({platform.machine()})",
                 "versions": versions(),
                 "data": data,
-                "local": [path for path in dict.fromkeys(paths) if Path(path).exists()],
+                "local": [mask_text(path) for path in dict.fromkeys(paths) if Path(path).exists()],
             },
         )
 

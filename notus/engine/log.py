@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -138,6 +139,7 @@ class MetricsLog:
         if max(self.lines.last, 0) < step - step % every:
             warn(f"{self.lines.path}: lines of steps up to {step:,} are missing")
         self.nonfinite = LinesFile(folder / NONFINITE_FILE, step)
+        self._hook_before, threading.excepthook = threading.excepthook, self._hook
         with writing(folder / "tensorboard"):
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.bar = progress(total, step, "step")
@@ -162,7 +164,14 @@ class MetricsLog:
             place = error.filename or self.board.log_dir
             _warn_once(f"{place}: {error.strerror}; later ones are lost too, training continues")
 
+    def _hook(self, ended: threading.ExceptHookArgs) -> None:
+        """threading.excepthook, which prints nothing of what `show` reports."""
+        of_board = type(ended.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(ended.exc_value, OSError)):
+            self._hook_before(ended)
+
     def close(self) -> None:
         if self.active:
             self.show(SummaryWriter.close)
+            threading.excepthook = self._hook_before
             self.bar.close()

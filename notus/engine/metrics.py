@@ -1,5 +1,6 @@
 """The measurements of a run: exact means over all pairs, in training and on held-out ones."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from notus.engine.flops import Speed
 from notus.objective.logprobs import pair_log_probs
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
+
+Sums = Sequence[float]  # a metric's numerator and denominator
+Snapshot = dict[str, list[list[float]]]  # `Sums` by name, of one part or more
 
 
 @torch.no_grad()
@@ -91,55 +95,36 @@ def summarize(scored: PairLogProbs, loss: Loss) -> dict[str, float]:
 
 
 class Totals:
-    """Running sums of metrics, on the device until they are reported.
+    """Running sums of metrics over steps: of all pairs of all ranks, on the host of every rank.
 
-    `means` divides once, after one reduction over all ranks, so a mean does not depend on how
-    pairs were divided over microbatches and ranks.
+    `means` divides once, so a mean does not depend on how pairs were divided over microbatches and
+    ranks. snapshot: sums to continue from, of one part or more (earlier versions: of each rank).
     """
 
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # float64 [names, 2]
+    def __init__(self, snapshot: Snapshot | None = None) -> None:
+        self._sums: dict[str, Sums] = {}
+        for name, parts in (snapshot or {}).items():
+            for part in parts:
+                self._add({name: part})
 
-    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add numerators and denominators; every call must have the same names."""
-        self._add(list(metrics), torch.stack([torch.stack(pair) for pair in metrics.values()]))
+    def add_step(self, sums: Mapping[str, Sums], finite: bool) -> None:
+        """Add numerators and denominators; of a step that is not finite, only `nonfinite`."""
+        counted = sums if finite else dict.fromkeys(sums, (0.0, 0.0))
+        self._add({**counted, "nonfinite": (float(not finite), 1.0)})
 
-    def add_step(self, step: "Totals", finite: bool) -> None:
-        """Add a step's sums; a step that is not finite only counts as `nonfinite`."""
-        sums = step._sums if finite else torch.zeros_like(step._sums)
-        counted = torch.ones_like(sums[:1])
-        counted[0, 0] = float(not finite)
-        self._add([*step._names, "nonfinite"], torch.cat((sums, counted)))
+    def _add(self, sums: Mapping[str, Sums]) -> None:
+        for name, (top, bottom) in sums.items():
+            before = self._sums.get(name)
+            self._sums[name] = (before[0] + top, before[1] + bottom) if before else (top, bottom)
 
-    def _add(self, names: list[str], sums: Tensor) -> None:
-        self._names, self._sums = names, sums if self._sums is None else self._sums + sums
-
-    def snapshot(self) -> dict[str, list[list[float]]]:
-        """The sums of each rank by name, for a checkpoint between two reports. Collective."""
-        if self._sums is None:
-            return {}
-        parts = [torch.empty_like(self._sums) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, self._sums)
-        return dict(zip(self._names, torch.stack(parts, 1).tolist(), strict=True))
-
-    def restore(self, snapshot: Mapping[str, list[list[float]]], device: torch.device) -> None:
-        """Continue from `snapshot`, whose sums may be of more or fewer ranks."""
-        if snapshot:
-            parts = torch.tensor(list(snapshot.values()), dtype=torch.float64)
-            own = parts[:, dist.get_rank() :: dist.get_world_size()].sum(1)
-            self._names, self._sums = list(snapshot), own.to(device)
+    def snapshot(self) -> Snapshot:
+        """The sums by name, for a checkpoint between two reports."""
+        return {name: [list(pair)] for name, pair in self._sums.items()}
 
     def means(self) -> dict[str, float]:
-        """The exact means over all ranks since the last call. Collective.
-
-        A metric whose denominator is 0 is left out.
-        """
-        sums, self._sums = self._sums, None
-        dist.all_reduce(sums)
-        numerators, denominators = sums.T.tolist()
-        pairs = zip(self._names, numerators, denominators, strict=True)
-        return {name: top / bottom for name, top, bottom in pairs if bottom}
+        """The exact means since the last call. A metric whose denominator is 0 is left out."""
+        sums, self._sums = self._sums, {}
+        return {name: top / bottom for name, (top, bottom) in sums.items() if bottom}
 
 
 class Verdict(NamedTuple):
@@ -152,21 +137,26 @@ class Verdict(NamedTuple):
     save: bool  # a signal has asked some rank to save
 
 
-def judge_step(step_loss: Tensor, grad_norm: Tensor, pairs: int, stop: bool, save: bool) -> Verdict:
-    """The verdict of all ranks on a step: one reduction, and the step's only wait for the device.
+def judge_step(
+    step_loss: Tensor, grad_norm: Tensor, pairs: int, stop: bool, save: bool, metrics: Tensor
+) -> tuple[Verdict, list[list[float]]]:
+    """The verdict of all ranks on a step, and their sums of its metrics.
 
-    step_loss: 0-d float64, the sum over this rank's pairs. grad_norm: 0-d, of the complete
-    gradient. pairs: their number in the step, over all ranks. stop, save: whether a signal has
-    asked this rank for it.
+    One reduction, and the step's only wait for the device. step_loss: 0-d float64, the sum over
+    this rank's pairs. grad_norm: 0-d, of the complete gradient. pairs: their number in the step,
+    over all ranks. stop, save: whether a signal has asked this rank for it. metrics: float64
+    [names, 2], of this rank's pairs.
     """
     grad_norm = grad_norm.to(step_loss)
     # torch.tensor(flag) would copy from the host, a wait of its own.
     flags = [torch.full_like(step_loss, float(flag)) for flag in (stop, save)]
-    sums = torch.stack([step_loss, (~grad_norm.isfinite()).to(step_loss), *flags])
+    facts = torch.stack([step_loss, (~grad_norm.isfinite()).to(step_loss), *flags])
+    sums = torch.cat((facts, metrics.flatten()))
     dist.all_reduce(sums)
-    total, broken, stops, saves, norm = torch.cat((sums, grad_norm[None])).tolist()
+    norm, total, broken, stops, saves, *flat = torch.cat((grad_norm[None], sums)).tolist()
     finite = math.isfinite(total) and broken == 0
-    return Verdict(total / pairs, norm, finite, stops > 0, saves > 0)
+    verdict = Verdict(total / pairs, norm, finite, stops > 0, saves > 0)
+    return verdict, [flat[i : i + 2] for i in range(0, len(flat), 2)]
 
 
 def nonfinite_pairs(seen: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
@@ -184,12 +174,12 @@ class Progress(NamedTuple):
     """The place of a run in its plan, apart from weights and optimiser state."""
 
     step: int  # optimiser steps done
-    totals: dict[str, list[list[float]]]  # each rank's sums of metrics since the last report
+    totals: Snapshot  # sums of metrics since the last report
     skipped: int  # last steps in a row without an update, because they were not finite
 
 
 class Meter:
-    """The measurements of a run: sums that stay on the device until they are logged, and speed.
+    """The measurements of a run: sums that stay on the device until the step's end, and speed.
 
     lengths: int64 [pairs, 3], the training pairs' tokens. progress: the place the run starts from.
     skipped: steps in a row, up to now, without an update. last_seen: pairs and losses of this
@@ -205,15 +195,17 @@ class Meter:
         done = range(progress.step)
         self._tokens_seen = sum(int(self._tokens[plan.pairs_of(step)].sum()) for step in done)
         self.skipped = progress.skipped
-        self._totals = Totals()
-        self._totals.restore(progress.totals, speed.device)
-        self._step = Totals()
+        self._totals = Totals(progress.totals)
+        self._names: list[str] = []
+        self._step: list[Tensor] = []  # float64 [names, 2] of each of the step's microbatches
         self._seen: list[tuple[Tensor, Tensor]] = []  # the step's pairs and losses
 
     def add(self, batch: Microbatch, losses: Tensor, scored: PairLogProbs) -> None:
         """Add a microbatch with its losses [B], without waiting for the device."""
         losses = losses.detach()
-        self._step.add(pair_metrics(losses, scored, self._loss))
+        metrics = pair_metrics(losses, scored, self._loss)
+        self._names = list(metrics)
+        self._step.append(torch.stack([torch.stack(pair) for pair in metrics.values()]))
         self._seen.append((batch.pairs, losses))
 
     def end_step(
@@ -231,19 +223,21 @@ class Meter:
         total = torch.zeros((), dtype=torch.float64, device=self._speed.device)
         for _, losses in self._seen:
             total += losses.sum()
-        verdict = judge_step(total, grad_norm, len(chosen), stop, save)
-        self._totals.add_step(self._step, verdict.finite)
+        # Added one by one, in the order of the microbatches.
+        metrics = functools.reduce(torch.add, self._step)
+        verdict, sums = judge_step(total, grad_norm, len(chosen), stop, save, metrics)
+        self._totals.add_step(dict(zip(self._names, sums, strict=True)), verdict.finite)
         self.skipped = 0 if verdict.finite else self.skipped + 1
         self._tokens_seen += int(self._tokens[chosen].sum())
         filled = int(self._plan.slot_counts[chosen].sum())
         self._speed.count(self._lengths[chosen], filled, division)
-        self.last_seen, self._seen, self._step = self._seen, [], Totals()
+        self.last_seen, self._seen, self._step = self._seen, [], []
         return verdict
 
     def report(self) -> dict[str, float]:
-        """Means and speed since the last report, and all tokens so far. Collective."""
+        """Means and speed since the last report, and all tokens so far."""
         return self._totals.means() | self._speed.report() | {"num_tokens": self._tokens_seen}
 
     def progress(self, done: int) -> Progress:
-        """The place of the run after `done` steps, for a checkpoint. Collective."""
+        """The place of the run after `done` steps, for a checkpoint."""
         return Progress(done, self._totals.snapshot(), self.skipped)

@@ -16,7 +16,7 @@ from notus.data.token_arrays import TokenizedPairs
 from notus.engine import checkpoint, lock
 from notus.engine.log import warn
 from notus.errors import UserError
-from notus.files import partial_path, read_object, write_json, writing
+from notus.files import PARTIAL, read_object, remove_partial, write_json, writing
 from notus.model.hf_config import ModelShape
 from notus.strict import show
 
@@ -71,9 +71,9 @@ def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolv
         found = "cannot be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"output_dir: {folder} cannot be used: {nearest} {found}; give another one")
     # The files of a run that was killed before its settings were written.
-    incomplete = {partial_path(Path(name)).name for name in (SETTINGS, START, POLICY)}
-    begun = {lock.NAME, START, POLICY} | incomplete
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= begun:
+    begun = {lock.NAME, START, POLICY}
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if all(name in begun or name.startswith(PARTIAL) for name in names):
         return
     advice = "give another output_dir"
     earlier, _ = recorded_settings(folder, settings, resolve)
@@ -238,6 +238,16 @@ def make_output_dir(folder: Path) -> None:
     if dist.get_rank() == 0:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what kills have left half-written in output_dir, on rank 0 only; it holds the lock.
+
+    Raises UserError there.
+    """
+    if dist.get_rank() == 0:
+        for place in (folder, folder / "checkpoints"):
+            remove_partial(place)
 
 
 def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:

@@ -33,9 +33,9 @@ from notus.engine.checkpoint import (
     Progress,
     checkpoint_name,
     checkpoints,
+    entry,
     index_file,
     render_manifest,
-    sha256,
     trained_parameters,
     weights_prefix,
 )
@@ -44,6 +44,7 @@ from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
 from notus.files import partial_path, read_object, sync, write_json, write_whole, writing
+from notus.model.host_copies import copy_bytes
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, gather_own, save_tensors
 
@@ -110,7 +111,9 @@ class Saver(AbstractContextManager):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         room = free_host_bytes() // 2 // here if self.host_bytes is None else self.host_bytes
         stored = [tensor for tensors in groups.values() for _, tensor in tensors]
-        size = sum(t.numel() * t.element_size() for t in stored) // dist.get_world_size()
+        size = sum(map(copy_bytes, stored)) // dist.get_world_size()
+        if any(t.is_cuda for t in stored):  # PyTorch keeps what this save pins, for the next ones
+            self.host_bytes = room
         ready = self._thread.submit(self._prepare, partial_path(folder))
         indexes: dict[str, Plain] = {}
         jobs: list[Future[Plain]] = []
@@ -260,7 +263,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], ready: Future[None]) 
 def _to_disk(path: Path) -> Plain:
     """The file's entry in the manifest, once its contents are on disk."""
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entry(path)
 
 
 def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:

@@ -11,9 +11,14 @@ SIGINT kills at once.
 torchrun passes SIGTERM and SIGINT on, and kills processes that have not ended after 30 s: if a step
 and a save take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds (PyTorch 2.12; before,
 signal one of the processes). Its own exit code is then 1, theirs 0. SIGUSR1 ends torchrun itself.
+When torchrun is gone without having passed anything on (SIGKILL, out of memory), the kernel sends
+its processes SIGTERM, on Linux.
 """
 
+import ctypes
+import os
 import signal
+import sys
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Self
@@ -22,6 +27,7 @@ import torch.distributed as dist
 
 ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 ASK_TO_SAVE = signal.SIGUSR1
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 
 
 class Stopped(Exception):
@@ -38,6 +44,9 @@ class Interrupts(AbstractContextManager):
     def __enter__(self) -> Self:
         numbers = (*ASK_TO_STOP, ASK_TO_SAVE)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
+        # Only under torchrun: a process that a shell has started may outlive it.
+        if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -49,7 +49,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Of shares 0 and 1 an end is the share itself, which rounding may pass.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def table(pairs: Sequence[Pair], margin: np.ndarray, lengths: np.ndarray) -> list[Row]:

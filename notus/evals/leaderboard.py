@@ -8,12 +8,14 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from notus.errors import UserError
 from notus.evals.options import report
 from notus.evals.published import LEADERBOARD, LEADERBOARD_TASKS, BoardRow
 from notus.files import read_object
+from notus.strict import show
 from notus.tables import text_table
 
 
@@ -80,15 +82,21 @@ def read_results(files: Iterable[Path]) -> tuple[str | None, list[Measured]]:
     model, results, places = None, [], {}
     for file in files:
         content = read_object(file)
-        table = content.get("results")
-        if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+        if "results" not in content:
             raise UserError(f'{file}: no table "results", expected lm-evaluation-harness\'s')
-        name = content.get("model_name") or content.get("config_general", {}).get("model_name")
+        table = _table(file, content, "results", dict)
+        about = _table(file, content, "config_general", object)
+        name = content.get("model_name") or about.get("model_name")
+        if not isinstance(name, str | None):
+            raise UserError(f"{file}: model_name is {show(name)}, expected text")
         model = model or name
         if name not in (None, model):
             raise UserError(f"{file}: results of {name}, expected those of {model} as before")
         in_2023 = any(key.startswith("harness|") for key in table)
-        found = list(_results_of_2023(file, table) if in_2023 else _results_in(file, content))
+        try:
+            found = list(_results_of_2023(file, table) if in_2023 else _results_in(file, content))
+        except (LookupError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: not lm-evaluation-harness's results: {error!r}") from None
         for task in dict.fromkeys(measured.task for measured in found):
             if places.setdefault(task, file) != file:
                 raise UserError(
@@ -98,13 +106,27 @@ def read_results(files: Iterable[Path]) -> tuple[str | None, list[Measured]]:
     return model, results
 
 
+def _table(
+    file: Path, content: Mapping[str, Any], name: str, kind: type | UnionType
+) -> Mapping[str, Any]:
+    """The object under `name`, empty without one. Raises UserError for values not of `kind`."""
+    found = content.get(name) or {}
+    if not isinstance(found, dict) or not all(isinstance(v, kind) for v in found.values()):
+        raise UserError(f"{file}: {name} is {show(found)}, expected lm-evaluation-harness's table")
+    return found
+
+
 def _results_in(file: Path, content: Mapping[str, Any]) -> Iterator[Measured]:
     """The metrics in a file of the harness since 0.4, without those of parts of other tasks."""
-    limit = content.get("config", {}).get("limit")
-    parts = {part for group in content.get("group_subtasks", {}).values() for part in group}
+    limit = _table(file, content, "config", object).get("limit")
+    if not isinstance(limit, int | float | None):
+        raise UserError(f"{file}: config.limit is {show(limit)}, expected a number or null")
+    parts = {p for group in _table(file, content, "group_subtasks", list).values() for p in group}
+    few_shot = _table(file, content, "n-shot", int | str | None)
     for task, row in content["results"].items():
-        shots = content.get("n-shot", {}).get(task)
-        is_part = task in parts or row.get("alias", "").startswith(" ")  # 0.4.0 indents parts
+        shots = few_shot.get(task)
+        alias = row.get("alias")  # which 0.4.0 indents for parts
+        is_part = task in parts or (isinstance(alias, str) and alias.startswith(" "))
         if is_part and task not in LEADERBOARD_TASKS:
             continue
         for metric, value in row.items():

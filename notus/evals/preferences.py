@@ -17,6 +17,7 @@ import torch
 
 from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
+from notus.console import drawing
 from notus.curation.ratings import RULES
 from notus.data.dataset import Dataset
 from notus.engine import distributed
@@ -24,7 +25,7 @@ from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
 from notus.evals.options import NewPath
-from notus.files import new_folder, write_json
+from notus.files import new_folder, write_json, write_whole
 from notus.model.hf_config import read_shape
 from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import score
@@ -111,8 +112,7 @@ def run(options: argparse.Namespace) -> None:
     if not ranks.first:
         return
     with new_folder(options.out) as new:
-        drawn = "".join(f"\n![{name}]({name})\n" for name in figures(new, rows, margin, *scores))
-        (new / "report.md").write_text(report + drawn)
+        (new / "report.md").write_text(report)
         summary = {
             "model": options.model,
             "reference": options.reference,
@@ -126,6 +126,9 @@ def run(options: argparse.Namespace) -> None:
         with (new / "pairs.jsonl").open("w") as file:
             for record in pair_records(data, scored, margin, referenced):
                 file.write(json.dumps(record) + "\n")
+    with drawing():  # the results are there before any figure
+        drawn = "".join(f"\n![{n}]({n})\n" for n in figures(options.out, rows, margin, *scores))
+        write_whole(options.out / "report.md", report + drawn)
     print(f"\n{report}\nwrote {options.out}")
 
 

@@ -1,10 +1,11 @@
 """The Mistral architecture in plain PyTorch, its weights and its low-rank adapters.
 
-intervals  the mask of a packed row as intervals of slots, for FlexAttention
-attention  who attends to whom, and the backends that compute it
-hf_config  the decoder's shape, from a Hugging Face folder's config.json
-mistral    the decoder
-weights    safetensors folders in and out
-lora       low-rank adapters
-peft       adapters in PEFT's files, and merged into their base
+intervals    the mask of a packed row as intervals of slots, for FlexAttention
+attention    who attends to whom, and the backends that compute it
+hf_config    the decoder's shape, from a Hugging Face folder's config.json
+mistral      the decoder
+host_copies  tensors copied to the host
+weights      safetensors folders in and out
+lora         low-rank adapters
+peft         adapters in PEFT's files, and merged into their base
 """

@@ -76,8 +76,9 @@ class LoraLinear(nn.Linear):
         base = super().forward(input)
         if not self.adapter_on:
             return base
-        dropped = F.dropout(input, self.dropout, self.training).to(self.lora_A.dtype)
-        thin = self.scaling * F.linear(dropped, self.lora_A)
+        # A compiler would copy the input for a dropout of 0, and keep the copy.
+        dropped = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        thin = self.scaling * F.linear(dropped.to(self.lora_A.dtype), self.lora_A)
         return (base + F.linear(thin, self.lora_B)).to(base.dtype)
 
 

@@ -5,6 +5,7 @@ python -m notus.model.peft merge BASE ADAPTER OUT
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -160,11 +161,15 @@ def save_adapter(
 ) -> None:
     """Write `adapter_tensors` as the PEFT folder `folder`, which must not exist yet.
 
-    base_name: path or hub id of the base, which PEFT looks up. Raises OSError.
+    base_name: path or hub id of the base, which PEFT looks up. An absolute path is written relative
+    to the working directory, from where PEFT still finds it: the folder may be published. Raises
+    OSError.
     """
     targets = settings.target_modules
     if targets == ALL_LINEAR:  # by name: not every reader of these files knows the short form
         targets = sorted({key.split(".")[-3] for key in tensors})
+    if base_name is not None and os.path.isabs(base_name):
+        base_name = os.path.relpath(base_name)
     folder.mkdir(parents=True)
     save_tensors(folder / WEIGHTS, tensors)
     config = {  # PEFT has defaults for the other entries

@@ -27,7 +27,9 @@ from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError
 from notus.files import read_object
+from notus.masking import mask_text
 from notus.model.hf_config import ModelShape, read_shape
+from notus.model.host_copies import HostCopies
 from notus.model.mistral import MistralForCausalLM
 
 INDEX = "model.safetensors.index.json"
@@ -227,7 +229,7 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
 
 
 def hash_weights(path: str, folder: Path) -> dict[str, str]:
-    """{"path", "sha256"} of a model: the hash of the contents of its safetensors files.
+    """{"path", "sha256"} of a model: its path, masked, and the hash of its safetensors files.
 
     The ranks hash different files at the same time. Collective: all ranks must call it.
     """
@@ -241,7 +243,7 @@ def hash_weights(path: str, folder: Path) -> dict[str, str]:
     if dist.is_initialized():
         dist.all_reduce(digests)
     combined = hashlib.sha256(bytes(digests.flatten().tolist())).hexdigest()
-    return {"path": path, "sha256": combined}
+    return {"path": mask_text(path), "sha256": combined}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -263,12 +265,13 @@ def gather_own(
     tensors: (name, plain or sharded tensor) in the same order on all ranks. A tensor belongs to
     the rank with the fewest bytes so far. Returns the Hugging Face index, equal on all ranks, the
     name of this rank's file, and the copies that belong in it. Collective. Memory: the copies on
-    the host, and one full tensor at a time on the device.
+    the host, and two full tensors at a time on the device.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     given = [0] * ranks
     weight_map = {}
     own = {}
+    copies = HostCopies()
     for name, tensor in tensors:
         owner = given.index(min(given))
         given[owner] += tensor.numel() * tensor.element_size()
@@ -276,8 +279,9 @@ def gather_own(
         full = tensor.detach()
         full = full.full_tensor() if isinstance(full, DTensor) else full
         if owner == rank:
-            own[name] = full.to("cpu", copy=True).contiguous()
+            own[name] = copies.add(full)
         del full
+    copies.wait()
     index = {"metadata": {"total_size": sum(given)}, "weight_map": weight_map}
     return index, f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors", own
 

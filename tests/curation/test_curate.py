@@ -241,7 +241,7 @@ def test_the_manifest_counts_every_row(place, run):
 
 
 class Source:
-    split, weight, format, columns, ignore = None, 1.0, None, None, None
+    split, weight, longest_line, format, columns, ignore = None, 1.0, 2**20, None, None, None
 
     def __init__(self, path, curation=None):
         self.path, self.curation = path, curation

@@ -70,7 +70,7 @@ def test_a_folder_is_read_in_name_order_and_by_split(tmp_path):
         ("e.json", b"[]", "holds no rows"),
         ("f.jsonl", b'"text"\n', "f.jsonl:1: the row is text; expected an object"),
         ("g.jsonl.gz", b"not gzip", "g.jsonl.gz: cannot be read"),
-        ("h.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], "h.jsonl.gz: cannot be read"),
+        ("h.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "h.jsonl.gz: cannot be read"),
         ("i.jsonl", b'{"prompt": "\xff"}', "i.jsonl: cannot be read: 'utf-8' codec"),
         ("j.parquet", b"PAR", "cannot be read as Parquet"),
         (
@@ -133,3 +133,24 @@ def test_what_is_not_there_is_an_error(tmp_path, monkeypatch):
     for name in ("nobody/absent", "not a name"):
         with pytest.raises(UserError, match=f"{name}: neither a local .* reachable on the hub"):
             prompts(name)
+
+
+def test_a_line_may_be_so_long(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "ä" * n}, ensure_ascii=False) for n in (3, 20)]
+    file.write_text("".join(line + "\r\n" for line in lines), encoding="utf-8")
+    assert len(list(read_rows(str(file), longest_line=len(lines[1])))) == 2
+    with pytest.raises(UserError, match=r"rows.jsonl:2: found a line of more than 33 characters"):
+        list(read_rows(str(file), longest_line=len(lines[1]) - 1))
+
+
+@pytest.mark.parametrize("content", [b"\n", b"[", b" "])
+def test_a_gz_file_does_not_grow_beyond_reason(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("notus.curation.rows.LOOKED_AT", 2**16)
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(content * 2**20))  # 1000 times as large as the file
+    with pytest.raises(UserError, match="rows.jsonl.gz: grows to more than 200 times its size"):
+        list(read_rows(str(file)))
+    monkeypatch.setattr("notus.curation.rows.LOOKED_AT", 2**21)
+    with pytest.raises(UserError, match="holds no rows|not JSON|cannot be read"):
+        list(read_rows(str(file)))

@@ -12,6 +12,7 @@ class Source:
     path: str
     split: str | None = None
     weight: float = 1.0
+    longest_line: int = 2**20
     format: str | None = None
     columns: dict | None = None
     ignore: tuple | None = None

@@ -81,7 +81,6 @@ def test_repeated_texts_and_metadata_are_free_and_named(tmp_path):
     assert found.remarks == [
         f'{path}: 2 rows of the format "preference"; columns without use: messages, question, '
         "instruction, prompt_id, extra",
-        f"{path}: not all of 2 rows have the columns extra (1)",
     ]
 
 
@@ -91,11 +90,6 @@ def test_keys_of_messages_can_be_ignored(tmp_path):
     found = load(tmp_path, row, TURNS, ignore=("weight",))
     assert found.train[0].chosen == TURNS["chosen"]
     assert any(line.endswith('"weight" of 1 rows is ignored') for line in found.remarks)
-
-
-def test_text_and_messages_in_one_file_are_remarked(tmp_path):
-    found = load(tmp_path, TURNS, {"prompt": "Why?", **TEXTS})
-    assert any("pairs of two kinds, 1 of messages and 1 of text" in one for one in found.remarks)
 
 
 # --------------------------------------------------------------------------------- "columns"

@@ -193,11 +193,11 @@ def test_an_unknown_format_shows_the_nearest_ones(tmp_path):
         "/rows.jsonl:1: not a known preference format; found the columns prompt, chosen_text, "
         "reject",
         '  near is "turns" without chosen, rejected; a row of it:',
-        '    {"prompt": "Why?", "chosen": "So.", "rejected": "No."}',
+        '  {"prompt": "Why?", "chosen": "So.", "rejected": "No."}',
         '  near is "nectar" without answers; a row of it:',
-        f"    {FORMATS['nectar'].example}",
+        f"  {FORMATS['nectar'].example}",
         "  if the columns have other names, say so in the source (dots lead into objects):",
-        '    "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        '  "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
         "  docs/data.md has every format",
     ]
 

@@ -553,6 +553,16 @@ def test_template_that_refuses_the_row(folder, template, reason):
         tokenize(tokenizer, chat("Hi", "yes", "no"))
 
 
+def test_template_that_does_not_end(folder, monkeypatch):
+    monkeypatch.setattr("notus.data.template.TEMPLATE_SECONDS", 0.05)
+    tokenizer = load_tokenizer(folder)
+    hundred = "".join(f"{{% for {name} in range(100000) %}}" for name in "abc")
+    tokenizer.chat_template = hundred + "{% endfor %}" * 3
+    expected = "rows.jsonl:7: the chat template refuses this conversation: it takes longer than 0.0"
+    with pytest.raises(UserError, match=expected):
+        tokenize(tokenizer, chat("Hi", "yes", "no"))
+
+
 # Sets of pairs
 
 MIXED = [

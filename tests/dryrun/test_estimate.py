@@ -53,7 +53,7 @@ def estimate_of(pairs: TokenizedPairs, *overrides: str, gpus: int = 1, **setting
     config = load_config(ROOT / "configs/notus.json", ["train.epochs=1", *overrides])
     plan = build_plan(config, pairs, gpus)
     given = {
-        "counts": ParameterCounts(PARAMETERS, 0, 0),
+        "counts": ParameterCounts(PARAMETERS, 0),
         "reference_is_base": False,
         "held_out": None,
         "steps": [plan.pairs_of(step) for step in range(plan.steps)],
@@ -131,7 +131,7 @@ STEPPED = 3 * PRODUCTS * 128 / 60 + 3.5 * ATTENTION + 4 * HEAD  # a row is at le
         ),
         (  # both factors of attention's products are activations
             ["parallel.activation_checkpointing=none", 'model.lora={"rank":8,"alpha":8}'],
-            {"counts": ParameterCounts(1000, PARAMETERS, 0)},
+            {"counts": ParameterCounts(1000, PARAMETERS)},
             {
                 "model": 2 * (PRODUCTS + HEAD) + 3 * ATTENTION,
                 "overhead": PRODUCTS * 2 * 68 / 60 + 0.5 * ATTENTION + HEAD,

@@ -8,6 +8,7 @@ from benchmarks.memory import load_of, measured_peak, model_shape
 from notus.dryrun.estimate import usable
 from notus.dryrun.memory import (
     TRITON_CHUNK_ROWS,
+    Adapters,
     ParameterCounts,
     block_bytes,
     memory_budget,
@@ -18,7 +19,7 @@ from notus.engine.distributed import _recomputed
 from notus.engine.flops import gpu_named
 from notus.errors import UserError
 from notus.model import mistral as decoder
-from notus.model.lora import LoraSettings
+from notus.model.lora import LoraSettings, add_adapters
 from notus.model.mistral import Block, rope_tables
 
 MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
@@ -54,14 +55,55 @@ def test_prediction_equals_what_the_allocator_gave(mode, width, ranks, optimizer
     assert memory_budget(load).peak == pytest.approx(measured_peak(load), rel=0.2)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_compiled_blocks_keep_what_is_predicted(mode):
+ATTENTION = LoraSettings(rank=8, alpha=16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "lora"),
+    [
+        ("none", None),
+        ("selective", None),
+        ("full", None),
+        ("none", ATTENTION),
+        ("none", replace(ATTENTION, target_modules="all-linear")),
+        ("none", replace(ATTENTION, target_modules="all-linear", dropout=0.1)),
+        ("none", replace(ATTENTION, target_modules=("q_proj", "down_proj"))),
+        ("selective", replace(ATTENTION, target_modules="all-linear", dropout=0.1)),
+    ],
+)
+def test_compiled_blocks_keep_what_is_predicted(mode, lora):
     """What the compiler's partitioner saves for the backward pass of one bfloat16 block."""
-    shape = model_shape(layers=1, hidden=128, inner=448, heads=4, vocabulary=8)
-    slots = 64
-    block = Block(shape).bfloat16()
-    forward = block.forward if mode == "none" else _recomputed(block.forward, mode, dropout=False)
-    forward = torch.compile(forward, backend="aot_eager_decomp_partition")
+    assert kept_bytes(mode, lora, compiled=True) == predicted_bytes(mode, lora, compiled=True)
+
+
+@pytest.mark.parametrize("targets", [ATTENTION.target_modules, "all-linear", ("up_proj",)])
+def test_eager_blocks_keep_what_is_predicted(targets):
+    lora = replace(ATTENTION, target_modules=targets)
+    assert kept_bytes("none", lora, compiled=False) == predicted_bytes("none", lora, compiled=False)
+
+
+ONE_BLOCK = model_shape(layers=1, hidden=128, inner=448, heads=4, vocabulary=8)
+
+
+def predicted_bytes(mode, lora, compiled):
+    """The formula's bytes for each slot of ONE_BLOCK."""
+    adapters = parameter_counts(ONE_BLOCK, lora).adapters
+    return block_bytes(ONE_BLOCK, 2, mode, compiled, adapters)[0]
+
+
+def kept_bytes(mode, lora, compiled):
+    """The bytes of the tensors that autograd really saved in ONE_BLOCK, for each slot."""
+    shape, slots = ONE_BLOCK, 64
+    torch._dynamo.reset()
+    model = decoder.MistralForCausalLM(shape)
+    if lora:
+        add_adapters(model, lora)
+    block = model.model.layers[0].bfloat16().train()
+    forward = block.forward
+    if mode != "none":
+        forward = _recomputed(forward, mode, dropout=lora is not None)
+    if compiled:
+        forward = torch.compile(forward, backend="aot_eager_decomp_partition")
     rope = rope_tables(shape, torch.arange(slots))
     mask = torch.ones(slots, slots, dtype=torch.bool).tril()
     # Not the block's own: its weights, the tables, and the mask (as numbers, only on the CPU).
@@ -78,7 +120,7 @@ def test_compiled_blocks_keep_what_is_predicted(mode):
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(x * 1, rope, mask)
     sizes = [size for size, tensor in kept.values() if tensor.dtype != torch.uint8]  # random state
-    assert sum(sizes) == slots * block_bytes(shape, 2, mode, compiled=True)[0]
+    return sum(sizes) / slots
 
 
 def mistral(ranks: int, **settings):
@@ -121,10 +163,11 @@ def test_an_edited_block_is_noticed(monkeypatch, edit, words):
 
 def test_parameter_counts():
     """Rank 8 on queries and values: 8 x (in + out) of each, in 32 blocks."""
-    assert parameter_counts(MISTRAL_7B, None) == (PARAMETERS, 0, 0)
+    assert parameter_counts(MISTRAL_7B, None) == (PARAMETERS, 0, None)
     lora = LoraSettings(rank=8, alpha=16, target_modules=("q_proj", "v_proj"))
     adapters = 32 * 8 * ((4096 + 4096) + (4096 + 1024))
-    assert parameter_counts(MISTRAL_7B, lora) == (adapters, PARAMETERS, 8 + 4096 + 8 + 1024)
+    found = Adapters(results=8 + 4096 + 8 + 1024, thin=16, norms=1, down=False, dropped=0)
+    assert parameter_counts(MISTRAL_7B, lora) == (adapters, PARAMETERS, found)
 
 
 def test_chunk_of_the_gpu_kernel():
@@ -172,7 +215,7 @@ def test_budget_of_mistral_7b_on_eight_gpus_by_hand():
 def test_budget_of_adapters_and_of_a_resident_reference():
     """A frozen bfloat16 base with float32 adapters: only these have gradients and state."""
     adapters = 41_943_040
-    load = mistral(8, counts=ParameterCounts(adapters, PARAMETERS, 0), optimizer="adamw")
+    load = mistral(8, counts=ParameterCounts(adapters, PARAMETERS), optimizer="adamw")
     budget = memory_budget(load)
     lines = budget.resident | budget.phases["backward pass of a block"]
     assert lines["parameters"] == (2 * PARAMETERS + 4 * adapters) // 8

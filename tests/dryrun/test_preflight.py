@@ -23,6 +23,7 @@ MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabul
 def place(demo, tmp_path, monkeypatch):
     """A working directory with the demo's data, and Mistral-7B's config.json and no weights."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     shutil.copytree(demo / "sft", "policy", ignore=shutil.ignore_patterns("*.safetensors"))
     about = json.loads(Path("policy/config.json").read_text())
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -54,6 +55,40 @@ def test_the_published_recipe_without_gpu_weights_or_network(place, capfd):
     lines = {line[:56].strip(): line[56:].strip() for line in said.splitlines()}
     assert [lines[name] for name in ("parameters", "rmsprop state")] == ["3.4 GiB", "3.4 GiB"]
     assert not Path("runs").exists()
+
+
+def test_what_was_chosen_and_what_would_be_faster(place, capfd, monkeypatch):
+    """Eight short pairs on eight GPUs are one row each: a larger budget saves none."""
+    monkeypatch.delenv("COLUMNS")
+    assert train.main([*place, "--gpus", "8", "--gpu", "a100-40gb"]) == 0
+    report = capfd.readouterr().out.partition("\nplan\n")[2]
+    assert max(map(len, report.splitlines())) <= 80  # not a terminal
+    said = " ".join(report.split())
+    assert "parallel.keep_gathered: on, because rows of the full budget fit" in said
+    mode = (
+        r"activation_checkpointing: full; to recompute less, selective [\d.]+ GiB \(fits\), none "
+    )
+    assert re.search(mode, said), said
+    assert "tokens_per_microbatch: 8,192; with 16,384, no fewer microbatches" in said
+
+
+def test_a_larger_budget_that_saves_microbatches(place, capfd):
+    rows = ["data.max_length=256", "data.max_prompt_length=128", "data.tokens_per_microbatch=256"]
+    assert train.main([*place, *rows, "--gpus", "1", "--gpu", "h200"]) == 0
+    found = re.search(
+        r"256; with 512, (\d+)% fewer microbatches, [\d.]+ GiB \(fits\)", capfd.readouterr().out
+    )
+    assert 0 < int(found[1]) <= 50
+
+
+def test_another_run_in_the_output_dir_is_shown_and_refused(place, capfd):
+    """The plan and the memory all the same, then the reason, as a verdict."""
+    Path("runs/notus-7b-v1").mkdir(parents=True)
+    Path("runs/notus-7b-v1/notes.txt").write_text("mine")
+    assert train.main([*place, "--gpus", "8", "--gpu", "a100-40gb"]) == 1
+    said, refused = capfd.readouterr().out.split("WOULD NOT START: ")
+    assert "FITS on 8 x a100-40gb" in said and "plan\n" in said
+    assert refused.startswith("output_dir: runs/notus-7b-v1 is not empty and holds no run")
 
 
 def test_what_does_not_fit_says_what_would(place, capfd):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,22 +111,28 @@ def test_means_do_not_depend_on_the_division():
         "displacement/chosen_per_token": chosen.sum() / lengths[:, 0].sum(),
         "displacement/rejected_per_token": rejected.sum() / lengths[:, 1].sum(),
     }
+
+    def add(totals, *edges):
+        """A step whose microbatches end at these pairs."""
+        parts = [part(slice(*pair)) for pair in pairwise(edges)]
+        stacked = [torch.stack([torch.stack(pair) for pair in each.values()]) for each in parts]
+        one = torch.ones((), dtype=torch.float64)
+        verdict, sums = judge_step(one, one, 1, False, False, sum(stacked))
+        totals.add_step(dict(zip(parts[0], sums, strict=True)), verdict.finite)
+
     totals = Totals()
     for edges in ([0, 40], [0, 1, 17, 40]):
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
-            totals.add(part(slice(first, last)))
-        assert totals.means() == pytest.approx(expected, rel=1e-12)
-    totals.add(part(slice(7, 30)))
-    resumed = Totals()  # what a checkpoint between two reports carries over
-    resumed.restore(json.loads(json.dumps(totals.snapshot())), CPU)
+        add(totals, *edges)
+        assert totals.means() == pytest.approx(expected | {"nonfinite": 0.0}, rel=1e-12)
+    add(totals, 7, 30)
+    # What a checkpoint between two reports carries over.
+    resumed = Totals(json.loads(json.dumps(totals.snapshot())))
     for either in (totals, resumed):
-        either.add(part(slice(30, 40)))
+        add(either, 30, 40)
     assert totals.means() == resumed.means()
     assert totals.snapshot() == {}
-    totals.add(part(slice(7, 8)))
-    assert totals.means()["loss"] == pytest.approx(
-        losses[7]
-    )  # nothing is left of the reported sums
+    add(totals, 7, 8)  # nothing is left of the reported sums
+    assert totals.means()["loss"] == pytest.approx(losses[7])
 
 
 def test_speed(monkeypatch):
@@ -170,7 +177,9 @@ def test_time_left_out(monkeypatch):
 @pytest.mark.parametrize("norm", [0.5, INF, NAN])
 def test_a_step_is_finite_when_loss_and_gradient_are(loss, norm):
     total = torch.tensor(loss, dtype=torch.float64)
-    verdict = judge_step(total, torch.tensor(norm), 3, False, True)
+    metrics = torch.tensor([[NAN, 3.0], [2.0, 4.0]], dtype=torch.float64)
+    verdict, sums = judge_step(total, torch.tensor(norm), 3, False, True, metrics)
+    assert math.isnan(sums[0][0]) and (sums[0][1], sums[1]) == (3.0, [2.0, 4.0])
     assert verdict.finite == (loss == 6.0 and norm == 0.5)
     assert (verdict.stop, verdict.save) == (False, True)
     if verdict.finite:
@@ -186,27 +195,18 @@ def test_pairs_whose_loss_is_not_finite():
     assert nonfinite_pairs(seen) == [3, 4]
 
 
-def step_of(*losses: float) -> Totals:
-    step = Totals()
-    for loss in losses:
-        step.add({"loss": (torch.tensor(loss, dtype=torch.float64), torch.tensor(2.0).double())})
-    return step
-
-
 def test_a_step_that_is_not_finite_counts_for_nothing_but_itself():
     totals = Totals()
-    totals.add_step(step_of(1.0, 3.0), True)
-    totals.add_step(step_of(NAN, 3.0), False)
-    totals.add_step(step_of(5.0), True)
-    resumed = Totals()
-    resumed.restore(json.loads(json.dumps(totals.snapshot())), torch.device("cpu"))
+    totals.add_step({"loss": (4.0, 4.0)}, True)
+    totals.add_step({"loss": (NAN, 4.0)}, False)
+    totals.add_step({"loss": (5.0, 2.0)}, True)
+    resumed = Totals(json.loads(json.dumps(totals.snapshot())))
     expected = {"loss": (1.0 + 3.0 + 5.0) / 6, "nonfinite": 1 / 3}
     assert totals.means() == resumed.means() == expected
-    totals.add_step(step_of(NAN), False)
+    totals.add_step({"loss": (NAN, 2.0)}, False)
     assert totals.means() == {"nonfinite": 1.0}
 
 
-def test_sums_of_more_ranks_than_there_are_now():
-    totals = Totals()
-    totals.restore({"loss": [[1.0, 2.0], [3.0, 2.0], [5.0, 4.0]]}, torch.device("cpu"))
+def test_sums_of_each_rank_in_an_earlier_checkpoint():
+    totals = Totals({"loss": [[1.0, 2.0], [3.0, 2.0], [5.0, 4.0]]})
     assert totals.means() == {"loss": 9.0 / 8.0}

@@ -8,6 +8,7 @@ from benchmarks.memory import load_of, microbatch, model_shape
 from conftest import random_pairs
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
+from notus.dryrun.estimate import count_rows
 from notus.engine import warmup
 from notus.engine.distributed import Ranks, shard_model
 from notus.errors import UserError
@@ -68,12 +69,17 @@ def test_too_little_memory_is_a_user_error(model, monkeypatch):
         warmup.warm_up(model, batch, Ranks(1, 2, CPU), False)
 
 
-def test_the_fullest_row():
-    """As many pairs of step 0 as fit, in a row as long as the budget."""
-    pairs = random_pairs(9)
+@pytest.mark.parametrize("shorter", [False, True])
+def test_the_longest_row(shorter):
+    """As long as any row of the run, with the pairs of the fullest such row."""
+    pairs = random_pairs(40)
     counts = slots_of(pairs.lengths, True)
-    plan = Plan(counts, 9, 1, None, 0, True, ranks=2, budget=int(counts.sum()) // 2)
-    row = warmup.fullest_row(plan, pairs, Rows(plan.budget, True, CPU))
-    held = row.pairs.tolist()
-    assert len(row.tokens) == plan.budget and held == plan.pairs_of(0)[: len(held)].tolist()
-    assert 0 < counts[held].sum() <= plan.budget < counts[plan.pairs_of(0)[: len(held) + 1]].sum()
+    budget = int(counts.sum()) if shorter else -(-int(counts.max()) // 128) * 128
+    plan = Plan(counts, 9, 2, None, 0, True, ranks=2, budget=budget)
+    row = warmup.longest_row(plan, pairs, Rows(budget, True, CPU))
+    divisions = [plan.division(plan.pairs_of(step)) for step in range(plan.steps)]
+    assert len(row.tokens) == count_rows(plan, pairs, map(plan.pairs_of, range(plan.steps))).slots
+    assert (len(row.tokens) < budget) == shorter
+    longest = next(each for each in divisions if each.slots == len(row.tokens))
+    loads = {tuple(b): int(counts[b].sum()) for bins in longest.bins for b in bins}
+    assert loads[tuple(row.pairs.tolist())] == max(loads.values())

@@ -14,6 +14,11 @@ def test_wilson_interval_of_a_textbook():
     assert wilson(5, 5) == pytest.approx((0.56552, 1.0), abs=1e-5)
 
 
+@pytest.mark.parametrize("n", [3, 4, 10, 31, 1000])
+def test_wilson_interval_holds_the_share(n):
+    assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
+
+
 def test_table_by_hand():
     """Three pairs: right with a longer answer, a tie that is wrong, wrong with a shorter one."""
     pairs = [

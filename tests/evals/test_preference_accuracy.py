@@ -141,3 +141,19 @@ def test_figures(tmp_path):
     for name in figures(tmp_path, rows, margin, margin, -margin):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not math.isnan(rows[0].margin)
+    for right in (-1, 1):  # accuracies of 0 and 1, whose intervals rounding may leave
+        for n in (3, 4, 10, 31):
+            margin, lengths = np.full(n, 0.5 * right), np.full((n, 3), 7)
+            rows = table(pairs[:1] * n, margin, lengths)
+            assert figures(tmp_path, rows, margin, margin, -margin)
+
+
+def test_a_figure_never_costs_a_result(demo, data, tmp_path, capsys, monkeypatch):
+    def broken(folder, *arguments):
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr("notus.evals.preferences.figures", broken)
+    assert command.main(arguments(demo, data, tmp_path / "out")) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.md", "summary.json", "pairs.jsonl"}
+    assert "warning: a figure could not be drawn: no font\n" in capsys.readouterr().err

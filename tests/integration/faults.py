@@ -49,10 +49,10 @@ def no_space_for_adapters() -> None:
     peft.save_tensors = refuse
 
 
-def wait_in_step(number: int, obeys: bool = True) -> None:
+def wait_in_step(number: int, obeys: bool = True, held: Path = Path("nowhere")) -> None:
     """The last rank stays in that step of this start, 2 or later, until it is signalled.
 
-    obeys: whether it then goes on; otherwise it stays for ever.
+    obeys: whether it then goes on, once no file `held` is there; otherwise it stays for ever.
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -71,7 +71,7 @@ def wait_in_step(number: int, obeys: bool = True) -> None:
         while not signalled:
             time.sleep(0.005)
         print("was signalled", flush=True)
-        while not obeys:
+        while not obeys or held.exists():
             time.sleep(0.005)
 
     register_optimizer_step_post_hook(wait)

@@ -1,16 +1,19 @@
 """What train.py really computes, counted in its own process: tokens, passes, compilations."""
 
 import json
+import sys
 from functools import partial
 
 import flash_on_cpu  # noqa: F401  registers FlashAttention's operator
 import pytest
 import torch
 from torch.nn.attention import flex_attention
+from torch.overrides import TorchFunctionMode
 
 import train
 from notus import build
 from notus.config import load_config
+from notus.data import packing
 from notus.data.packing import PADDING
 from notus.engine.metrics import Speed
 from notus.model import attention as attention_module
@@ -91,6 +94,60 @@ def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
     assert events.count("evaluation") == 3
     after = [events[i + 1] for i, event in enumerate(events) if event == "evaluation"]
     assert after == ["restart"] * 3
+
+
+class Waits(TorchFunctionMode):
+    """Notes the calls that make the host wait for the device, where that is a GPU.
+
+    But those of the optimiser, whose counts of steps are on the host everywhere.
+    """
+
+    CALLS = frozenset(
+        getattr(torch.Tensor, name)
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__")
+    )
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        caller = sys._getframe(1).f_globals["__name__"]
+        if function in self.CALLS and not caller.startswith("torch.optim."):
+            self.events.append("wait")
+        return function(*arguments, **options or {})
+
+
+def test_a_step_waits_once(demo, tmp_path, monkeypatch):
+    """After its last microbatch, for the verdict and the metrics: they share one reduction.
+
+    So the host packs each microbatch while a GPU still computes those before it.
+    """
+    events: list[str] = []
+    loop = train.train
+
+    def watched(*arguments: object) -> bool:
+        with Waits(events):
+            return loop(*arguments)
+
+    def noted(owner: object, name: str, event: str) -> None:
+        function = getattr(owner, name)
+
+        def note(*arguments: object, **options: object) -> object:
+            events.append(event)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noted(packing, "pack", "pack")
+    noted(torch.autograd, "backward", "backward")
+    noted(torch.distributed, "all_reduce", "reduction")
+    noted(torch.optim.Optimizer, "zero_grad", "end")
+    monkeypatch.setattr(train, "train", watched)
+    overrides = "data.tokens_per_microbatch=256", "train.max_steps=3", "parallel.attention=dense"
+    train_here(base_config(demo), tmp_path, *overrides)
+    step = [*["pack", "backward"] * 3, "reduction", "wait", "end"]
+    assert events[-3 * len(step) :] == step * 3
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "aot"])

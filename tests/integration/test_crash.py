@@ -1,9 +1,11 @@
 """Killed at random moments, out of disk, started twice, not finite: nothing is lost or hidden."""
 
 import json
+import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from faults import disk_full, slow_disk, small_files, spoil_pair, spoil_steps, wait_in_step
 from notus.config import load_config
-from ranks import finish, kill, launch, run_ranks, wait_for, wait_for_words
+from ranks import finish, kill, launch, run_ranks, start, train_each, wait_for, wait_for_words
 from runs import base_config, checkpoints, metrics, pairs_of, steps_logged, stored
 
 
@@ -136,6 +138,34 @@ def test_two_runs_in_one_output_dir(config, tmp_path):
     assert str(rank.pid) in (output / "lock").read_text()  # stale, which a new start recognises
     assert run_ranks(arguments, log)[0] == 0
     assert (output / "lock").read_text() == ""
+
+
+def as_torchrun(arguments: list[str], fault: Callable[[], None]) -> None:
+    """Start train.py in a process of its own, as torchrun does, and wait for it."""
+    if child := os.fork():
+        os.waitpid(child, 0)
+        os._exit(1)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {f"{kind}_WORLD_SIZE": "1" for kind in ("GROUP", "LOCAL")}
+    os._exit(train_each([arguments], fault))
+
+
+@pytest.mark.slow
+def test_a_run_whose_torchrun_was_killed_saves_and_ends(config, tmp_path):
+    """And is in the way of a new start until then."""
+    output, log, held = tmp_path / "run", tmp_path / "log", tmp_path / "held"
+    arguments = [config, f"output_dir={output}"]
+    held.touch()
+    (parent,) = start(as_torchrun, arguments, partial(wait_in_step, 2, held=held), log=log)
+    wait_for_words(log, "waits in step 2")
+    parent.kill()
+    wait_for_words(log, "was signalled")
+    code, told = run_ranks(arguments, tmp_path / "other")
+    assert code == 2 and f"error: output_dir: {output} is in use by another run (" in told
+    held.unlink()
+    wait_for(lambda: (output / "lock").read_text() == "")
+    assert "stopped by a signal after 2 steps" in log.read_text()
+    assert checkpoints(output) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.slow

@@ -143,6 +143,7 @@ SPOILT_FINALS = {
     "empty": replace_by_empty,
     "no weights": lambda final: (final / WEIGHTS).unlink(),
     "half": lambda final: (final / WEIGHTS).write_bytes((final / WEIGHTS).read_bytes()[:9999]),
+    "flipped": lambda final: flip(final / WEIGHTS, (final / WEIGHTS).stat().st_size - 9),
     "index": lambda final: flip(final / INDEX, 99),
     "no configuration": lambda final: (final / "config.json").unlink(),
 }
@@ -162,12 +163,33 @@ def test_a_damaged_model_is_exported_again(ended, run, capfd, damage):
     assert "nothing left to do" in again(capfd)
 
 
+def test_files_that_are_not_weights_may_be_edited(run, capfd):
+    """And a model whose manifest a kill prevented is judged by its sizes and headers."""
+    tokenizer = run / "final/tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert "nothing left to do" in again(capfd)
+    (run / "final/manifest.json").unlink()
+    assert "nothing left to do" in again(capfd)
+
+
 def test_a_damaged_model_without_checkpoints_is_left_alone(run, capfd):
     shutil.rmtree(run / "checkpoints")
     (run / "final" / WEIGHTS).unlink()
     said = again(capfd, code=2)
     assert "run/final is damaged (" in said and "no checkpoint is there to export it from" in said
     assert (run / "final/config.json").is_file()
+
+
+@pytest.mark.parametrize("ending", ["interrupted", "before the settings"])
+def test_what_kills_have_left_half_written_is_removed(run, capfd, ending):
+    """Of a save, or of an adapter that was being merged when there were no settings yet."""
+    shutil.rmtree(run if ending == "before the settings" else run / "final")
+    half = run / ".partial-0a1b2c3d-policy", run / "checkpoints/.partial-step-00000004"
+    for folder in half[: 1 if ending == "before the settings" else 2]:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("half")
+    again(capfd)
+    assert (run / "final/config.json").is_file() and not list(run.rglob(".partial-*"))
 
 
 # Signals at other times than in the loop

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def test_peft_and_this_read_each_other_s_files(name, tiny_folder, tmp_path):
     base = transformers.MistralForCausalLM.from_pretrained(tiny_folder)
     again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     assert relative_error(their_logits(again), logits(ours)) < 1e-5
+
+
+def test_an_adapter_names_its_base_without_the_path_to_it(tiny_folder, tmp_path, monkeypatch):
+    """PEFT finds the base from the working directory; the file tells nothing of this machine."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    ours = adapted_model(tiny_folder, SETTINGS["rslora"])
+    save_adapter(tmp_path / "ours", adapter_tensors(ours), SETTINGS["rslora"], str(tiny_folder))
+    assert str(tmp_path) not in (tmp_path / "ours/adapter_config.json").read_text()
+    base = read_adapter(tmp_path / "ours").base_name
+    assert not Path(base).is_absolute() and Path(base).resolve() == tiny_folder.resolve()
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained("ours", dtype=torch.float32).eval()
+    assert relative_error(their_logits(theirs), logits(ours)) < 1e-5
 
 
 @pytest.mark.parametrize("name", SETTINGS)
