@@ -261,8 +261,9 @@ def _unknown(row: Row, where: str) -> list[str]:
         ]
         return sum(has) / len(has) + 0.1 * sum(has)
 
-    # Of equal ones, a ready pair is the nearer.
-    nearest = sorted(FORMATS, key=lambda n: (-likeness(FORMATS[n]), not FORMATS[n].convert))[:2]
+    # Of formats with the same columns the last, and of equally near ones a ready pair.
+    known = {entry.columns: name for name, entry in FORMATS.items()}.values()
+    nearest = sorted(known, key=lambda n: (-likeness(FORMATS[n]), not FORMATS[n].convert))[:2]
     lines = [f"{where}: not a known preference format; found the columns {', '.join(row)}"]
     for name in nearest:
         entry = FORMATS[name]

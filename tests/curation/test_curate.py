@@ -504,3 +504,68 @@ def test_counts_add_up(tmp_path_factory, rows, settings, seed):
     dropped = read_lines(place / "out" / "jsonl" / "dropped.jsonl")
     assert Counter(row["reason"] for row in dropped) == counts["dropped"]
     assert len(list(read_rows(str(place / "out")))) == counts["pairs"]
+
+
+# ----------------------------------------------------------------- pairs, and prompts of messages
+
+
+def test_ready_pairs_are_screened_and_stay_as_they_are(place, run):
+    user = {"role": "user", "content": QUESTION}
+    answers = [[{"role": "assistant", "content": text}] for text in "ab"]
+    chat = {"prompt": [{**user, "content": "Hello?"}], "chosen": answers[0], "rejected": answers[1]}
+    rows = [
+        {**chat, "tools": [{"name": "w"}], "id": 1, "source": "a"},
+        {**chat, "prompt": [user], "source": "b"},
+        {**chat, "source": "b"},
+    ]
+    write(place / "pairs.jsonl", rows)
+    options = ("--decontaminate", "bench.jsonl", "--duplicates", "near")
+    assert run("pairs.jsonl", "--out", "out", *options)[0] == 0
+    assert read_lines(place / "out" / "train.jsonl") == rows[:1]
+    reasons = [row["reason"] for row in read_lines(place / "out" / "jsonl" / "dropped.jsonl")]
+    assert reasons == ["exact prompt of bench.jsonl", "near-duplicate prompt"]
+    assert len(load_preferences([Source("out")], seed=0).train) == 1
+    manifest = json.loads((place / "out" / "manifest.json").read_text())
+    assert manifest["rule"] is None and "train.jsonl" in manifest["files_sha256"]
+    assert "mean score" not in (place / "out" / "report.md").read_text()
+
+
+def test_a_set_without_benchmarks_is_not_called_screened(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["raw.jsonl", "--out", "out"]) == 0
+    assert "; not screened for benchmarks" in capsys.readouterr().out
+    assert "Not screened: no file" in (place / "out" / "report.md").read_text()
+    write(place / "other.jsonl", [{"question": "Something else entirely?"}])
+    assert main(["raw.jsonl", "--out", "two", "--decontaminate", "other.jsonl"]) == 0
+    assert "not screened" not in capsys.readouterr().out
+    assert "No row holds one." in (place / "two" / "report.md").read_text()
+
+
+def test_tables_show_the_largest_sources(place, run):
+    rows = [
+        raw(completion("5555"), completion("1111"), prompt=f"{n} {i}", source=f"s{n:02}")
+        for n in range(12)
+        for i in range(1 + (n > 1))
+    ]
+    write(place / "many.jsonl", rows)
+    run("many.jsonl", "--out", "out")
+    report = (place / "out" / "report.md").read_text()
+    names = " | ".join(f"s{n:02}" for n in range(2, 12))
+    assert f"|  | all | {names} | (others) |" in report
+    assert f"| pairs | 22 | {' | '.join('2' * 10)} | 2 |" in report
+
+
+def test_prompts_of_several_turns_are_written_as_messages(place, run):
+    turns = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    answers = [{"answer": "No.", "rank": 2, "model": "m"}, {"answer": "So.", "rank": 1}]
+    rows = [{"prompt": text, "answers": answers} for text in (turns, "\n\nHuman: d\n\nAssistant: ")]
+    write(place / "nectar.jsonl", rows)
+    assert run("nectar.jsonl", "--out", "out")[0] == 0  # the rule is the format's own
+    direct = load_preferences([Source("nectar.jsonl", Curation(rule="rating"))], seed=42).train
+    read_back = load_preferences([Source("out")], seed=42).train
+    assert [vars(one) | {"where": ""} for one in read_back] == [
+        vars(one) | {"where": ""} for one in direct
+    ]
+    write(place / "tools.jsonl", [{**rows[0], "tools": [{"name": "w"}]}])
+    code, said = run("tools.jsonl", "--out", "two")
+    assert code == 2 and "tools.jsonl:1: the row has tools or options" in said
