@@ -127,6 +127,7 @@ STRENGTH = {
 }
 SAFER = ("prompt", "response_0", "response_1")
 ARGILLA = ("instruction", "chosen_response", "rejected_response")
+REJECTED = {"rejected_response", "rejected_messages"}
 TEXTS = {"chosen": "So.", "rejected": "No."}
 
 # The first format that recognises a source's first row is taken, so the special ones come first.
@@ -184,6 +185,8 @@ FORMATS: dict[str, Format] = {
     "swift": _format(
         convert_swift,
         *("messages", "rejected_response"),
+        recognises=lambda row: "messages" in row and bool(REJECTED & row.keys()),
+        reads=REJECTED,
         messages=_ask() + _say("So."),
         rejected_response="No.",
     ),

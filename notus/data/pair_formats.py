@@ -159,7 +159,13 @@ def convert_sharegpt(row: Row, where: str) -> Outcome:
 
 
 def convert_swift(row: Row, where: str) -> Outcome:
-    """ms-swift's: a conversation that ends with the chosen answer, and the rejected one as text."""
+    """ms-swift's: a conversation that ends with the chosen answer, and the rejected one.
+
+    The latter is text, or in `rejected_messages` a complete conversation.
+    """
+    if holds(row.get("rejected_messages")):
+        both = {"chosen": row.get("messages"), "rejected": row["rejected_messages"]}
+        return _convert_messages(both, where)
     *prompt, chosen = answered(read_messages(row, "messages", where), "messages", where)
     rejected = read_text(row, "rejected_response", where)
     return [Pair(prompt, [chosen], [{**chosen, "content": rejected}], where)]

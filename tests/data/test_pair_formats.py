@@ -211,7 +211,10 @@ SETS = {
     "ms-swift": (
         [
             {"messages": [*TURNS, assistant("good1")], "rejected_response": "bad1"},
-            {"messages": [user("Q2"), assistant("good2")], "rejected_response": "bad2"},
+            {
+                "messages": [user("Q2"), assistant("good2")],
+                "rejected_messages": [user("Q2"), assistant("bad2")],
+            },
         ],
         {},
         [TURNS, [user("Q2")]],

@@ -251,7 +251,7 @@ def test_an_unknown_option_shows_the_usage(place, capfd):
         ),
         (
             [{"prompt": "a", "rejected": "b"}],
-            ("pairs.jsonl:1:", "columns prompt, rejected", "preference (chosen, rejected and"),
+            ("pairs.jsonl:1:", "columns prompt, rejected", 'near is "preference" without'),
         ),
         (
             [{"text": "a", "label": 1}],
