@@ -8,7 +8,8 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
 from notus.curation.rows import read_rows
-from notus.data.formats import Message, read_messages
+from notus.data.columns import ADDED
+from notus.data.messages import Message, holds, read_messages
 from notus.data.template import render, with_system_prompt
 from notus.errors import UserError
 from notus.strict import Text, parse_part
@@ -71,6 +72,9 @@ def read_prompt_set(name: str) -> PromptSet:
         )
     prompts, places = [], {}
     for where, row in rows:
+        for column in ADDED:  # of a source of pairs they go to the chat template
+            if holds(row.get(column)):
+                raise UserError(f'{where}: "{column}" is not read from prompts; remove it')
         prompt = parse_part(row, KINDS[kind][1], where)
         if isinstance(prompt.prompt, tuple):
             prompt = prompt._replace(prompt=read_messages(row, "prompt", where))
