@@ -152,13 +152,14 @@ def _clean(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
     guard = guard_of(tokenizer)
+    checked: dict[str, int] = {}
 
     def kind(pair: Pair) -> tuple[bool, bool]:
         is_conversation = not isinstance(pair.prompt, str)
         return is_conversation, spells_added(without_ends(pair, tokenizer), tokenizer)
 
     for (is_conversation, spelled), batch in _batches(pairs, kind):
-        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
+        texts = [_branch_texts(pair, tokenizer, system_prompt, checked) for pair in batch]
         branches = [prompt + answer for prompt, *answers in texts for answer in answers]
         # A conversation has the added tokens that its template writes; plain text the tokenizer's.
         encodings = iter(tokenizer(branches, add_special_tokens=not is_conversation).encodings)
@@ -170,7 +171,7 @@ def _clean(
                 written = [guard.written(prompt + answer) for answer in answers]
                 if spelled or list(map(guard.added, ids)) != written:
                     hidden = guard.hide(without_ends(pair, tokenizer))
-                    rendered = _branch_texts(hidden, tokenizer, system_prompt)
+                    rendered = _branch_texts(hidden, tokenizer, system_prompt, checked)
                     (prompt, first), *marked = map(guard.mark, rendered)
                     plain = ids
                     encoded, ids = guard.encode([prompt + answer for answer, _ in marked])
@@ -244,8 +245,9 @@ def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> l
 def _trl_0_7_4(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
+    checked: dict[str, int] = {}
     for special, batch in _batches(pairs, lambda pair: spells_added(pair, tokenizer)):
-        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
+        texts = [_branch_texts(pair, tokenizer, system_prompt, checked) for pair in batch]
         flat = [text for branch in texts for text in branch]
         encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
         for branch in texts:
@@ -258,9 +260,16 @@ def _trl_0_7_4(
 
 
 def _branch_texts(
-    pair: Pair, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerFast,
+    system_prompt: str | None,
+    checked: dict[str, int],
 ) -> list[str]:
-    """The pair as text: the prompt up to where the answer begins, then each response."""
+    """The pair as text: the prompt up to where the answer begins, then each response.
+
+    checked: how many messages of a row, by its origin, are known to be written by the template. In
+    supervised fine-tuning each answer of a conversation is a pair, and continues the one before.
+    """
     responses = [pair.chosen, pair.rejected] if pair.rejected else [pair.chosen]
     if isinstance(pair.prompt, str):
         return [pair.prompt, *responses]
@@ -283,6 +292,10 @@ def _branch_texts(
                 f"{branch[max(0, len(prompt) - 40) : len(prompt) + 20]!r}; expected the same text"
             )
         texts.append(branch[len(prompt) :])
-        start = len(messages) if number else 0  # the prompt is looked at once
+        start = len(messages) if number else 0
+        if not pair.rejected:
+            start = checked.get(pair.where, 0)
         check_written(tokenizer, conversation, pair.where, start=start, **given)
+    checked.clear()
+    checked[pair.where] = len(messages) + len(pair.chosen)
     return texts

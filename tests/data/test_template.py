@@ -216,3 +216,18 @@ def test_template_options_reach_the_template(tokenizers):
         assert moody[-len(plain) + 2 :] == plain[2:] and len(moody) > len(plain)
     finally:
         tokenizer.chat_template = before
+
+
+def test_each_message_of_a_conversation_is_looked_at_once(tokenizers, monkeypatch):
+    """Supervised: a pair for each answer; those before it were looked at with the pair before."""
+    looked = []
+    monkeypatch.setattr(
+        "notus.data.tokenization.check_written",
+        lambda tokenizer, messages, where, start, **_: looked.append((where, start, len(messages))),
+    )
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    pairs = [
+        Pair(turns[:i], [turns[i]], [], where) for where in ("here:1", "here:2") for i in (1, 3)
+    ]
+    tokenize(tokenizers["chatml"], *pairs)
+    assert looked == [("here:1", 0, 2), ("here:1", 2, 4), ("here:2", 0, 2), ("here:2", 2, 4)]
