@@ -20,6 +20,7 @@ setup(
         "notus.dryrun",
         "notus.card",
         "notus.evals",
+        "notus.feedback",
         "notus.kernels",
     ],
     install_requires=[

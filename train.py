@@ -150,7 +150,7 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
     pairs = range(len(run.held_out))
     policy = score(run.policy, run.held_out, pairs, run.rows, run.loss.uses_weights)
     reference = run.held_out_reference.of_pairs(pairs)
-    return evaluate(policy, reference, run.held_out, run.loss)
+    return evaluate(policy, reference, run.held_out, run.loss, run.held_out_sets)
 
 
 def show_samples(run: Run, log: MetricsLog, done: int) -> None:

@@ -19,6 +19,7 @@ Methods:
     trl            TRL's chunked log-prob function
     liger          Liger's fused linear cross entropy, a loss for each row
     cce            cut-cross-entropy without gradient filter, which is not exact
+    chunked        the library's logits of a chunk and one Triton pass over its rows
     plain, triton  notus
 """
 
@@ -134,6 +135,13 @@ def make_notus(backend: str, device: torch.device) -> Head:
     )
 
 
+def make_chunked(device: torch.device) -> Head:
+    dispatch.check_backend("triton", device)
+    from benchmarks.chunked_head import linear_log_probs
+
+    return linear_log_probs
+
+
 METHODS: dict[str, Callable[[torch.device], Head]] = {
     "eager": lambda device: eager,
     "eager-float32": lambda device: eager_float32,
@@ -141,6 +149,7 @@ METHODS: dict[str, Callable[[torch.device], Head]] = {
     "trl": make_trl,
     "liger": make_liger,
     "cce": make_cce,
+    "chunked": make_chunked,
     "plain": partial(make_notus, "plain"),
     "triton": partial(make_notus, "triton"),
 }

@@ -85,7 +85,8 @@ def members(hint: Any) -> Iterator[tuple[type, str]]:
         yield hint, ""
     for argument in get_args(hint):
         for part, suffix in members(argument):
-            yield part, (".0" if getattr(hint, "__origin__", None) is tuple else "") + suffix
+            inside = {tuple: ".0", dict: ".NAME"}.get(getattr(hint, "__origin__", None), "")
+            yield part, inside + suffix
 
 
 def rows(cls: type) -> Iterator[str]:

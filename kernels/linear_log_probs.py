@@ -33,6 +33,11 @@ MAX_SPLITS = 16  # shares of the vocabulary per block of rows, unless rows are f
 MIN_PROGRAMS = 1024  # several waves on the largest GPUs
 
 
+# exp(x) is computed as 2^(x log2 e): tl.exp would also look after results below 1e-38, with two
+# more instructions each, and next to a sum of at least 1 these do not count.
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 class Tiles(NamedTuple):
     """A tile of one program of the forward kernel, and the program's launch settings."""
 
@@ -126,8 +131,8 @@ def _partial_statistics_kernel(
             is_target = token[None, :] == target[:, None]
             third += tl.sum(tl.where(is_target, logits, 0.0), 1)
         new_largest = tl.maximum(largest, tl.max(logits, 1))
-        odds = tl.exp(logits - new_largest[:, None])
-        rescale = tl.exp(largest - new_largest)
+        odds = tl.exp2((logits - new_largest[:, None]) * LOG2_E)
+        rescale = tl.exp2((largest - new_largest) * LOG2_E)
         total = total * rescale + tl.sum(odds, 1)
         if SQUARES:
             third = third * rescale * rescale + tl.sum(odds * odds, 1)
@@ -216,7 +221,9 @@ def _logit_gradient_kernel(
         token = start + tl.arange(0, BLOCK_V)[None, :]
         mask = inside[:, None] & (token < V)
         z = tl.load(source + token, mask=mask, other=0.0)
-        value = scale * (tl.where(token == target, 1.0, 0.0) - tl.exp((z - row_max) - row_log))
+        value = scale * (
+            tl.where(token == target, 1.0, 0.0) - tl.exp2(((z - row_max) - row_log) * LOG2_E)
+        )
         if ROUND:  # the interpreter truncates where the hardware rounds
             value = _nearest_bfloat16(value)
         # Narrower results fall on logits of this block that another thread may still have to read;
@@ -349,7 +356,7 @@ class _LinearLogProbs(torch.autograd.Function):
         need_hidden, need_weight, _ = ctx.needs_input_grad
         (S, D), V = hidden_SD.shape, len(weight_VD)
         grad_hidden_SD = torch.empty_like(hidden_SD) if need_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        grad_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_S = grad_S.contiguous()
         size = _rows_per_chunk(S)
         # Rows are full cache lines, even after tokens were added to the vocabulary.
@@ -368,7 +375,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 multiply_into(product_CD, gradient_CV, weight_VD)
                 grad_hidden_SD[rows] = product_CD
             if need_weight:
-                multiply_into(grad_weight_VD, gradient_CV.T, hidden_CD, beta=1.0)
+                # The first chunk's product is written: nothing to clear or to read before it.
+                multiply_into(grad_weight_VD, gradient_CV.T, hidden_CD, beta=float(start > 0))
         del logits, product
         if need_weight:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)

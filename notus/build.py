@@ -5,6 +5,8 @@ After adding a key, pass it on here. `Setup` holds what they share.
 """
 
 import argparse
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -175,7 +177,7 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
     holdout = data.eval if isinstance(data.eval, Holdout) else None
     datasets = load_datasets(
         data.train,
-        () if holdout else data.eval or (),
+        data.eval_sources,
         tokenizer,
         tokenization={
             "style": data.tokenization,
@@ -187,7 +189,7 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         prefix_sharing=data.prefix_sharing,
         tokens_per_microbatch=data.tokens_per_microbatch,
         map_over_ranks=distributed.map_over_ranks,
-        seed=config.train.seed,
+        seed=config.train.seed if data.seed is None else data.seed,
         holdout=holdout.holdout if holdout else 0,
         holdout_seed=holdout.seed if holdout else None,
         drop_leaks=data.leaks == "drop",
@@ -196,7 +198,9 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
     for name, found in datasets.items():
         for remark in found.remarks:
             ranks.say(remark)
-        ranks.say(f"{name} data: {len(found.pairs):,} {config.train.unit}{found.notes}")
+        sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
+        size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
+        ranks.say(f"{name} data: {size}{found.notes}")
     return datasets
 
 
@@ -229,6 +233,7 @@ class Setup:
     held_out: TokenizedPairs | None
     checkpoint: Path | None = None  # the one to resume from
     interrupts: Interrupts = field(default_factory=Interrupts)
+    held_out_sets: Mapping[str, range] = field(default_factory=dict)  # places in `held_out`
     start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
 
     @property
@@ -258,6 +263,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
         rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
         pairs=pairs,
         held_out=data["eval"].pairs if "eval" in data else None,
+        held_out_sets=data["eval"].sets if "eval" in data else {},
     )
     return setup, data
 
@@ -289,6 +295,16 @@ def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForC
     return model.eval()
 
 
+def reference_folder(setup: Setup) -> Path:
+    """The folder of cached reference log-probs, which runs share; see `reference.cache`."""
+    given, output = setup.config.reference.cache, setup.output
+    if given is not None:
+        return Path(given).expanduser()
+    runs = Path(os.path.normpath(output / ".."))
+    usable = os.access(runs, os.W_OK) and not output.is_mount()
+    return runs / "reference-cache" if usable else output / "reference"
+
+
 def build_references(
     setup: Setup, policy: MistralForCausalLM, identity: dict[str, str] | None
 ) -> tuple[list[Reference], MistralForCausalLM]:
@@ -315,10 +331,11 @@ def build_references(
         reference = OnlineReference(model, pairs, setup.rows)
         if not online:
             flat = cached_log_probs(
+                reference_folder(setup),
                 setup.output / "reference",
                 cache_identity(pairs, identity, model.shape, compute_dtype),
                 reference,
-                show=partial(progress, unit="reference: pair") if ranks.first else None,
+                show=partial(progress, unit="reference: pair", delay=5.0) if ranks.first else None,
                 say=ranks.say,
                 after_part=setup.interrupts.obey_stop,
             )

@@ -8,17 +8,19 @@ effect under other settings.
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from notus.curation.curate import Curation
 from notus.data.preferences import Source
 from notus.errors import UserError
 from notus.model.lora import LoraSettings
 from notus.strict import (
+    Bound,
     Count,
     Fraction,
     FractionBelowOne,
@@ -48,13 +50,30 @@ class Holdout:
     """Evaluation pairs taken out of the training data."""
 
     holdout: Count  # rows
-    seed: Seed | None = None  # of the draw; null: train.seed (the published Notus split: 42)
+    seed: Seed | None = None  # of the draw; null: data.seed (the published Notus split: 42)
+
+
+# Sources by name. The names become parts of metrics' names, some of which have a "/" themselves.
+Named = Annotated[
+    dict[str, Source],
+    Bound(
+        'sources by name, a name being of letters, digits, "_" and "-" and not holdout, seed, '
+        "rewards, logps or displacement",
+        lambda sources: bool(sources) and all(map(_is_set_name, sources)),
+    ),
+]
+
+
+def _is_set_name(name: str) -> bool:
+    taken = ("holdout", "seed", "rewards", "logps", "displacement")
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None and name not in taken
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     train: tuple[Source, ...]  # the training data, mixed by weight; each source as below
-    eval: tuple[Source, ...] | Holdout | None = None  # null: no evaluation
+    # null: no evaluation; sources by name have metrics of their own too, eval_NAME/...
+    eval: tuple[Source, ...] | Named | Holdout | None = None
     # training pairs whose prompt is that of an evaluation pair, or nearly: kept, or left out
     leaks: Literal["keep", "drop"] = "keep"
     max_length: Count = 1024  # tokens of prompt and response together
@@ -65,9 +84,17 @@ class Data:
     # "trl-0.7.4" is, token for token, the tokenization that Zephyr and Notus were trained with
     tokenization: Literal["clean", "trl-0.7.4"] = "clean"
     system_prompt: str | None = None  # system turn of rows without one ("": empty); null: none
+    # of curation's draws, of parts of sources and of held-out rows; where it is set, runs with
+    # another train.seed have the same pairs and share a reference pass; null: train.seed
+    seed: Seed | None = None
     shuffle: bool = True  # a new order of pairs in each epoch; false: the files' order in each
     prefix_sharing: bool = True  # a pair's prompt is computed once for both of its responses
     tokens_per_microbatch: Count = 8192  # token slots of one forward pass on one rank
+
+    @property
+    def eval_sources(self) -> tuple[Source, ...] | dict[str, Source]:
+        """The sources of evaluation pairs; none where those are taken out of the training data."""
+        return () if self.eval is None or isinstance(self.eval, Holdout) else self.eval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +120,9 @@ class Reference:
     # "cached": computed in one pass and kept on disk; "online": the frozen model runs in every
     # step; "none": for losses that use no reference
     log_probs: Literal["cached", "online", "none"] = "cached"
+    # the folder of cached log-probs, which runs share; null: reference-cache next to output_dir, or
+    # where that cannot be written, or output_dir is a mount point, output_dir/reference
+    cache: Text | None = None
     # TR-DPO: every so many steps the online reference moves towards the policy by this share
     sync_every: Count | None = None
     sync_share: Fraction = 0.6  # 0: does not move; 1: becomes the policy
@@ -133,7 +163,7 @@ class Train:
     max_steps: Count | None = None  # the run ends here if the epochs hold more; null: no limit
     # updates skipped in a row, because loss or gradient was not finite, after which the run ends
     max_nonfinite: Count = 3
-    seed: Seed = 42  # of the order of pairs, adapters, dropout, curation's draws and samples
+    seed: Seed = 42  # of the order of pairs, adapters, dropout, samples and, by default, data
 
     @property
     def unit(self) -> str:
@@ -209,6 +239,8 @@ Rule = tuple[str, Callable[[Config], bool], str]
 # fmt: off
 INERT: tuple[Rule, ...] = (
     ("model.reference", lambda c: c.reference.log_probs == "none", 'reference.log_probs is "none"'),
+    ("reference.cache", lambda c: c.reference.log_probs != "cached",
+     'reference.log_probs is "{0.reference.log_probs}"'),
     ("reference.sync_share", lambda c: c.reference.sync_every is None,
      "reference.sync_every is null"),
     ("data.max_prompt_length", lambda c: c.data.truncation != "pair",
@@ -237,6 +269,10 @@ CONFLICTS: tuple[Rule, ...] = (
      lambda c: any(s.curation and not s.curation.rule and s.curation.rejected != "random"
                    for s in c.data.train),
      'found a curation with "rejected" and no "rule", expected both, or neither'),
+    ("data.train",
+     lambda c: any(s.curation and not s.curation.rule and s.curation.decides for s in c.data.train),
+     'found a curation with "min_margin", "min_chosen" or "agree" and no "rule", expected both, or '
+     "neither"),
     ("data.train",
      lambda c: any(s.curation and not s.curation.decontaminate and s.curation.match != "n-grams"
                    for s in c.data.train),

@@ -4,7 +4,8 @@ It writes, without network and with the same bytes each time on one machine:
 
     preferences.jsonl  training rows in the raw UltraFeedback schema
     heldout.jsonl      the same for instructions that preferences.jsonl does not hold
-    prompts.jsonl      {"prompt": [{"role", "content"}], "answer"} for the held-out instructions
+    questions.jsonl    {"prompt": [{"role", "content"}], "answer"} for the training instructions
+    prompts.jsonl      the same for the held-out instructions
     sft.jsonl          {"messages": [{"role", "content"}]}, the policy's training data
     init/              a Hugging Face folder: a random Mistral of about one million parameters
     sft/               the same after `train.py configs/demo-sft.json`, in bfloat16
@@ -36,9 +37,10 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from notus.errors import UserError
+from notus.rounds import ROOT, rounds_table, run_rounds
 
 SEED = 42
-ROOT = Path(__file__).parents[1]  # of the repository, where train.py and configs/ are
+ROUNDS = Path("runs/demo-rounds")
 
 Row = dict[str, Any]
 
@@ -182,6 +184,7 @@ def make_data(rows: int | None = None, sft_passes: int = 0) -> dict[str, list[Ro
     return {
         "preferences.jsonl": [preference_row(question, rng) for question in train],
         "heldout.jsonl": [preference_row(question, rng) for question in heldout],
+        "questions.jsonl": [{"prompt": [asked(q)], "answer": q.answer} for q in train],
         "prompts.jsonl": [{"prompt": [asked(q)], "answer": q.answer} for q in heldout],
         "sft.jsonl": list(sft_rows(train, sft_passes, rng)),
     }
@@ -272,7 +275,7 @@ def train_policy(folder: Path) -> MistralForCausalLM:
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 MODEL_FILES += ("tokenizer.json", "tokenizer_config.json")
-FILES = {"preferences.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl"}
+FILES = {"preferences.jsonl", "heldout.jsonl", "questions.jsonl", "prompts.jsonl", "sft.jsonl"}
 FILES |= {f"{model}/{name}" for model in ("init", "sft") for name in MODEL_FILES}
 
 
@@ -324,11 +327,22 @@ def write_demo(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m notus.demo", description="Write the demo.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
-    folder = parser.parse_args(arguments).out
+    told = "then sample, check and train N times, below runs/demo-rounds (docs/rounds.md)"
+    parser.add_argument("--rounds", type=int, default=0, metavar="N", help=told)
+    options = parser.parse_args(arguments)
+    folder = options.out
     logging.disable_progress_bar()
-    print(f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)", flush=True)
     try:
-        write_demo(folder)
+        if not (options.rounds and all((folder / name).is_file() for name in FILES)):
+            told = f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)"
+            print(told, flush=True)
+            write_demo(folder)
+        if options.rounds:
+            run_rounds(options.rounds, folder, ROUNDS)
+            print(
+                f"\nof held-out prompts, after each round:\n{rounds_table(ROUNDS, options.rounds)}"
+            )
+            return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,16 +31,23 @@ def remove_partial(folder: Path) -> None:
 
 
 def write_whole(
-    path: Path, content: str | Callable[[Path], object], *, durable: bool = False
+    path: Path,
+    content: str | Callable[[Path], object],
+    *,
+    durable: bool = False,
+    shared: bool = False,
 ) -> None:
     """Write a file under a partial name and rename it, so that readers never see half of it.
 
     content: text (written as UTF-8), or a function that writes the file at the path given to it.
     durable: fsync the file before the rename and its folder after it, so that the file survives a
-    power loss too. An earlier file of the name is replaced. Raises OSError, leaving nothing, when
+    power loss too. shared: other processes may write the same path at the same time; the last to
+    finish wins. An earlier file of the name is replaced. Raises OSError, leaving nothing, when
     the file system refuses.
     """
     partial = partial_path(path)
+    if shared:
+        partial = partial.with_name(f"{partial.name}-{secrets.token_hex(4)}")
     try:
         if callable(content):
             content(partial)
@@ -64,9 +71,9 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = False, shared: bool = False) -> None:
     """`write_whole` of a value as indented JSON."""
-    write_whole(path, json.dumps(value, indent=2) + "\n", durable=durable)
+    write_whole(path, json.dumps(value, indent=2) + "\n", durable=durable, shared=shared)
 
 
 @contextmanager

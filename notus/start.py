@@ -325,7 +325,7 @@ def claim_output_dir(
     Collective. Raises UserError, on every rank, for a folder that cannot be made, that another run
     has taken, or that not all machines see.
     """
-    model, held_out = setup.config.model, setup.config.data.eval
+    model, held_out = setup.config.model, setup.config.data.eval_sources
     with agreed():
         resuming.make_output_dir(setup.output)
         lock.take()
@@ -333,7 +333,8 @@ def claim_output_dir(
         resuming.write_settings(setup.output, settings, setup.start)
     with agreed():
         resuming.check_shared(setup.output)
-    sources = [*setup.config.data.train, *(held_out if isinstance(held_out, tuple) else ())]
+    held_out = held_out.values() if isinstance(held_out, dict) else held_out
+    sources = [*setup.config.data.train, *held_out]
     with agreed():
         history.record_start(
             setup.output,

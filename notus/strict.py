@@ -122,6 +122,8 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         entries = {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
         return entries | entries.pop(_rest_field(type(value)), {})
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -219,7 +221,9 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in args)
     if origin is tuple:
         return isinstance(value, list | tuple)
-    if origin is dict or is_dataclass(annotation):
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(item, args[1]) for item in value.values())
+    if is_dataclass(annotation):
         return isinstance(value, Mapping)
     if annotation is float and type(value) is int:
         return abs(value) < 2**1023  # larger ones overflow a float
@@ -258,7 +262,8 @@ def _rest_field(cls: type) -> str | None:
 def _nearest(unknown: str, valid: list[str]) -> str:
     """The valid key most like an unknown one: in its object, else one whose name is like its."""
     section, _, name = re.sub(r"\.\d+\.", ".0.", unknown).rpartition(".")
-    same_section = [key for key in valid if key.rpartition(".")[0] == section]
+    sections = {key: re.escape(key.rpartition(".")[0]).replace("NAME", "[^.]+") for key in valid}
+    same_section = [key for key in valid if re.fullmatch(sections[key], section)]
 
     def likeness(key: str) -> tuple[float, float]:  # of the names, then of the dotted keys
         pairs = (key.rpartition(".")[2], name), (key, unknown)
@@ -272,7 +277,7 @@ def _nearest(unknown: str, valid: list[str]) -> str:
 
 
 def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
-    """Every dotted key below an annotation, with 0 for the index into a list."""
+    """Every dotted key below an annotation, with 0 for an index into a list and NAME for a name."""
     if is_dataclass(annotation):
         for entry in fields(annotation):
             for name in entry.metadata.get("other_keys_such_as", ()):
@@ -281,8 +286,9 @@ def _valid_keys(annotation: Any, key: str) -> Iterator[str]:
         for name, (inner, _) in keys_of(annotation).items():
             yield _join(key, name)
             yield from _valid_keys(inner, _join(key, name))
+    inside = {tuple: _join(key, 0), dict: _join(key, "NAME")}.get(get_origin(annotation), key)
     for member in get_args(annotation):
-        yield from _valid_keys(member, _join(key, 0) if get_origin(annotation) is tuple else key)
+        yield from _valid_keys(member, inside)
 
 
 def _join(key: str, name: str | int) -> str:

@@ -49,12 +49,13 @@ def test_defaults(tmp_path: Path) -> None:
             "truncation": "pair",
             "tokenization": "clean",
             "system_prompt": None,
+            "seed": None,
             "shuffle": True,
             "prefix_sharing": True,
             "tokens_per_microbatch": 8192,
         },
         "loss": {"name": "sigmoid", "mix": None},
-        "reference": {"log_probs": "cached", "sync_every": None},
+        "reference": {"log_probs": "cached", "cache": None, "sync_every": None},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 5e-7,
@@ -218,6 +219,13 @@ WRONG_FILES = [
     ),
     ({"data": {"train": []}}, "data.train: found [], expected a list of one or more values, each "),
     ({"data": {"train": [{}]}}, "data.train.0.path: missing, expected a non-empty string"),
+    ({"data": {**EVAL, "eval": {}}}, "data.eval: found {}, expected sources by name"),
+    (
+        {"data": {**EVAL, "eval": {"a/b": {"path": "x"}}}},
+        'data.eval: found {"a/b": "..."}, expected',
+    ),
+    ({"data": {**EVAL, "eval": {"holdout": {"path": "x"}}}}, "and not holdout, seed, rewards"),
+    ({"data": {**EVAL, "eval": {"new": {"pth": "x"}}}}, "nearest valid key: data.eval.NAME.path"),
     ({"data": {**EVAL, "eval": 5}}, "data.eval: found 5, expected a list of one or more values, "),
     ({"data": {**EVAL, "eval": {"holdout": 0}}}, "data.eval.holdout: found 0, expected an integer"),
     ({"train": {"seed": True}}, "train.seed: found true, expected an integer"),
@@ -262,6 +270,10 @@ WRONG_FILES = [
     (
         {"data": {"train": [{"path": "a", "curation": {"rejected": "lowest"}}]}},
         'data.train: found a curation with "rejected" and no "rule", expected both, or neither',
+    ),
+    (
+        {"data": {"train": [{"path": "a", "curation": {"min_margin": 1}}]}},
+        'data.train: found a curation with "min_margin", "min_chosen" or "agree" and no "rule", ',
     ),
     (
         {"data": {"train": [{"path": "a", "curation": {"rule": "rating", "match": "exact"}}]}},
@@ -526,6 +538,19 @@ def test_a_dump_loads_as_an_equal_config(tree: dict[str, Any]) -> None:
         resolved = to_dict(config)
         assert load_config(write(Path(folder), resolved)) == config
     assert holds(resolved, tree)
+
+
+def test_evaluation_sets_have_names(tmp_path: Path) -> None:
+    """And can be overridden one by one; a holdout is none of them."""
+    sets = {"easy": {"path": "a.jsonl"}, "hard-2": {"path": "b.jsonl", "weight": 2}}
+    path = write(tmp_path, MINIMAL | {"data": {"train": [{"path": "t"}], "eval": sets}})
+    found = load_config(path, ["data.eval.easy.path=c.jsonl"]).data.eval
+    assert list(found) == ["easy", "hard-2"]
+    assert (found["easy"].path, found["hard-2"].weight) == ("c.jsonl", 2.0)
+    again = write(tmp_path, to_dict(load_config(path)))
+    assert load_config(again).data.eval_sources["hard-2"] == found["hard-2"]
+    holdout = load_config(path, ['data.eval={"holdout":3}']).data
+    assert holdout.eval == Holdout(holdout=3) and holdout.eval_sources == ()
 
 
 def test_every_shipped_configuration_loads() -> None:

@@ -26,7 +26,7 @@ ORDER = """
     model.attention model.hf_config model.mistral model.host_copies model.weights model.lora
     model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
-    objective.reference objective.reference_cache
+    objective.reference objective.turns objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.log engine.signals engine.lock engine.host_memory engine.checkpoint engine.saver
     engine.resume engine.history engine.profiling engine.warmup
@@ -34,9 +34,10 @@ ORDER = """
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     build
     evals
+    feedback.responses feedback
     dryrun
     card
-    demo
+    rounds demo
     start
     train eval
 """
@@ -121,7 +122,7 @@ def test_the_trainer_loads_only_the_trainer():
         waiting += our_imports(module, top=True) - seen
     rooms = {module.split(".")[0] for module in seen}
     assert {"start", "engine", "data"} <= rooms
-    assert not rooms & {"evals", "dryrun", "card", "demo"}
+    assert not rooms & {"evals", "feedback", "dryrun", "card", "demo"}
 
 
 def test_every_module_has_a_place():

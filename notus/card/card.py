@@ -200,21 +200,27 @@ def evaluation_results(record: Record) -> list[EvalResult]:
     """The last evaluation as entries of the model-index, with the numbers of metrics.jsonl."""
     if not record.evaluations:
         return []
-    held_out = record.settings["data"]["eval"]
-    source = (record.settings["data"]["train"] if isinstance(held_out, dict) else held_out)[0]
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=record.hub_id(source["path"]) or "preferences",
-            dataset_name=f"{record.count('eval')}held-out pairs of {shown_path(source['path'])}",
-            dataset_split=source["split"],
-            metric_type="accuracy" if name == "eval_rewards/accuracies" else name,
-            metric_name=name,
-            metric_value=value,
-        )
-        for name, value in record.evaluations[-1].items()
-        if name.startswith("eval_")
-    ]
+    held_out, train = record.settings["data"]["eval"], record.settings["data"]["train"]
+    named = held_out if isinstance(held_out, dict) and "holdout" not in held_out else {}
+    pooled = next(iter(named.values()), train[0]) if isinstance(held_out, dict) else held_out[0]
+    results = []
+    for name, value in record.evaluations[-1].items():
+        part = name.removeprefix("eval_").partition("/")[0]
+        source = named.get(part, pooled)
+        size = "" if part in named else record.count("eval")
+        if name.startswith("eval_"):
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=record.hub_id(source["path"]) or "preferences",
+                    dataset_name=f"{size}held-out pairs of {shown_path(source['path'])}",
+                    dataset_split=source["split"],
+                    metric_type="accuracy" if name.endswith("rewards/accuracies") else name,
+                    metric_name=name,
+                    metric_value=value,
+                )
+            )
+    return results
 
 
 def introduction(record: Record, base: str | None) -> str:

@@ -14,10 +14,10 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, starmap
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pyarrow
 import pyarrow.parquet
@@ -32,7 +32,7 @@ from notus.curation.decontamination import (
     whole_text,
 )
 from notus.curation.rated_rows import RATED, RatedRow
-from notus.curation.ratings import RULES, Choice, aspect_ratings, choose_pair
+from notus.curation.ratings import RULES, Choice, aspect_ratings, choose_pairs, shortcoming
 from notus.curation.records import (
     TEXTS,
     record_of_dropped,
@@ -47,7 +47,7 @@ from notus.data.formats import FORMATS, ONLY_ANSWERS, find_format
 from notus.data.pairs import labels_of
 from notus.errors import UserError
 from notus.files import new_folder, write_json
-from notus.strict import Text
+from notus.strict import Positive, Text, parse
 
 HELD_OUT_PROMPT = "prompt of a held-out row"
 
@@ -59,14 +59,23 @@ class Curation:
     # what ranks a row's completions: the mean of UltraFeedback's aspects (Notus), its overall
     # score (Zephyr) as published or corrected, or each response's own rating; null: ready pairs
     rule: Literal["mean-rating", "overall-score", "overall-score-fixed", "rating"] | None = None
-    # drawn among the lower ones, the lowest, or drawn among all others, ties too, as for Zephyr
-    rejected: Literal["random", "lowest", "zephyr"] = "random"
+    # drawn among the lower ones, the lowest, each lower one in a pair of its own (several pairs of
+    # a row), or drawn among all others, ties too, as for Zephyr
+    rejected: Literal["random", "lowest", "all-lower", "zephyr"] = "random"
+    min_margin: Positive | None = None  # the least by which chosen must exceed rejected, in scores
+    min_chosen: float | None = None  # the least score of a chosen response
+    agree: bool = False  # leave out pairs of which an aspect rates the rejected response higher
     decontaminate: tuple[Text, ...] | None = None  # files of benchmark prompts to leave out
     # a benchmark prompt is recognised by its text, also by its words, also by runs of 8 words
     match: Literal["exact", "normalised", "n-grams"] = "n-grams"
     drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
     # of pairs with the same prompt, or nearly the same, only the first is kept
     duplicates: Literal["keep", "exact", "near"] = "keep"
+
+    @property
+    def decides(self) -> bool:
+        """Whether pairs are left out because of their scores."""
+        return self.min_margin is not None or self.min_chosen is not None or self.agree
 
 
 class Screen:
@@ -108,22 +117,29 @@ class Screen:
 
 def curate_row(
     rated: RatedRow, row: Row, where: str, curation: Curation, screen: Screen, seed: int
-) -> Choice | Dropped:
-    """The pair of a row of rated responses, or the reason why it gives none.
+) -> list[Choice | Dropped]:
+    """The pairs of a row of rated responses, or the reason why it gives none.
 
-    Raises UserError if a rating is out of range, or a response of the pair is not text.
+    With "all-lower" each pair that is left out has its reason among them. Raises UserError if a
+    rating is out of range, or a response of a pair is not text.
     """
     if refused := screen.refuse(rated.prompt, row, where):
-        return refused
+        return [refused]
+    limits = (curation.min_margin, curation.min_chosen, curation.agree)
     try:
-        choice = choose_pair(rated, curation.rule, seed, curation.rejected)
+        choices = choose_pairs(rated, curation.rule, seed, curation.rejected)
+        if isinstance(choices, str):
+            return [Dropped(choices)]
+        reasons = [shortcoming(choice, *limits) for choice in choices]
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if isinstance(choice, str):
-        return Dropped(choice)
-    for completion in (choice.chosen, choice.rejected):
-        read_text(completion, "response", where)
-    return screen.repeated(rated.prompt, where) or choice
+    for choice in choices:
+        for completion in (choice.chosen, choice.rejected):
+            read_text(completion, "response", where)
+    if None in reasons and (repeated := screen.repeated(rated.prompt, where)):
+        return [repeated]
+    both = zip(choices, reasons, strict=True)
+    return [choice if reason is None else Dropped(reason) for choice, reason in both]
 
 
 def check_rule(path: str, name: str, rule: str | None) -> None:
@@ -186,7 +202,8 @@ def curate(
     train.parquet and jsonl/train.jsonl, in Argilla's columns, or as messages where a prompt has
     several turns; the scores are those under the rule. Rows that are pairs already are in
     train.jsonl, as they were read. As a training source the folder is its pairs. It appears only
-    when it is complete.
+    when it is complete. With rejected "all-lower" a row may give several pairs, each of which is
+    kept or dropped, so the counts are of pairs there.
 
     curation.rule: None for a format's usual one. held_out: as for `Screen`. seed: of the draws of
     rejected responses. form: a name from data/formats.py; None: seen from the rows. Raises
@@ -211,7 +228,7 @@ def curate(
             found = _rated_records(name, rows, curation, screen, seed)
         else:
             found = _ready_records(name, rows, screen)
-        counts = _counts(found.pairs, found.dropped)
+        counts = _counts(found)
         if not found.pairs:
             text = _counts_text(counts, curation)
             raise UserError(f'{path}: no pair is left under the rule "{curation.rule}"; {text}')
@@ -237,16 +254,19 @@ def curate(
     return counts
 
 
-class _Found(NamedTuple):
+@dataclass
+class _Found:
     """Records of pairs (by the names in `SCHEMA`) and of dropped rows, and what else is reported.
 
-    ratings: of all completions, by aspect. rows: those of the pairs, as they were read.
+    ratings: of all completions, by aspect. rows: those of ready pairs, as they were read. count: of
+    all rows.
     """
 
-    pairs: list[Row]
-    dropped: list[Row]
-    ratings: dict[str, list[float]]
-    rows: list[Row]
+    pairs: list[Row] = field(default_factory=list)
+    dropped: list[Row] = field(default_factory=list)
+    ratings: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    rows: list[Row] = field(default_factory=list)
+    count: int = 0
 
 
 def _digested(rows: Iterable[PlacedRow], digest: Any) -> Iterator[PlacedRow]:
@@ -258,15 +278,16 @@ def _digested(rows: Iterable[PlacedRow], digest: Any) -> Iterator[PlacedRow]:
 def _rated_records(
     name: str, rows: Iterator[PlacedRow], curation: Curation, screen: Screen, seed: int
 ) -> _Found:
-    found = _Found([], [], defaultdict(list), [])
+    found = _Found()
     gather = RATED[name].gather
     for where, row in gather(rows) if gather else rows:
         rated = RATED[name].read(row, where)
-        outcome = curate_row(rated, row, where, curation, screen, seed)
-        if isinstance(outcome, Dropped):
-            found.dropped.append(record_of_dropped(rated.prompt, rated.source, outcome, where))
-        else:
-            found.pairs.append(record_of_pair(name, rated, outcome, row, where))
+        found.count += 1
+        for outcome in curate_row(rated, row, where, curation, screen, seed):
+            if isinstance(outcome, Dropped):
+                found.dropped.append(record_of_dropped(rated.prompt, rated.source, outcome, where))
+            else:
+                found.pairs.append(record_of_pair(name, rated, outcome, row, where))
         for completion in rated.completions:
             with suppress(UserError):  # a rating out of range, which the rule does not use
                 for aspect, rating in list(aspect_ratings(completion)):
@@ -275,8 +296,9 @@ def _rated_records(
 
 
 def _ready_records(name: str, rows: Iterator[PlacedRow], screen: Screen) -> _Found:
-    found = _Found([], [], {}, [])
+    found = _Found()
     for where, row in rows:
+        found.count += 1
         outcome = FORMATS[name].convert(row, where)
         source = labels_of(row).get("source")
         if isinstance(outcome, Dropped):
@@ -293,13 +315,13 @@ def _ready_records(name: str, rows: Iterator[PlacedRow], screen: Screen) -> _Fou
     return found
 
 
-def _counts(pairs: Sequence[Row], dropped: Sequence[Row]) -> dict[str, Any]:
-    texts = ([pair[name] for name in TEXTS[1:]] for pair in pairs)
+def _counts(found: _Found) -> dict[str, Any]:
+    texts = ([pair[name] for name in TEXTS[1:]] for pair in found.pairs)
     return {
-        "rows": len(pairs) + len(dropped),
-        "pairs": len(pairs),
-        "dropped": Counter(record["reason"] for record in dropped),
-        "pairs by source": Counter(pair["source"] or NO_SOURCE for pair in pairs),
+        "rows": found.count,
+        "pairs": len(found.pairs),
+        "dropped": Counter(record["reason"] for record in found.dropped),
+        "pairs by source": Counter(pair["source"] or NO_SOURCE for pair in found.pairs),
         "pairs that the trainer drops": Counter(filter(None, starmap(reason_to_drop, texts))),
     }
 
@@ -338,16 +360,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, text in choices.items():
         add(f"--{name}", choices=get_args(kinds[name]), default=getattr(defaults, name), help=text)
+    add("--min-margin", type=float, help="the least difference of a pair's scores")
+    add("--min-chosen", type=float, help="the least score of a chosen response")
+    add("--agree", action="store_true", help="no aspect may rate the rejected response higher")
     add("--seed", type=int, default=42, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
-    curation = Curation(
-        rule=options.rule,
-        decontaminate=tuple(options.decontaminate),
-        drop_sources=tuple(options.drop_source),
-        **{name: getattr(options, name) for name in choices},
-    )
     paths = (options.input, options.split, options.out)
     try:
+        curation = Curation(
+            rule=options.rule,
+            decontaminate=tuple(options.decontaminate),
+            drop_sources=tuple(options.drop_source),
+            min_margin=parse(options.min_margin, Positive | None, "--min-margin"),
+            min_chosen=parse(options.min_chosen, float | None, "--min-chosen"),
+            agree=options.agree,
+            **{name: getattr(options, name) for name in choices},
+        )
         counts = curate(*paths, curation, options.held_out, options.seed, options.format)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ from notus.errors import UserError
 TIED_RATINGS = "tied ratings"
 TOO_FEW_RATED = "fewer than two rated completions"
 UNCLEAR_TEN = "overall score of 10 that may be a 1"
+ASPECTS_DISAGREE = "an aspect that prefers the rejected response"
 
 
 class Choice(NamedTuple):
@@ -120,8 +121,10 @@ def _number(found: Any, name: str, lowest: float, highest: float) -> float:
 # ------------------------------------------------------------------------------- the pair
 
 
-def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -> Choice | str:
-    """The pair that `rule` (a name in `RULES`) makes of a row, or the reason why there is none.
+def choose_pairs(
+    row: RatedRow, rule: str, seed: int, rejected: str = "random"
+) -> list[Choice] | str:
+    """The pairs that `rule` (a name in `RULES`) makes of a row, or the reason why there are none.
 
     The chosen completion is the first with the highest score. The rejected one is, by `rejected`:
 
@@ -129,6 +132,8 @@ def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -
       https://arxiv.org/abs/2310.16944, section 3). The draw depends only on the seed and the
       prompt's text, so neither the order of the rows nor other rows change it.
     - "lowest": the first with the lowest score.
+    - "all-lower": each of those with a strictly lower score, in a pair of its own, as in
+      argilla/ultrafeedback-multi-binarized-preferences-cleaned; the other choices give one pair.
     - "zephyr": drawn among all the others, equal scores included, by Python's `random`, seeded
       for every row: the first published HuggingFaceH4/ultrafeedback_binarized.
 
@@ -152,9 +157,32 @@ def choose_pair(row: RatedRow, rule: str, seed: int, rejected: str = "random") -
         draws = random.Random(seed)
         while (pick := draws.choice(scored))[0] == chosen:
             pass
+    elif rejected == "all-lower":
+        return [Choice(chosen, completion, best, score) for completion, score in others]
     elif rejected == "lowest":
         pick = min(others, key=lambda one: one[1])
     else:
         key = hashlib.sha256(f"{seed}:{row.prompt}".encode()).digest()
         pick = others[int.from_bytes(key, "big") % len(others)]
-    return Choice(chosen, pick[0], best, pick[1])
+    return [Choice(chosen, pick[0], best, pick[1])]
+
+
+def shortcoming(
+    choice: Choice, min_margin: float | None, min_chosen: float | None, agree: bool
+) -> str | None:
+    """The reason to leave a pair out, or None.
+
+    min_margin, min_chosen: the least difference of the two scores, and the least score of the
+    chosen completion. agree: whether no aspect that both are rated on may be higher for the
+    rejected completion. Raises UserError if a rating is out of range.
+    """
+    # A mean of three is rounded, so that 13/3 - 10/3 is below 1.
+    if min_chosen is not None and choice.chosen_score < min_chosen - 1e-9:
+        return f"chosen score below {min_chosen:g}"
+    if min_margin is not None and choice.chosen_score - choice.rejected_score < min_margin - 1e-9:
+        return f"margin below {min_margin:g}"
+    if agree:
+        chosen, rejected = (dict(aspect_ratings(one)) for one in choice[:2])
+        if any(rejected[aspect] > chosen[aspect] for aspect in chosen.keys() & rejected.keys()):
+            return ASPECTS_DISAGREE
+    return None

@@ -1,10 +1,13 @@
 """Data sets: sources -> pairs -> tokens, for training and for `eval.py preferences`."""
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import Pair
@@ -25,13 +28,15 @@ class Dataset:
     """A data set as text and as tokens.
 
     rows: its pairs as they were read. tokenized: their tokens. dropped: how many rows were dropped
-    while reading, by reason; a holdout's are counted with the training data's. remarks: lines on
-    the columns that were read without use, and on those that were ignored.
+    while reading, by reason; a holdout's are counted with the training data's. sets: the places in
+    `pairs` of each named set. remarks: lines on the columns that were read without use, and on
+    those that were ignored.
     """
 
     rows: Sequence[Pair]
     tokenized: Tokenized
     dropped: Mapping[str, int]
+    sets: Mapping[str, range] = field(default_factory=dict)
     remarks: Sequence[str] = ()
 
     @property
@@ -58,7 +63,7 @@ class Dataset:
 
 def load_datasets(
     train: Sequence[Source],
-    evaluation: Sequence[Source],
+    evaluation: Sequence[Source] | Mapping[str, Source],
     tokenizer: PreTrainedTokenizerFast,
     *,
     tokenization: Mapping[str, Any],
@@ -73,26 +78,30 @@ def load_datasets(
 ) -> dict[str, Dataset]:
     """The data sets "train" and, of `evaluation` sources or `holdout` rows, "eval".
 
+    evaluation: sources by name are sets of the one data set, in that order.
     tokenization: the keyword arguments of `tokenize_pairs`. The last five: as for
     `load_preferences`. Collective. Raises UserError, on every rank, if a source cannot be read, a
     pair cannot be tokenized, no pair is left, or one takes more than tokens_per_microbatch.
     """
+    named = evaluation if isinstance(evaluation, Mapping) else {}
+    together = [[source] for source in named.values()] if named else [evaluation] * bool(evaluation)
     with agreed():
-        held_out = None
-        if evaluation:
-            held_out = load_preferences(evaluation, seed=seed, responses_only=responses_only)
+        parts = [load_preferences(x, seed=seed, responses_only=responses_only) for x in together]
+        held_out = [pair for part in parts for pair in part.train]
         found = load_preferences(
             train,
             seed=seed,
             holdout=holdout,
             holdout_seed=holdout_seed,
-            evaluation=held_out.train if held_out else (),
+            evaluation=held_out,
             drop_leaks=drop_leaks,
             responses_only=responses_only,
         )
     read = {"train": (found.train, found.dropped, found.remarks)}
-    if held_out:
-        read["eval"] = (held_out.train, held_out.dropped, held_out.remarks)
+    if parts:
+        dropped = sum((Counter(part.dropped) for part in parts), Counter())
+        remarks = [remark for part in parts for remark in part.remarks]
+        read["eval"] = (held_out, dropped, remarks)
     elif holdout:
         read["eval"] = (found.holdout, {}, [])
 
@@ -100,7 +109,17 @@ def load_datasets(
     datasets = {}
     for name, (rows, dropped, remarks) in read.items():
         tokenized = Tokenized.join(map_over_ranks(rows, tokenize))
-        data = datasets[name] = Dataset(rows, tokenized, dropped, remarks)
+        sets = {}
+        if name == "eval" and named:
+            ends = np.cumsum([0, *(len(part.train) for part in parts)])
+            edges = np.searchsorted(tokenized.kept, ends).tolist()
+            sets = dict(
+                zip(named, itertools.starmap(range, itertools.pairwise(edges)), strict=True)
+            )
+        data = datasets[name] = Dataset(rows, tokenized, dropped, sets, remarks)
+        for each, places in sets.items():
+            if not places:
+                raise UserError(f"data.eval.{each}: no pair is left after tokenization{data.notes}")
         if not len(data.pairs):
             raise UserError(f"{name} data: no pair is left after tokenization{data.notes}")
         slots = slots_of(data.pairs.lengths, prefix_sharing)

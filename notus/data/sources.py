@@ -8,13 +8,11 @@ from itertools import chain
 from notus.curation.curate import Curation, Screen, check_ready, check_rule, curate_row
 from notus.curation.decontamination import Dropped
 from notus.curation.rated_rows import RATED
-from notus.curation.ratings import Choice
 from notus.curation.rows import LONGEST_LINE, PlacedRow, Row, read_rows
 from notus.data.answer_formats import convert_labelled, pair_up
 from notus.data.columns import (
     check_names,
     complete,
-    complete_all,
     rename,
     unused,
     without_columns,
@@ -88,7 +86,7 @@ def read_pairs(
     if name == "unpaired" and not responses_only:
         outcomes = pair_up(_labelled(rows))
     else:
-        outcomes = chain.from_iterable(_outcomes(source, name, rows, seed))
+        outcomes = _outcomes(source, name, rows, seed, responses_only)
     for outcome in outcomes:
         if responses_only and isinstance(outcome, Pair):
             outcome = replace(outcome, rejected=type(outcome.rejected)())
@@ -115,38 +113,44 @@ def _labelled(rows: Iterator[PlacedRow]) -> Iterator[tuple[PlacedRow, Pair]]:
 
 
 def _outcomes(
-    source: Source, name: str, rows: Iterator[PlacedRow], seed: int
-) -> Iterator[list[Pair | Dropped]]:
-    """Each row's pairs, or the reason for none."""
+    source: Source, name: str, rows: Iterator[PlacedRow], seed: int, responses_only: bool
+) -> Iterator[Pair | Dropped]:
+    """Each row's pairs, and the reasons for those that it does not give."""
     convert, curation = FORMATS[name].convert, source.curation
     screen = None if curation is None else Screen(curation)
     for where, row in rows:
         if convert is None:
-            outcome = _curated(name, row, where, curation, screen, seed)
+            outcomes = list(_curated(name, row, where, curation, screen, seed))
+            if responses_only:  # pairs of a row have the same chosen response
+                pairs = [one for one in outcomes if isinstance(one, Pair)]
+                outcomes = [one for one in outcomes if one not in pairs[1:]]
         else:
             outcome = convert(row, where)
             if screen and not isinstance(outcome, Dropped):
                 prompt = outcome[0].prompt
                 left_out = screen.refuse(prompt, row, where) or screen.repeated(prompt, where)
                 outcome = left_out or outcome
-        outcome = complete_all(outcome, name, row, where)
-        if isinstance(outcome, Dropped):
-            yield [outcome]
-        else:
-            yield [replace(pair, labels=labels_of(row)) for pair in outcome]
+            outcomes = [outcome] if isinstance(outcome, Dropped) else outcome
+        for outcome in outcomes:
+            if isinstance(outcome, Pair):
+                pair = complete(outcome, name, row, where)
+                yield replace(pair, labels=labels_of(row))
+            else:
+                yield outcome
 
 
 def _curated(
     name: str, row: Row, where: str, curation: Curation, screen: Screen, seed: int
-) -> list[Pair] | Dropped:
-    """The pair that the curation's rule makes of a row of rated responses."""
+) -> Iterator[Pair | Dropped]:
+    """The pairs that the curation's rule makes of a row of rated responses."""
     rated = RATED[name].read(row, where)
-    outcome = curate_row(rated, row, where, curation, screen, seed)
-    if isinstance(outcome, Choice):
+    for outcome in curate_row(rated, row, where, curation, screen, seed):
+        if isinstance(outcome, Dropped):
+            yield outcome
+            continue
         chosen, rejected = outcome.chosen["response"], outcome.rejected["response"]
         scores = (outcome.chosen_score, outcome.rejected_score)
-        return [question_pair(rated.prompt, chosen, rejected, where, scores)]
-    return outcome
+        yield question_pair(rated.prompt, chosen, rejected, where, scores)
 
 
 def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:

@@ -101,17 +101,19 @@ class _Lines:
         pass
 
 
-def progress(total: int, initial: int, unit: str) -> tqdm:
+def progress(total: int, initial: int, unit: str, delay: float = 0.0) -> tqdm:
     """A bar on standard error if that is a terminal; otherwise a line every 15 seconds at most.
 
     Closing it prints the last state. The time left follows from the mean pace since the start.
+    delay: seconds before which nothing is shown, so that short work leaves no trace.
     """
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=initial, unit=unit, mininterval=0.5)
+        return tqdm(total=total, initial=initial, unit=unit, mininterval=0.5, delay=delay)
     return tqdm(
         total=total,
         initial=initial,
         unit=unit,
+        delay=delay,
         file=_Lines(),
         mininterval=15,
         miniters=1,

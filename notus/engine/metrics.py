@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from notus.data.packing import Microbatch, slots_of
 from notus.data.planning import Division, Plan
 from notus.data.token_arrays import TokenizedPairs
 from notus.engine.flops import Speed
-from notus.objective.logprobs import pair_log_probs
+from notus.objective.logprobs import gather_pairs, pair_log_probs
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
 
@@ -69,14 +70,22 @@ def pair_metrics(
 
 @torch.no_grad()
 def evaluate(
-    policy: Tensor, reference: Tensor, pairs: TokenizedPairs, loss: Loss
+    policy: Tensor,
+    reference: Tensor,
+    pairs: TokenizedPairs,
+    loss: Loss,
+    sets: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Metrics over all of `pairs`, under the names of training with the prefix `eval_`.
 
-    policy, reference: log-probs of every response token on every rank, flat, as of `score`.
+    policy, reference: log-probs of every response token on every rank, flat, as of `score`. sets:
+    the places in `pairs` of each named set, whose own metrics have the prefix `eval_NAME/`.
     """
-    metrics = summarize(all_log_probs(policy, reference, pairs), loss)
-    return {f"eval_{name}": value for name, value in metrics.items()}
+    found = {"eval_": summarize(all_log_probs(policy, reference, pairs), loss)}
+    for name, places in sets.items():
+        own = [gather_pairs(flat, pairs, places) for flat in (policy, reference)]
+        found[f"eval_{name}/"] = summarize(all_log_probs(*own, pairs.select(places)), loss)
+    return {f"{prefix}{name}": v for prefix, values in found.items() for name, v in values.items()}
 
 
 def all_log_probs(policy: Tensor, reference: Tensor, pairs: TokenizedPairs) -> PairLogProbs:

@@ -3,6 +3,9 @@
     python eval.py generate runs/notus-7b-v1/final --prompts mt_bench \\
         --out data/mt_bench/model_answer/notus.jsonl
     torchrun --nproc_per_node 8 eval.py generate ...           # the GPUs share the prompts
+    python eval.py generate MODEL --prompts FILE --samples 5 --out responses.jsonl
+
+With --samples every prompt of a prompt or preference file is answered several times, for a judge.
 
 While it runs, every finished batch is a file in the folder OUT.partial; the same command, given
 again, answers only the other prompts. OUT is written at the end, with its settings next to it in
@@ -43,6 +46,7 @@ from notus.generate.prompts import (
     encode_prompt,
     encode_published,
     read_prompt_set,
+    read_questions,
 )
 from notus.model.weights import hash_weights
 
@@ -59,7 +63,8 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         help="answer a benchmark's prompts in the file that the benchmark reads",
         description="Answer prompts with a model. The answers to alpaca_eval are written as "
         "AlpacaEval's model_outputs.json, those to mt_bench as FastChat's model_answer/<id>.jsonl "
-        "(both turns), those to a file with prompts as JSON lines. An interrupted run resumes when "
+        "(both turns), those to a file with prompts as JSON lines. With --samples, each prompt of "
+        "any prompt or preference file is answered several times. An interrupted run resumes when "
         "the same command is given again; under torchrun the GPUs share the prompts.",
     )
     own, formats = ", ".join(HUB_FILES), ("template", "published")
@@ -68,6 +73,8 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
     add("--prompts", required=True, help=f"{own}, or a file: theirs, or rows {PROMPT_ROWS}")
     add("--out", required=True, type=Path, action=NewPath, help=suffixes)
+    several = "draws for each prompt; --prompts may then be preferences of any format too"
+    add("--samples", type=at_least(1), metavar="K", help=several)
     add("--name", help="the model's, in the file (default: for mt_bench the file's, else MODEL's)")
     add("--prompt-format", choices=formats, default="template", help=PROMPT_FORMATS_HELP)
     add("--system-prompt", help='a system turn for conversations without one; "": an empty one')
@@ -93,13 +100,13 @@ def generate(options: argparse.Namespace) -> None:
     if options.name is None:
         options.name = options.out.stem if kind == "mt_bench" else default_name(options.model)
     keys = ("name", "prompts", "prompt_format", "system_prompt", "backend", "dtype")
-    keys += ("max_new_tokens", "temperature", "top_k", "seed")
+    keys += ("samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     settings = {
         "model_sha256": hash_weights(options.model, folder)["sha256"],
         **{key: getattr(options, key) for key in keys},
         "prompt_tokens_sha256": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
     }
-    decoding = {key: settings[key] for key in ("dtype", "max_new_tokens", "top_k")}
+    decoding = {key: settings[key] for key in ("dtype", "max_new_tokens", "top_k", "top_p")}
     if options.backend == "vllm":
         write = vllm_backend(folder, tokenizer, tensor_parallel=options.tensor_parallel, **decoding)
     else:
@@ -116,7 +123,12 @@ def generate(options: argparse.Namespace) -> None:
     share = batches([len(ids) for ids in encoded], size)[ranks.rank :: ranks.count]
     left = [[index for index in batch if index not in done] for batch in share]
     temperatures = [benchmarks.temperature_of(p, kind, options.temperature) for p in prompts]
-    seeds = [benchmarks.seed_of(index, kind, options.seed) for index in range(len(prompts))]
+    if options.samples:
+        draws = range(options.samples)
+        once = prompts[:: options.samples]
+        seeds = [benchmarks.draw_seed(p, draw, options.seed) for p in once for draw in draws]
+    else:
+        seeds = [benchmarks.seed_of(index, kind, options.seed) for index in range(len(prompts))]
     show = progress(sum(map(len, left)), 0, "prompt") if ranks.first else nullcontext()
     with agreed(), show as bar:
         for indices in filter(None, left):
@@ -134,7 +146,10 @@ def generate(options: argparse.Namespace) -> None:
     record = {"model": options.model} | settings | {"seeds": seeds, "versions": versions}
     settings_file = options.out.with_name(f"{options.out.name}.settings.json")
     write_whole(settings_file, json.dumps(record) + "\n", durable=True)
-    text = benchmarks.answers_text(kind, prompts, answers, options.name)
+    if options.samples:
+        text = benchmarks.samples_text(prompts, answers, seeds, options.name)
+    else:
+        text = benchmarks.answers_text(kind, prompts, answers, options.name)
     write_whole(options.out, text, durable=True)
     shutil.rmtree(partial_folder)
     print(f"wrote {len(prompts)} answers of {options.name} to {options.out}")
@@ -164,11 +179,11 @@ def start(options: argparse.Namespace) -> Ranks:
 def check_options(
     options: argparse.Namespace,
 ) -> tuple[Path, PreTrainedTokenizerFast, list[Prompt], str]:
-    """The model's folder, its tokenizer, the prompts and their kind.
+    """The model's folder, its tokenizer, the prompts (each as often as it is asked), their kind.
 
     Raises UserError for everything that can be wrong before a model is loaded.
     """
-    prompts, kind = read_prompt_set(options.prompts)
+    prompts, kind = (read_questions if options.samples else read_prompt_set)(options.prompts)
     out, name, suffix = options.out, options.name, benchmarks.SUFFIXES[kind]
     if out.suffix != suffix:
         raise UserError(f"--out {out}: for the kind {kind}, expected a {suffix} file")
@@ -188,7 +203,11 @@ def check_options(
         raise UserError(
             f"{options.prompts}: found text, expected conversations for the published format"
         )
-    return folder, tokenizer, prompts, kind
+    if (options.samples or 1) > 1 and options.temperature == 0:
+        raise UserError(
+            f"--temperature 0: all {options.samples} samples would be the same; expected above 0"
+        )
+    return folder, tokenizer, [p for p in prompts for _ in range(options.samples or 1)], kind
 
 
 def default_name(model: str) -> str:

@@ -1,8 +1,10 @@
 """The answers that AlpacaEval and MT-Bench ask for: temperatures, lengths, seeds, file formats."""
 
+import hashlib
 import json
 import secrets
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from notus.generate.prompts import Prompt
@@ -13,10 +15,10 @@ MT_BENCH_TEMPERATURES = {
     **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 OTHER_TEMPERATURE = 0.7  # also that of Zephyr's and Notus's AlpacaEval answers
-MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "prompts": 1024}
+MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "prompts": 1024, "samples": 1024}
 # The default of transformers' generate, and so the value behind the published answers.
 TOP_K = 50
-SUFFIXES = {"alpaca_eval": ".json", "mt_bench": ".jsonl", "prompts": ".jsonl"}
+SUFFIXES = {"alpaca_eval": ".json", "mt_bench": ".jsonl", "prompts": ".jsonl", "samples": ".jsonl"}
 
 
 class Answered(NamedTuple):
@@ -70,3 +72,39 @@ def temperature_of(prompt: Prompt, kind: str, override: float | None) -> float:
 def seed_of(index: int, kind: str, seed: int) -> int:
     """The seed of a prompt's random stream. FastChat uses the same one for every question."""
     return seed if kind == "mt_bench" else seed + index
+
+
+def draw_seed(prompt: Prompt, draw: int, seed: int) -> int:
+    """The seed of one of several draws for a prompt, below 2**48.
+
+    It depends on nothing else, so that the other prompts of the file, their order and the number of
+    draws change no draw.
+    """
+    text = f"{seed}:{draw}:{json.dumps(prompt.prompt)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def samples_text(
+    prompts: Sequence[Prompt], answers: Sequence[Answered], seeds: Sequence[int], name: str
+) -> str:
+    """JSON lines: the row of each prompt with its K "responses", their "seeds" and "generator".
+
+    prompts: each of them K times in a row. "prompt" is text for a single question of the user, else
+    messages; "source" is null where it is unknown.
+    """
+    lines = []
+    for _, group in groupby(zip(prompts, answers, seeds, strict=True), lambda one: id(one[0])):
+        (prompt, *_), drawn, used = zip(*group, strict=True)
+        single = len(prompt.prompt) == 1 and prompt.prompt[0]["role"] == "user"
+        row = (
+            {"source": None}
+            | prompt.row
+            | {
+                "prompt": prompt.text if single else prompt.prompt,
+                "responses": [answered.responses[0] for answered in drawn],
+                "seeds": list(used),
+                "generator": name,
+            }
+        )
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)

@@ -18,6 +18,7 @@ from notus.errors import UserError
 from notus.evals.options import add_json_option, at_least, report
 from notus.evals.published import DPO_RUNS, METRICS, DpoRun
 from notus.files import read_object
+from notus.strict import show
 from notus.tables import text_table
 
 LIMIT = 2.0  # a difference of fewer standard errors counts as agreement
@@ -53,8 +54,14 @@ def compare(options: argparse.Namespace) -> None:
     published = DPO_RUNS[options.to]
     evaluations = read_evaluations(options.run_folder / "metrics.jsonl")
     settings = read_object(options.run_folder / "config.json")
-    held_out = settings.get("data", {}).get("eval")
-    pairs = options.pairs or (held_out.get("holdout") if isinstance(held_out, dict) else None)
+    pairs = options.pairs
+    if pairs is None and isinstance(held_out := _part(settings, "data").get("eval"), dict):
+        pairs = held_out.get("holdout")
+        if type(pairs) is not int or pairs < 1:
+            raise UserError(
+                f"{options.run_folder / 'config.json'}: data.eval.holdout is {show(pairs)}; "
+                "expected an integer of at least 1"
+            )
 
     last = max(evaluations)
     differences, notes = [], []
@@ -100,6 +107,8 @@ def read_evaluations(file: Path) -> dict[int, Mapping[str, float]]:
     for where, row in read_rows(str(file)):
         if "eval_loss" not in row or row.get("step") == 0:
             continue
+        if type(row.get("step")) is not int:
+            raise UserError(f"{where}: step is {show(row.get('step'))}; expected an integer")
         for name in METRICS.values():
             if not isinstance(row.get(name), int | float) or not math.isfinite(row[name]):
                 raise UserError(f"{where}: {name} is {row.get(name)!r}; expected a finite number")
@@ -161,12 +170,18 @@ def recipe_notes(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
     notes = []
     for key, expected in recipe.items():
         section, name = key.split(".")
-        found = settings.get(section, {}).get(name)
+        found = _part(settings, section).get(name)
         if found != expected:
             notes.append(f"{key} is {json.dumps(found)}, in the published run {expected}.")
-    if settings.get("train", {}).get("max_steps") is not None:
-        notes.append(f"train.max_steps is {settings['train']['max_steps']}: a shorter run.")
+    if (most := _part(settings, "train").get("max_steps")) is not None:
+        notes.append(f"train.max_steps is {most}: a shorter run.")
     return notes
+
+
+def _part(settings: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """A section of the settings, empty if it is none."""
+    found = settings.get(section)
+    return found if isinstance(found, dict) else {}
 
 
 def summary(differences: list[Difference]) -> str:

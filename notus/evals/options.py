@@ -32,6 +32,13 @@ def at_least(minimum: int, kind: type = int) -> Callable[[str], Any]:
     return number
 
 
+def share(text: str) -> float:
+    """A number above 0 and at most 1, for argparse."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0 and at most 1")
+    return float(text)
+
+
 def add_decoding_options(
     parser: argparse.ArgumentParser,
     max_new_tokens: int | None = None,
@@ -45,6 +52,7 @@ def add_decoding_options(
     add("--max-new-tokens", type=at_least(1), default=max_new_tokens, help=default)
     add("--temperature", type=at_least(0, float), default=temperature, help=f"0: greedy {default}")
     add("--top-k", type=at_least(0), default=TOP_K, help="0: from all (default: %(default)s)")
+    add("--top-p", type=share, default=1.0, help="of these, the most probable that make up this")
     add("--seed", type=at_least(0), default=0, help="(default: %(default)s)")
     add("--batch-size", type=at_least(1), help=f"prompts at a time (default: {sizes})")
     add("--dtype", choices=dtypes, default="auto", help=stored)

@@ -45,7 +45,7 @@ def answer_both(options: argparse.Namespace) -> None:
             folder, tokenizer = open_answerer(model)
             check_template(prompts, options.prompts, tokenizer)
             folders[f"{role}: {default_name(model)}"] = folder
-    keys = ("max_new_tokens", "temperature", "top_k", "seed", "system_prompt", "dtype")
+    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "system_prompt", "dtype")
     settings = {key: getattr(options, key) for key in keys}
     settings["batch_size"] = options.batch_size or BATCH_SIZES["transformers"]
     columns = {}

@@ -35,14 +35,19 @@ Backend = Callable[[Sequence[Request]], list[list[int]]]
 
 
 def next_tokens(
-    logits_BV: Tensor, requests: Sequence[Request], live: Sequence[bool], top_k: int
+    logits_BV: Tensor,
+    requests: Sequence[Request],
+    live: Sequence[bool],
+    top_k: int,
+    top_p: float = 1.0,
 ) -> Tensor:
     """The next token of each sequence: int64 [B].
 
     logits_BV: float32 on the device of the requests' generators. live: whether each sequence still
-    continues; the others draw nothing. top_k: the number of tokens sampled from, 0 for all. Each
-    row's draw is the one that transformers' `generate` makes for that sequence on its own after
-    `torch.manual_seed`.
+    continues; the others draw nothing. top_k: the number of tokens sampled from, 0 for all. top_p:
+    of these, the most probable ones whose probabilities add up to at least this share, 1 for all.
+    Each row's draw is the one that transformers' `generate` makes for that sequence on its own
+    after `torch.manual_seed`.
     """
     tokens_B = logits_BV.argmax(-1)
     rows = [row for row, request in enumerate(requests) if live[row] and request.temperature > 0]
@@ -52,6 +57,11 @@ def next_tokens(
     scaled = logits_BV[rows] / torch.tensor(temperatures, device=logits_BV.device)
     if 0 < top_k < scaled.shape[1]:
         scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:  # the tail is summed, as in transformers, so that roundings are the same
+        ascending, order = scaled.sort(dim=-1)
+        tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        tail[:, -1] = False
+        scaled = scaled.masked_fill(tail.scatter(1, order, tail), -torch.inf)
     for row, probabilities in zip(rows, scaled.softmax(-1), strict=True):
         tokens_B[row] = torch.multinomial(probabilities, 1, generator=requests[row].draws)
     return tokens_B
@@ -81,6 +91,7 @@ def transformers_backend(
     dtype: str,
     max_new_tokens: int,
     top_k: int,
+    top_p: float = 1.0,
 ) -> Backend:
     """Answers by transformers' `generate`, one padded batch at a time.
 
@@ -109,7 +120,7 @@ def transformers_backend(
         def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
             """Leaves `generate` only the token that each row's own random stream chooses."""
             ended_B = torch.isin(input_ids[:, longest:], ends).any(1)
-            tokens_B = next_tokens(scores, requests, (~ended_B).tolist(), top_k)
+            tokens_B = next_tokens(scores, requests, (~ended_B).tolist(), top_k, top_p)
             return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
 
         sampled = any(request.temperature > 0 for request in requests)
@@ -149,6 +160,7 @@ def vllm_backend(
     max_new_tokens: int,
     top_k: int,
     tensor_parallel: int,
+    top_p: float = 1.0,
 ) -> Backend:
     """Answers by vLLM, which must be installed; every request's seed is its generator's.
 
@@ -170,6 +182,7 @@ def vllm_backend(
             vllm.SamplingParams(
                 temperature=request.temperature,
                 top_k=top_k or -1,
+                top_p=top_p,
                 max_tokens=max_new_tokens,
                 seed=request.draws.initial_seed(),
                 stop_token_ids=stops,

@@ -1,15 +1,20 @@
 """Prompt files and the benchmarks' own prompt sets, and how their prompts become tokens."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
-from notus.curation.rows import read_rows
-from notus.data.columns import ADDED
+from notus.curation.decontamination import Dropped
+from notus.curation.rated_rows import RATED
+from notus.curation.rows import PlacedRow, read_rows
+from notus.data.columns import ADDED, complete_all
+from notus.data.formats import FORMATS
 from notus.data.messages import Message, holds, read_messages
+from notus.data.pairs import question_pair
 from notus.data.template import render, with_system_prompt
 from notus.errors import UserError
 from notus.strict import Text, parse_part
@@ -63,6 +68,58 @@ def read_prompt_set(name: str) -> PromptSet:
     own = name in HUB_FILES
     path = _download(name) if own and not Path(name).exists() else name
     rows = list(read_rows(path))
+    prompts, kind = _read_known(rows)
+    if own and (kind, len(prompts)) != (name, HUB_FILES[name][-1]):
+        raise UserError(
+            f"{path}: found {len(prompts)} prompts of the kind {kind}, expected {name}'s "
+            f"{HUB_FILES[name][-1]}"
+        )
+    return PromptSet(prompts, kind)
+
+
+def read_questions(name: str) -> PromptSet:
+    """The conversations that a policy is asked to answer, each of them once: the kind "samples".
+
+    name: as for `read_prompt_set`, or a file, folder or hub dataset of any preference format, whose
+    prompts are taken. Text is a question of the user; of several questions only the first is kept.
+    A prompt's row holds the columns of its prompt file, or "source" of its preference row.
+    Raises UserError for rows without a prompt.
+    """
+    path = _download(name) if name in HUB_FILES and not Path(name).exists() else name
+    rows = list(read_rows(path))
+    known = {key: entry.recognises for key, entry in FORMATS.items() if entry.recognises}
+    formats = [key for key, recognises in known.items() if recognises(rows[0][1])]
+    found = _prompts_of_format(formats[0], rows) if formats else _read_known(rows).prompts
+    once: dict[str, Prompt] = {}
+    for prompt in found:
+        if isinstance(prompt.prompt, str):
+            prompt = prompt._replace(prompt=[{"role": "user", "content": prompt.prompt}])
+        once.setdefault(json.dumps(prompt.prompt), prompt._replace(follow_ups=()))
+    return PromptSet(list(once.values()), "samples")
+
+
+def _prompts_of_format(name: str, rows: Sequence[PlacedRow]) -> Iterator[Prompt]:
+    """The prompts of rows in a format of `FORMATS`; rows that give none are left out.
+
+    Raises UserError for rows with tools or options of the chat template.
+    """
+    rated = RATED.get(name)
+    for where, row in rated.gather(rows) if rated and rated.gather else rows:
+        kept = {"source": row.get("source")}
+        if rated:
+            prompt = rated.read(row, where).prompt
+            outcome = [question_pair(prompt, "", "", where, (None, None))]
+        else:
+            outcome = FORMATS[name].convert(row, where)
+        outcome = complete_all(outcome, name, row, where)
+        for pair in () if isinstance(outcome, Dropped) else outcome:
+            if pair.tools or pair.template_options:
+                raise UserError(f'{where}: "tools" are not read from prompts; remove them')
+            yield Prompt(pair.prompt, row=kept)
+
+
+def _read_known(rows: Sequence[PlacedRow]) -> PromptSet:
+    """The prompts of rows that are all of one kind of `KINDS`. Raises UserError."""
     where, first = rows[0]
     kind = next((kind for kind, (columns, _) in KINDS.items() if columns <= first.keys()), None)
     if kind is None:
@@ -84,11 +141,6 @@ def read_prompt_set(name: str) -> PromptSet:
                 f"{where}: question_id {row['question_id']} is also that of "
                 f"{places[row['question_id']]}; expected every id once"
             )
-    if own and (kind, len(prompts)) != (name, HUB_FILES[name][-1]):
-        raise UserError(
-            f"{path}: found {len(prompts)} prompts of the kind {kind}, expected {name}'s "
-            f"{HUB_FILES[name][-1]}"
-        )
     return PromptSet(prompts, kind)
 
 

@@ -18,12 +18,12 @@ from notus.tables import text_table
 
 PROMPTS_AT_ONCE = 64
 HELD_OUT = (
-    "eval_loss",
-    "eval_perplexity",
-    "eval_rewards/accuracies",
-    "eval_rewards/margins",
-    "eval_logps/chosen",
-    "eval_logps/rejected",
+    "loss",
+    "perplexity",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
 )
 
 
@@ -76,7 +76,10 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
 
 
 def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
-    """(name, first value, last value) of the held-out metrics in a metrics.jsonl that has any."""
+    """(name, first value, last value) of the held-out metrics in a metrics.jsonl that has any.
+
+    All pairs together come first, then the named sets.
+    """
     if not metrics.is_file():  # a run resumed elsewhere after its last step logs nothing
         return []
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -84,7 +87,9 @@ def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
     if not evaluated:
         return []
     first, last = evaluated[0], evaluated[-1]
-    return [(name, first[name], last[name]) for name in HELD_OUT if name in first]
+    sets = [name.removesuffix("loss") for name in first if name.endswith("/loss")]
+    names = [part + name for part in ("eval_", *sets) for name in HELD_OUT]
+    return [(name, first[name], last[name]) for name in names if name in first and name in last]
 
 
 def side_by_side(

@@ -5,7 +5,7 @@ log-probs of many pairs are kept in one flat array, in scoring order: for each p
 response's tokens, then the rejected response's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -97,10 +97,12 @@ def score(
     indices: Sequence[int] | np.ndarray,
     rows: Rows,
     sum_squares: bool = False,
+    scored: Callable[[int], object] = lambda pairs: None,
 ) -> Tensor:
     """Log-probs of the response tokens of the pairs `indices`, in that order: float32, flat.
 
-    With `sum_squares`, [2, tokens], see `token_log_probs`. Leaves the model in evaluation mode.
+    With `sum_squares`, [2, tokens], see `token_log_probs`. scored: is called after each microbatch
+    with the number of pairs in it, over all ranks. Leaves the model in evaluation mode.
     Collective: all ranks pass the same indices, share the work and get all results.
     """
     wanted = pairs.select(indices)
@@ -110,8 +112,10 @@ def score(
     starts = torch.from_numpy(wanted.response_starts).to(rows.device)
     flat = torch.zeros((2, size) if sum_squares else size, device=rows.device)
     model.eval()  # no dropout in what is measured
-    for batch in pack_division(division, wanted, dist.get_rank(), rows):
+    batches = pack_division(division, wanted, dist.get_rank(), rows)
+    for batch, of_ranks in zip(batches, division.bins, strict=True):
         flat[..., flat_positions(batch, starts)] = token_log_probs(model, batch, sum_squares)
+        scored(sum(map(len, of_ranks)))
     dist.all_reduce(flat)  # every entry is written by one rank and 0 on all others
     return flat
 

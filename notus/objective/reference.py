@@ -4,7 +4,7 @@
 the model each time. Both have the same two methods, so the loop does not tell them apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,10 +52,17 @@ class OnlineReference:
         with adapters_off(self.model):
             return token_log_probs(self.model, batch)
 
-    def of_pairs(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """The response tokens of the pairs `indices`, in that order: float32, flat. Collective."""
+    def of_pairs(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        scored: Callable[[int], object] = lambda pairs: None,
+    ) -> Tensor:
+        """The response tokens of the pairs `indices`, in that order: float32, flat. Collective.
+
+        scored: as for `score`.
+        """
         with adapters_off(self.model):
-            return score(self.model, self.pairs, indices, self.rows)
+            return score(self.model, self.pairs, indices, self.rows, scored=scored)
 
 
 Reference = CachedReference | OnlineReference

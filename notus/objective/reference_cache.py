@@ -3,13 +3,16 @@
 They depend on the reference's weights, the token ids and the numerics, and on nothing else: not on
 the loss, beta or learning rate. These three are a cache's identity, which is recorded next to it
 with the SHA-256 of the file. A file that is not the one written is named and computed again.
+
+Runs share a folder of caches. Of those that need the same one at the same time, the first computes
+it and the others wait. The parts of an unfinished pass are in the folder of the run that makes it.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +30,7 @@ from notus.model.hf_config import ModelShape
 from notus.objective.logprobs import gather_pairs, response_sums
 from notus.objective.reference import OnlineReference
 from notus.objective.rounding import compare
+from notus.objective.turns import Turn
 
 AUDITED_SHARE = 0.01
 SEAL = 32  # bytes
@@ -58,6 +62,7 @@ def cache_identity(
 
 def cached_log_probs(
     folder: Path,
+    own: Path,
     identity: Mapping[str, Any],
     online: OnlineReference,
     show: Callable[[int, int], Progress] | None = None,
@@ -66,49 +71,74 @@ def cached_log_probs(
 ) -> Tensor:
     """The log-probs of all response tokens of `online.pairs`: float32, flat, on every rank.
 
-    They are read from `folder` if it has a sound cache of this identity, and a sample is
-    recomputed. Otherwise they are computed and written in parts; an interrupted pass repeats only
-    its last part. Only rank 0 reads and writes files. show: makes the progress display of a long
-    pass from the number of pairs and of those already done. say: prints the outcome of the audit,
-    and which files are damaged. after_part: is called on every rank when a part has been written,
-    and may raise the same there. Collective.
+    They are read from `folder`, or from `own`, if there is a sound cache of this identity, and a
+    sample is recomputed. Otherwise they are computed and written to `folder`; an interrupted pass
+    repeats only its last part. Only rank 0 reads and writes files. own: the run's own folder, in
+    which earlier versions kept their caches, and which has the parts of an unfinished pass. show:
+    makes the progress display of a pass from the number of pairs and of those already done. say:
+    prints the outcome of the audit, which files are damaged, and whether another run is waited
+    for. after_part: is called on every rank when a part has been written, and while waiting; it may
+    raise the same there. Collective.
 
     Raises UserError, on all ranks, if the sample differs from the file by more than rounding, or
     if the file system refuses to read or write.
     """
-    path, cache = folder / f"{_key(identity)}.safetensors", None
-    with _agreed_on_files(path):
-        if dist.get_rank() == 0:
-            cache = _read(path, identity, int(online.pairs.response_starts[-1]), say)
-    found = torch.tensor([cache is not None], device=online.rows.device)
-    dist.broadcast(found, 0)
-    if not found:
-        flat = _score_in_parts(path, identity, online, show, say, after_part)
+    path = folder / f"{_key(identity)}.safetensors"
+    found = _find(path, own, identity, online, lambda words: None)
+    if found is None:
         with _agreed_on_files(path):
             if dist.get_rank() == 0:
-                _write(path, flat, online.pairs, identity)
-        return flat
-    flat = torch.zeros(int(online.pairs.response_starts[-1]), device=online.rows.device)
-    if cache is not None:
-        path, stored = cache
-        flat.copy_(stored)
-    dist.broadcast(flat, 0)
+                folder.mkdir(parents=True, exist_ok=True)
+        with Turn(path.with_suffix(".lock")) as turn:
+            turn.wait(say, after_part)
+            found = _find(path, own, identity, online, say)  # another run may have made it
+            if found is None:
+                parts = own / f"{path.stem}.parts"
+                flat = _score_in_parts(parts, identity, online, show, say, after_part)
+                with _agreed_on_files(path):
+                    if dist.get_rank() == 0:
+                        _write(path, own, flat, online.pairs, identity, turn.held)
+                        turn.finish()
+                return flat
+    path, flat = found
     words = _audit(path, flat, len(online.pairs), identity, online)
-    say(f"reference log-probs read from {path}: in a sample computed again, {words}")
+    say(f"reference log-probs read from {path}, no pass: in a sample computed again, {words}")
     return flat
 
 
-def _score_in_parts(
+def _find(
     path: Path,
+    own: Path,
+    identity: Mapping[str, Any],
+    online: OnlineReference,
+    say: Callable[[str], object],
+) -> tuple[Path, Tensor] | None:
+    """The file of a sound cache and its log-probs, on every rank; None if there is none."""
+    cache, tokens = None, int(online.pairs.response_starts[-1])
+    with _agreed_on_files(path):
+        if dist.get_rank() == 0:
+            cache = _read(path, own, identity, tokens, say)
+    found = [cache and cache[0]]
+    dist.broadcast_object_list(found, 0)
+    if found[0] is None:
+        return None
+    flat = torch.zeros(tokens, device=online.rows.device)
+    if cache is not None:
+        flat.copy_(cache[1])
+    dist.broadcast(flat, 0)
+    return found[0], flat
+
+
+def _score_in_parts(
+    file: Path,
     identity: Mapping[str, Any],
     online: OnlineReference,
     show: Callable[[int, int], Progress] | None,
     say: Callable[[str], object],
     after_part: Callable[[], object],
 ) -> Tensor:
-    """All pairs' flat log-probs. They are collected in a file next to `path`, and resumed there."""
-    pairs, device = online.pairs, online.rows.device
-    file, starts, bar = path.with_suffix(".parts"), pairs.response_starts, None
+    """All pairs' flat log-probs. They are collected in `file`, and resumed there."""
+    pairs, device, starts = online.pairs, online.rows.device, online.pairs.response_starts
     known, kept = 0, np.zeros(0, np.float32)
     with _agreed_on_files(file):
         if dist.get_rank() == 0:
@@ -121,16 +151,15 @@ def _score_in_parts(
     if done:
         dist.broadcast(flat, 0)
         _audit(file, flat, done, identity, online)
-    if show is not None and len(pairs) > PART:
-        bar = show(len(pairs), done)
+    bar = show(len(pairs), done) if show is not None else None
     for begin in range(done, len(pairs), PART):
         part = range(begin, min(begin + PART, len(pairs)))
-        flat[starts[begin] : starts[part.stop]] = scored = online.of_pairs(part)
+        flat[starts[begin] : starts[part.stop]] = scored = online.of_pairs(
+            part, bar.update if bar is not None else lambda pairs: None
+        )
         with _agreed_on_files(file):
             if dist.get_rank() == 0:
                 _append(file, begin, scored)
-        if bar is not None:
-            bar.update(len(part))
         after_part()
     if bar is not None:
         bar.close()
@@ -179,16 +208,22 @@ def _key(identity: Mapping[str, Any]) -> str:
 
 
 def _read(
-    own: Path, identity: Mapping[str, Any], tokens: int, say: Callable[[str], object]
+    new: Path,
+    own: Path,
+    identity: Mapping[str, Any],
+    tokens: int,
+    say: Callable[[str], object],
 ) -> tuple[Path, Tensor] | None:
     """The file of a sound cache with this identity and its log-probs; None if there is none.
 
-    own: the file that a new cache would have; an unusable one is named by `say`. A shape field that
-    the recorded identity lacks, because it was added since, has its default.
+    new: the file that a new cache would have; an unusable one is named by `say`. Caches of the
+    folder `own` count too. A shape field that the recorded identity lacks, because it was added
+    since, has its default.
     """
     defaults = {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
-    unusable = {own} if own.exists() or own.with_suffix(".json").exists() else set()
-    for description in sorted(own.parent.glob("[!.]*.json")):
+    unusable = {new} if new.exists() or new.with_suffix(".json").exists() else set()
+    folders = dict.fromkeys((new.parent, own))
+    for description in (file for each in folders for file in sorted(each.glob("[!.]*.json"))):
         path = description.with_suffix(".safetensors")
         try:
             about = json.loads(description.read_bytes())
@@ -201,7 +236,7 @@ def _read(
             if about.get("sha256") in (None, hashlib.sha256(content).hexdigest()):
                 log_probs = load(content)["log_probs"]
                 if len(log_probs) == tokens:
-                    own.with_suffix(".parts").unlink(missing_ok=True)  # killed before `_write` did
+                    _tidy(own, own.glob(f"{new.stem}.parts"))  # killed before `_write` did
                     return path, log_probs
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -210,20 +245,39 @@ def _read(
     return None
 
 
-def _write(path: Path, flat: Tensor, pairs: TokenizedPairs, identity: Mapping[str, Any]) -> None:
-    """Write a cache, and remove what interrupted passes have left in its folder."""
+def _write(
+    path: Path,
+    own: Path,
+    flat: Tensor,
+    pairs: TokenizedPairs,
+    identity: Mapping[str, Any],
+    alone: bool,
+) -> None:
+    """Write a cache, and remove what interrupted passes have left, in `own` and, if alone, here.
+
+    alone: whether no other run writes this cache at the same time.
+    """
     tensors = {"log_probs": flat.cpu(), "starts": torch.from_numpy(pairs.response_starts)}
     content = save(tensors)
-    write_whole(path, lambda partial: partial.write_bytes(content), durable=True)
+    write_whole(path, lambda partial: partial.write_bytes(content), durable=True, shared=True)
     about = {
         "identity": identity,
         "pairs": len(pairs),
         "response_tokens": len(flat),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    write_json(path.with_suffix(".json"), about, durable=True)
-    for left in (*path.parent.glob("*.parts"), *path.parent.glob(f"{PARTIAL}*")):
-        left.unlink()
+    write_json(path.with_suffix(".json"), about, durable=True, shared=True)
+    if alone:
+        _tidy(path.parent, path.parent.glob(f"{PARTIAL}{path.stem}*"))
+    _tidy(own, (*own.glob("*.parts"), *own.glob(f"{PARTIAL}*")))
+
+
+def _tidy(folder: Path, left: Iterable[Path]) -> None:
+    """Remove files of a folder, and then the folder if it is empty."""
+    for file in left:
+        file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _read_parts(

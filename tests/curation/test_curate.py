@@ -130,7 +130,7 @@ def test_every_case_by_the_mean_rule(tmp_path, case):
         source=fields.get("source", "flan"),
     )
     rated = read_ultrafeedback(row, "here:1")
-    outcome = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
+    (outcome,) = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
     if isinstance(outcome, Dropped):
         assert [outcome.reason] == [expected[0].format(bench=bench)]
     else:
@@ -147,11 +147,41 @@ def test_the_first_revisions_lists_of_annotations():
         one["annotations"] = {name: [found] for name, found in one["annotations"].items()}
         one["fine-grained_score"] = None
     rated = read_ultrafeedback(row, "a:1")
-    outcome = curate_row(rated, row, "a:1", by_mean(), Screen(by_mean()), 0)
+    (outcome,) = curate_row(rated, row, "a:1", by_mean(), Screen(by_mean()), 0)
     assert outcome[2:] == (4.0, 2.0)
 
 
 # ------------------------------------------------------------------------------- the command
+
+
+def test_pairs_left_out_for_their_scores_are_named_and_counted(tmp_path, capsys):
+    rows = [
+        raw(completion("5555"), completion("4444"), completion("1111"), prompt="a"),
+        raw(completion("3333"), completion("1111"), prompt="b"),
+        raw(completion("5553"), completion("4444"), completion("2222"), prompt="c"),
+        raw(completion("4444"), completion("4444"), prompt="d"),
+    ]
+    file, out = write(tmp_path / "raw.jsonl", rows), tmp_path / "out"
+    limits = ("--min-margin", "0.5", "--min-chosen", "4", "--agree", "--rejected", "all-lower")
+    assert main([file, "--out", str(out), *limits]) == 0
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    assert (counts["rows"], counts["pairs"]) == (4, 3)
+    assert counts["dropped"] == {
+        "an aspect that prefers the rejected response": 1,
+        "chosen score below 4": 1,
+        "tied ratings": 1,
+    }
+    kept = read_lines(out / "jsonl" / "train.jsonl")
+    assert [(p["instruction"], p["rejected_avg_rating"]) for p in kept] == [
+        ("a", 4.0),
+        ("a", 1.0),
+        ("c", 2.0),
+    ]
+    dropped = read_lines(out / "jsonl" / "dropped.jsonl")
+    assert [row["instruction"] for row in dropped] == ["b", "c", "d"]
+    assert main([file, "--out", str(tmp_path / "no"), "--min-margin", "-1"]) == 2
+    assert "--min-margin: found -1.0, expected a number above 0" in capsys.readouterr().err
+
 
 COLUMNS = [
     "source",
@@ -474,7 +504,7 @@ def outcomes(rows, settings, seed):
     found = []
     for row in rows:
         rated = read_ultrafeedback(row, "here")
-        found.append(curate_row(rated, row, "here", settings, screen, seed))
+        found += curate_row(rated, row, "here", settings, screen, seed)
     return found
 
 

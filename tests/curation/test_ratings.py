@@ -8,15 +8,18 @@ from hypothesis import strategies as st
 
 from notus.curation.rated_rows import RATED
 from notus.curation.ratings import (
+    ASPECTS_DISAGREE,
     TIED_RATINGS,
     TOO_FEW_RATED,
     UNCLEAR_TEN,
+    Choice,
     RatedRow,
-    choose_pair,
+    choose_pairs,
     mean_rating,
     overall_score,
     overall_score_fixed,
     rating,
+    shortcoming,
 )
 from notus.errors import UserError
 
@@ -25,6 +28,15 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 def row_of(*completions, prompt="?"):
     return RatedRow(prompt, list(completions), None)
+
+
+def choose_pair(*arguments):
+    """The only pair, or the reason why there is none."""
+    found = choose_pairs(*arguments)
+    if isinstance(found, str):
+        return found
+    (choice,) = found
+    return choice
 
 
 def rated(*ratings, response="answer", **fields):
@@ -112,6 +124,29 @@ def test_lowest_is_the_first_with_the_lowest_score():
     row = row_of(rated(2), rated(5), worst, rated(1, response="too"))
     for seed in range(5):
         assert choose_pair(row, "mean-rating", seed, "lowest")[1] is worst
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_all_lower_gives_a_pair_with_each_lower_response_in_their_order(seed):
+    low, best, tied, middle = rated(1), rated(5), rated(5, response="too"), rated(3)
+    row = row_of(low, best, rated("N/A"), tied, middle)
+    found = choose_pairs(row, "mean-rating", seed, "all-lower")
+    assert found == [(best, low, 5.0, 1.0), (best, middle, 5.0, 3.0)]
+    assert choose_pairs(row_of(best, tied), "mean-rating", seed, "all-lower") == TIED_RATINGS
+
+
+def test_the_reasons_to_leave_a_pair_out():
+    thirds = Choice(rated(5, 4, 4), rated(3, 3, 4), 13 / 3, 10 / 3)  # rounded: 0.9999999999999996
+    assert shortcoming(thirds, None, None, True) is None
+    assert shortcoming(thirds, 1, 13 / 3, False) is None
+    assert shortcoming(thirds, 1.1, None, False) == "margin below 1.1"
+    assert shortcoming(thirds, 1.1, 4.5, True) == "chosen score below 4.5"
+    crossed = Choice(rated(5, 3), rated(2, 4), 4.0, 3.0)
+    assert shortcoming(crossed, 1, 4, True) == ASPECTS_DISAGREE
+    assert shortcoming(crossed, 1, 4, False) is None
+    # An aspect that only one of them is rated on says nothing about the two.
+    unrated = Choice(rated(5, "N/A"), rated(2, 4), 5.0, 3.0)
+    assert shortcoming(unrated, None, None, True) is None
 
 
 def test_zephyr_draws_among_all_others_anew_for_every_row():

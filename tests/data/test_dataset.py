@@ -64,6 +64,25 @@ def test_training_and_evaluation_sources(zephyr, tmp_path):
     assert origins(found["train"]) == [f"{tmp_path / 'train.jsonl'}:{n}" for n in range(1, 8)]
 
 
+def test_named_evaluation_sets(zephyr, tmp_path):
+    """They are parts of one data set, of the pairs that have tokens."""
+    long = text_rows(1, "x " * 99)
+    train = [Source(write(tmp_path / "train.jsonl", rows(3)))]
+    named = {
+        "near": Source(write(tmp_path / "near.jsonl", [*long, *rows(2, "b"), *long])),
+        "far": Source(write(tmp_path / "far.jsonl", [*rows(3, "c", empty=1), *long])),
+    }
+    dropping = CLEAN | {"truncation": "drop"}
+    data = load(zephyr, train, named, tokenization=dropping)["eval"]
+    assert data.sets == {"near": range(0, 2), "far": range(2, 5)}
+    together = load(zephyr, train, list(named.values()), tokenization=dropping)["eval"]
+    assert data.pairs.fingerprint() == together.pairs.fingerprint() and together.sets == {}
+    assert data.counts == together.counts
+    named["none"] = Source(write(tmp_path / "none.jsonl", long))
+    with pytest.raises(UserError, match=r"data\.eval\.none: no pair is left after tokenization"):
+        load(zephyr, train, named, tokenization=dropping)
+
+
 def test_pairs_without_tokens_have_no_origin(zephyr, tmp_path):
     source = Source(write(tmp_path / "a.jsonl", [*rows(1), *text_rows(2, "x " * 99), *rows(1)]))
     dropping = CLEAN | {"truncation": "drop"}

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from test_flops import MISTRAL_7B
 
+from conftest import random_pairs
 from notus.data.planning import Division
 from notus.engine import flops
 from notus.engine.flops import Speed, Work, forward_flops, model_flops
-from notus.engine.metrics import Totals, judge_step, nonfinite_pairs, pair_metrics
+from notus.engine.metrics import Totals, evaluate, judge_step, nonfinite_pairs, pair_metrics
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
 
@@ -75,6 +76,32 @@ def test_pair_metrics_by_hand():
     for name, pair in found.items():
         assert [value.dtype for value in pair] == [torch.float64] * 2
         assert [float(value) for value in pair] == pytest.approx(expected[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_metrics_of_named_sets(name):
+    """Those of the set's pairs scored on their own; all pairs together are their weighted mean."""
+    pairs, loss = random_pairs(9), build_loss({"name": name, "beta": 0.1})
+    generator = torch.Generator().manual_seed(0)
+    flats = [-torch.rand(int(pairs.response_starts[-1]), generator=generator) for _ in range(2)]
+    sets = {"near": range(0, 3), "far": range(3, 9)}
+    found = evaluate(*flats, pairs, loss, sets)
+    for each, places in sets.items():
+        cut = slice(pairs.response_starts[places.start], pairs.response_starts[places.stop])
+        alone = evaluate(*(flat[cut] for flat in flats), pairs.select(places), loss)
+        own = {k.replace(f"eval_{each}/", "eval_"): v for k, v in found.items() if each in k}
+        assert own == alone and len(own) == 10
+    for metric in ("loss", "rewards/accuracies", "logps/chosen"):
+        parts = [found[f"eval_{each}/{metric}"] for each in sets]
+        assert found[f"eval_{metric}"] == pytest.approx((3 * parts[0] + 6 * parts[1]) / 9)
+    if name == "sigmoid":  # by hand
+        losses = []
+        for i in sets["far"]:
+            start, (_, chosen, rejected) = pairs.response_starts[i], pairs.lengths[i]
+            ratio = (flats[0] - flats[1]).double()[start : start + chosen + rejected]
+            margin = 0.1 * (ratio[:chosen].sum() - ratio[chosen:].sum())
+            losses.append(math.log1p(math.exp(-margin)))
+        assert found["eval_far/loss"] == pytest.approx(sum(losses) / 6, rel=1e-6)
 
 
 def test_metrics_of_supervised_fine_tuning():

@@ -239,3 +239,54 @@ def test_alpaca_eval_reads_the_outputs(demo, instructions, tmp_path):
     assert list(frame["instruction"]) == [row["instruction"] for row in INSTRUCTIONS]
     assert utils.get_generator_name(None, frame) == "sft"
     assert frame["output"].map(type).eq(str).all()
+
+
+# ------------------------------------------------------------------------------ several samples
+
+
+def test_samples_are_draws_of_generate_each_with_its_recorded_seed(other, demo, tmp_path):
+    """Of a preference file with a repeated prompt: each sample against transformers' own draw."""
+    lines = (demo / "preferences.jsonl").read_text().splitlines()[:3]
+    file, out = tmp_path / "preferences.jsonl", tmp_path / "responses.jsonl"
+    file.write_text("\n".join([*lines, lines[0]]))
+    more = ("--samples", "3", "--temperature", "0.9", "--top-p", "0.95", "--seed", "5")
+    assert generate(other, file, out, *more, "--batch-size", "4") == 0
+    rows = rows_of(out)
+    assert [row["prompt"] for row in rows] == [json.loads(line)["instruction"] for line in lines]
+    assert rows[0].keys() == {"source", "prompt", "responses", "seeds", "generator"}
+    assert {row["source"] for row in rows} == {"notus_demo"}
+    assert len({seed for row in rows for seed in row["seeds"]}) == 9
+    model = transformers.AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    tokenizer = load_tokenizer(other)
+    sampling = {"do_sample": True, "temperature": 0.9, "top_k": 7, "top_p": 0.95}
+    for row in rows:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        for seed, response in zip(row["seeds"], row["responses"], strict=True):
+            torch.manual_seed(seed)
+            output = model.generate(ids, max_new_tokens=NEW, **sampling)[0, ids.shape[1] :]
+            assert response == tokenizer.decode(output, skip_special_tokens=True).strip()
+
+
+def test_a_prompt_s_samples_do_not_depend_on_the_other_prompts(other, tmp_path):
+    """Nor on their order, on the batch or on how many samples are drawn; other columns stay."""
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i), "id": i} for i in range(4)]
+    files = {"all": (rows, "3", "32"), "few": (rows[:0:-2], "2", "3")}
+    found = {}
+    for name, (some, samples, size) in files.items():
+        file, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-out.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+        assert generate(other, file, out, "--samples", samples, "--batch-size", size) == 0
+        found[name] = {row["id"]: row for row in rows_of(out)}
+    for number, row in found["few"].items():
+        whole = found["all"][number]
+        assert row["responses"] == whole["responses"][:2] and row["seeds"] == whole["seeds"][:2]
+        assert row["answer"] == str(2 * number)
+
+
+def test_samples_that_would_all_be_the_same_are_refused(other, instructions, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert generate(other, instructions, out, "--samples", "2", "--temperature", "0") == 2
+    assert "--temperature 0: all 2 samples would be the same" in capsys.readouterr().err

@@ -37,9 +37,10 @@ def requests_for(prompts, temperatures):
     ]
 
 
-def backend(folder, top_k=0):
+def backend(folder, top_k=0, top_p=1.0):
+    settings = {"max_new_tokens": NEW, "top_k": top_k, "top_p": top_p}
     return transformers_backend(
-        folder, load_tokenizer(folder), device=CPU, dtype="float32", max_new_tokens=NEW, top_k=top_k
+        folder, load_tokenizer(folder), device=CPU, dtype="float32", **settings
     )
 
 
@@ -67,21 +68,22 @@ def test_a_greedy_batch_is_each_prompt_on_its_own(other, prompts):
     assert len({tuple(answer) for answer in answers}) > 1
 
 
-def test_a_sampled_batch_is_each_prompt_on_its_own_after_manual_seed(other, prompts, tmp_path):
+@pytest.mark.parametrize("top", [{"top_k": 7}, {"top_k": 9, "top_p": 0.8}])
+def test_a_sampled_batch_is_each_prompt_on_its_own_after_manual_seed(other, prompts, tmp_path, top):
     """Greedy and sampled rows in one batch, some of which end before others."""
     temperatures = [0.7, 0.0, 0.1, 1.3, 0.7]
-    unstopped = backend(other, top_k=7)(requests_for(prompts, temperatures))
+    unstopped = backend(other, **top)(requests_for(prompts, temperatures))
     stop = unstopped[0][2]
     folder = with_stop(other, tmp_path, stop)
     requests = requests_for(prompts, temperatures)
-    answers = backend(folder, top_k=7)(requests)
+    answers = backend(folder, **top)(requests)
     lengths = [len(answer) for answer in answers]
     assert lengths[0] <= 2 and max(lengths) == NEW
     for number, (ids, temperature) in enumerate(zip(prompts, temperatures, strict=True)):
         torch.manual_seed(100 + number)
         sampling = {"do_sample": False}
         if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 7}
+            sampling = {"do_sample": True, "temperature": temperature, **top}
         assert answers[number] == alone(folder, ids, **sampling)
         if temperature:  # the stream is where transformers' is, for a second turn
             assert torch.equal(requests[number].draws.get_state(), torch.get_rng_state())
@@ -103,6 +105,14 @@ def test_top_k_and_ended_rows():
     seen = torch.stack([next_tokens(logits, requests, [True, True, False], 2) for _ in range(64)])
     assert set(seen[:, :2].flatten().tolist()) == {1, 2}
     assert seen[:, 2].tolist() == [1] * 64 and torch.equal(draws[2].get_state(), before)
+
+
+def test_top_p_keeps_the_most_probable_tokens_up_to_its_share():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    for top_p, kept in ((0.3, {1}), (0.6, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        requests = [Request([1], 1.0, torch.Generator().manual_seed(0))]
+        seen = {int(next_tokens(logits, requests, [True], 0, top_p)) for _ in range(99)}
+        assert seen == kept, top_p
 
 
 def test_vllm_is_asked_for_what_was_given(demo, monkeypatch):

@@ -36,5 +36,11 @@ def test_before_and_after_takes_first_and_last_evaluation(tmp_path):
         "0.0000",
         "9.0000",
     ]
+    named = {"eval_far/loss": 0.5, "eval_far/rewards/margins": 2.0, "eval_far/rewards/chosen": 1.0}
+    file.write_text(json.dumps(lines[0] | named) + "\n")
+    assert held_out_rows(file)[5:] == [
+        ("eval_far/loss", 0.5, 0.5),
+        ("eval_far/rewards/margins", 2.0, 2.0),
+    ]
     file.write_text('{"step": 1}\n')
     assert held_out_rows(file) == []

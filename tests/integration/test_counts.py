@@ -74,6 +74,26 @@ def test_a_cached_reference_is_not_run_again(demo, tmp_path, forwards):
     assert start == next(tokens for gradient, tokens, _ in forwards if gradient)
 
 
+def test_runs_share_a_reference_pass(demo, tmp_path, forwards, capfd):
+    """Another loss, beta, rate and seed: the same log-probs, in the same file, and no pass."""
+    config = base_config(demo) | {"reference": {"cache": str(tmp_path / "cache")}}
+    config["data"] |= {"seed": 42}  # of which response is drawn as the rejected one
+    train_here(config, tmp_path / "one", "train.max_steps=1")
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    first = file.read_bytes()
+    forwards.clear(), capfd.readouterr()
+    others = "loss.beta=0.5", "loss.name=hinge", "optimizer.learning_rate=1e-5", "train.seed=7"
+    train_here(config, tmp_path / "two", "train.max_steps=1", *others)
+    sample, start = (tokens for gradient, tokens, _ in forwards if not gradient)
+    assert sample <= 2 * 96 and start == next(
+        tokens for gradient, tokens, _ in forwards if gradient
+    )
+    assert f"reference log-probs read from {file}, no pass" in capfd.readouterr().out
+    assert file.read_bytes() == first and len(list(file.parent.iterdir())) == 2
+    (line,) = metrics(tmp_path / "two/run")
+    assert line["loss"] == pytest.approx(1.0)  # hinge of a margin of 0: the log-probs are these
+
+
 def test_evaluation_is_not_timed_as_training(demo, tmp_path, monkeypatch):
     """Each time, the one before the first step too, the clock starts anew before the next step."""
     events, evaluate_held_out = [], train.evaluate_held_out

@@ -211,6 +211,7 @@ def signalled(monkeypatch, module: object, name: str, number: int, call: int = 1
 def fresh(run, monkeypatch) -> Path:
     """The same before its first start; the reference pass writes every 8 pairs."""
     shutil.rmtree(run)
+    shutil.rmtree("reference-cache")
     monkeypatch.setattr(reference_cache, "PART", 8)
     return run
 
@@ -239,7 +240,7 @@ def test_a_stop_before_the_reference_pass(fresh, capfd, monkeypatch, name):
     module = {"set_up": start.build, "load_policy": start}[name]
     signalled(monkeypatch, module, name, signal.SIGTERM)
     assert "stopped by a signal before the first step" in again(capfd)
-    assert not (fresh / "reference").exists() and not (fresh / "final").exists()
+    assert not Path("reference-cache").exists() and not (fresh / "final").exists()
 
 
 def test_a_save_that_was_asked_for_before_the_loop(fresh, capfd, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from faults import small_parts
-from ranks import kill, launch, run_ranks, wait_for
+from ranks import finish, kill, launch, run_ranks, wait_for
 from runs import base_config
 
 
@@ -24,8 +24,9 @@ def config(demo, tmp_path_factory) -> str:
 
 
 def log_probs(output: Path) -> torch.Tensor:
-    """The log-probs of the only cache of a run; there must be no parts."""
-    (file,) = (output / "reference").glob("*.safetensors")
+    """The log-probs of the only cache next to a run; there must be no parts."""
+    (file,) = (output.parent / "reference-cache").glob("*.safetensors")
+    assert not (output / "reference").exists()
     assert sorted(f.suffix for f in file.parent.iterdir()) == [".json", ".safetensors"]
     return load_file(file)["log_probs"]
 
@@ -59,6 +60,20 @@ def test_killed_in_the_pass(config, whole, tmp_path, ranks):
     if ranks == 2:
         assert torch.equal(found, whole)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_two_runs_that_start_together(config, whole, tmp_path):
+    """One makes the pass, on two ranks or on one; the other waits for it."""
+    logs = [tmp_path / "two.log", tmp_path / "one.log"]
+    runs = [
+        launch([config, f"loss.beta={beta}", f"output_dir={log.with_suffix('')}"], log, n, part)
+        for log, beta, n, part in zip(logs, (0.1, 0.5), (2, 1), (small_parts,) * 2, strict=True)
+    ]
+    assert [finish(run) for run in runs] == [0, 0]
+    told = [log.read_text() for log in logs]
+    assert sorted("waiting for another run" in words for words in told) == [False, True]
+    assert sorted("no pass" in words for words in told) == [False, True]
+    torch.testing.assert_close(log_probs(tmp_path / "two"), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_no_space_in_the_pass(config, whole, tmp_path):

@@ -1,5 +1,6 @@
 """Three steps of train.py against a loop written out with transformers' model and torch alone."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 
 from notus.config import load_config
+from notus.data.tokenizer import load_tokenizer
 from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
 
 RATE, BETA, CLIP, STEPS = 2e-3, 0.3, 0.05, 3
@@ -53,6 +55,45 @@ def by_hand(demo, config, per_step):
         optimizer.zero_grad()
         lines.append({"loss": total, "grad_norm": norm, "learning_rate": rate})
     return lines, policy.state_dict()
+
+
+def test_the_loss_of_all_lower_pairs_is_the_sum_over_its_pairs(demo, other, tmp_path):
+    """One step over 8 rows of four responses: 24 pairs, read from the raw rows here."""
+    rows = [json.loads(line) for line in (demo / "preferences.jsonl").read_text().splitlines()][:8]
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = base_config(demo)
+    curation = {"rule": "mean-rating", "rejected": "all-lower"}
+    settings["data"]["train"] = [{"path": str(raw), "curation": curation}]
+    settings["model"]["reference"] = str(other)
+    settings["loss"] = {"beta": BETA}
+    settings["train"] = {"pairs_per_step": 24, "max_steps": 1}
+    settings["output_dir"] = str(tmp_path / "out")
+    run(settings, [[]], tmp_path)
+    tokenizer = load_tokenizer(demo / "sft")
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (demo / "sft", other)
+    )
+    total, count = 0.0, 0
+    for row in rows:
+        text = f"<|user|>\n{row['instruction']}</s>\n<|assistant|>\n"
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        rated = {c["response"]: c["fine-grained_score"] for c in row["completions"]}
+        ratios = {}
+        for response in rated:
+            ids = tokenizer(f"{response}</s>", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                ratios[response] = log_prob(policy, prompt, ids) - log_prob(reference, prompt, ids)
+        chosen = max(rated, key=rated.get)
+        for response in rated:
+            if response != chosen:
+                margin = BETA * (ratios[chosen] - ratios[response])
+                total -= torch.nn.functional.logsigmoid(margin).item()
+                count += 1
+    (line,) = metrics(tmp_path / "out")
+    assert count == 24 and line["loss"] * count == pytest.approx(total, rel=1e-5)
+    assert abs(total / count - math.log(2)) > 0.01
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_files_of_a_run(folder):
         "beta": 0.1,
         "label_smoothing": 0.0,
     }
-    cached = sorted(p.suffix for p in (output / "reference").iterdir())
+    cached = sorted(p.suffix for p in (folder / "reference-cache").iterdir())
     assert cached == [".json", ".json", ".safetensors", ".safetensors"]
     assert any((output / "tensorboard").iterdir())
     assert not list(output.glob(".partial*")) and not list(output.glob("**/*.partial"))
