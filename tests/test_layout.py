@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[1]
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
     errors files console strict masking limits tables
-    curation.rows curation.ratings curation.decontamination
-    curation.marks curation.report curation.curate
-    data.formats data.preferences
-    data.tokenizer data.special_tokens data.token_arrays data.tokenization
+    curation.rows data.messages
+    curation.rated_rows curation.ratings curation.decontamination curation.marks curation.report
+    data.pairs data.pair_formats data.answer_formats data.formats data.columns
+    curation.records curation.curate
+    data.sources data.preferences
+    data.tokenizer data.special_tokens data.token_arrays data.template data.tokenization
     data.planning data.packing data.dataset
     kernels
     model.intervals
