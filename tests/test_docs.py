@@ -23,6 +23,7 @@ import eval as evaluation_commands
 import train
 from notus.config import load_config
 from notus.curation import curate
+from notus.curation.marks import fingerprint
 from notus.engine.flops import gpu_named
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +251,13 @@ NOT_RUN = {
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
+    "python -m notus.feedback.check round-1/responses.jsonl --out round-1/judged": "needs answers",
+    "python -m notus.feedback.judge round-1/responses.jsonl --url http://localhost:8000/v1 "
+    "--model judge --out round-1/judged": "needs a server",
+    "python -m notus.feedback.reward round-1/responses.jsonl --model REWARD_MODEL "
+    "--out round-1/judged": "needs a reward model",
+    "python -m notus.curation round-1/judged --min-margin 0.5 --min-chosen 4 --agree "
+    "--out round-1/pairs": "needs what a judge wrote",
     "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
@@ -313,6 +321,10 @@ def small(demo, tmp_path_factory):
     notus["data"]["train"][0]["path"] = str(pairs)
     (folder / "configs/notus.json").write_text(json.dumps(notus))
 
+    rated = json.loads((demo / "preferences.jsonl").read_text().splitlines()[0])
+    key = {"prompt": fingerprint(rated["instruction"])}
+    key |= {"responses": [fingerprint(rated["completions"][0]["response"])]}
+    write_rows(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
     write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
     errors files console strict masking limits tables
-    curation.rows curation.ratings curation.decontamination curation.report curation.curate
+    curation.rows curation.ratings curation.decontamination
+    curation.marks curation.report curation.curate
     data.formats data.preferences
     data.tokenizer data.special_tokens data.token_arrays data.tokenization
     data.planning data.packing data.dataset
@@ -31,7 +32,8 @@ ORDER = """
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     build
     evals
-    feedback.responses feedback
+    look
+    feedback.responses feedback.rubric feedback.server feedback.record feedback
     dryrun
     card
     rounds demo
@@ -119,7 +121,7 @@ def test_the_trainer_loads_only_the_trainer():
         waiting += our_imports(module, top=True) - seen
     rooms = {module.split(".")[0] for module in seen}
     assert {"start", "engine", "data"} <= rooms
-    assert not rooms & {"evals", "feedback", "dryrun", "card", "demo"}
+    assert not rooms & {"evals", "look", "feedback", "dryrun", "card", "demo"}
 
 
 def test_every_module_has_a_place():
