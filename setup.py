@@ -40,5 +40,7 @@ setup(
         "eval": ["lm-eval[hf]>=0.4.13"],
         "vllm": ["vllm"],
         "report": ["matplotlib"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
     },
 )

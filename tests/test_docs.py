@@ -250,6 +250,13 @@ NOT_RUN = {
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
+    "python -m notus.feedback.check round-1/responses.jsonl --out round-1/judged": "needs answers",
+    "python -m notus.feedback.judge round-1/responses.jsonl --url http://localhost:8000/v1 "
+    "--model judge --out round-1/judged": "needs a server",
+    "python -m notus.feedback.reward round-1/responses.jsonl --model REWARD_MODEL "
+    "--out round-1/judged": "needs a reward model",
+    "python -m notus.curation round-1/judged --min-margin 0.5 --min-chosen 4 --agree "
+    "--out round-1/pairs": "needs what a judge wrote",
     "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.

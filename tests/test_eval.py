@@ -32,7 +32,8 @@ def test_an_unknown_command_is_refused(arguments, capsys):
     assert "usage: " in capsys.readouterr().err
 
 
-def test_every_command_has_help(capsys):
+def test_every_command_has_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # argparse breaks lines by it
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["--help"])
     assert stopped.value.code == 0

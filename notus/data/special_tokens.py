@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from notus.data.formats import PARTS, Message, Pair
+from notus.errors import UserError
 
 # Noncharacters, which no text should contain; messages lose theirs, so that none can forge marks.
 # The template's own added tokens become OPEN, their id, CLOSE. While the template renders, each
@@ -162,7 +163,7 @@ class Guard:
 
 @lru_cache(maxsize=4)
 def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
-    """The guard of a tokenizer; the tokenizer must not change afterwards."""
+    """The guard of a tokenizer, which must not change afterwards. Raises UserError."""
     added = tokenizer.added_tokens_decoder.items()
     known = {id: token for id, token in added if token.content.strip()}
     normaliser = tokenizer.backend_tokenizer.normalizer
@@ -170,7 +171,10 @@ def guard_of(tokenizer: PreTrainedTokenizerFast) -> Guard:
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     for entry in description["added_tokens"]:
         entry["special"] = entry["id"] in known
-    backend = Tokenizer.from_str(json.dumps(description))
+    try:
+        backend = Tokenizer.from_str(json.dumps(description))
+    except Exception as error:  # the library's only class; it was lenient when it read the file
+        raise UserError(f"{tokenizer.name_or_path}: not a sound tokenizer ({error})") from None
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # the library's words for: as text

@@ -36,11 +36,11 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
         raise
     except Exception as error:  # whatever the libraries meet in damaged files
         raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    if not tokenizer.eos_token or tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
     for name, token in tokenizer.special_tokens_map.items():
         if token == "":
             raise UserError(f"{folder}: the tokenizer's {name} is empty; expected text or null")
-    if not tokenizer.eos_token or tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}/tokenizer_config.json: no eos_token; expected one")
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is "

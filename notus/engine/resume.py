@@ -67,7 +67,8 @@ def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolv
     resolve: `build.settings_now`. Raises UserError that names the first settings that differ, or
     what was found there.
     """
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    with writing(folder):  # a name that is too long
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         found = "cannot be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"output_dir: {folder} cannot be used: {nearest} {found}; give another one")

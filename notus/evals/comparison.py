@@ -21,6 +21,7 @@ from notus.evals.paired import compare_runs
 from notus.evals.published import DPO_RUNS, METRICS, DpoRun
 from notus.evals.runs import read_evaluations
 from notus.files import read_object
+from notus.strict import show
 from notus.tables import text_table
 
 LIMIT = 2.0  # a difference of fewer standard errors counts as agreement
@@ -76,8 +77,14 @@ def compare_published(folder: Path, to: str, pairs: int | None, file: Path | Non
     published = DPO_RUNS[to]
     evaluations = read_evaluations(folder / "metrics.jsonl")
     settings = read_object(folder / "config.json")
-    held_out = settings.get("data", {}).get("eval")
-    pairs = pairs or (held_out.get("holdout") if isinstance(held_out, dict) else None)
+    held_out = _part(settings, "data").get("eval")
+    if pairs is None and isinstance(held_out, dict) and "holdout" in held_out:
+        pairs = held_out["holdout"]
+        if type(pairs) is not int or pairs < 1:
+            raise UserError(
+                f"{folder / 'config.json'}: data.eval.holdout is {show(pairs)}; "
+                "expected an integer of at least 1"
+            )
 
     last = max(evaluations)
     differences, notes = [], []
@@ -164,12 +171,18 @@ def recipe_notes(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
     notes = []
     for key, expected in recipe.items():
         section, name = key.split(".")
-        found = settings.get(section, {}).get(name)
+        found = _part(settings, section).get(name)
         if found != expected:
             notes.append(f"{key} is {json.dumps(found)}, in the published run {expected}.")
-    if settings.get("train", {}).get("max_steps") is not None:
-        notes.append(f"train.max_steps is {settings['train']['max_steps']}: a shorter run.")
+    if (most := _part(settings, "train").get("max_steps")) is not None:
+        notes.append(f"train.max_steps is {most}: a shorter run.")
     return notes
+
+
+def _part(settings: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """A section of the settings, empty if it is none."""
+    found = settings.get(section)
+    return found if isinstance(found, dict) else {}
 
 
 def summary(differences: list[Difference]) -> str:

@@ -123,7 +123,7 @@ def _results_in(file: Path, content: Mapping[str, Any]) -> Iterator[Measured]:
         raise UserError(f"{file}: config.limit is {show(limit)}, expected a number or null")
     parts = {p for group in _table(file, content, "group_subtasks", list).values() for p in group}
     few_shot = _table(file, content, "n-shot", int | str | None)
-    for task, row in content["results"].items():
+    for task, row in _table(file, content, "results", dict).items():
         shots = few_shot.get(task)
         alias = row.get("alias")  # which 0.4.0 indents for parts
         is_part = task in parts or (isinstance(alias, str) and alias.startswith(" "))

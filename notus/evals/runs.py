@@ -14,6 +14,7 @@ from notus.engine.pair_records import FILE
 from notus.errors import UserError
 from notus.evals.published import METRICS
 from notus.files import read_object
+from notus.strict import show
 
 RESULTS = ("accuracy", "loss", "margin")  # of a pair: 1.0 if it is right, else 0.0; nats
 WHOLE_SET = "held out"  # the name of the evaluation pairs where data.eval names no sets
@@ -86,6 +87,8 @@ def read_evaluations(file: Path) -> dict[int, Evaluation]:
     for where, row in read_rows(str(file)):
         if "eval_loss" not in row or row.get("step") == 0:
             continue
+        if type(row.get("step")) is not int:
+            raise UserError(f"{where}: step is {show(row.get('step'))}; expected an integer")
         for name in METRICS.values():
             if not isinstance(row.get(name), int | float) or not math.isfinite(row[name]):
                 raise UserError(f"{where}: {name} is {row.get(name)!r}; expected a finite number")

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def spoil_json(rng: Random, content: bytes) -> bytes:
         elif kind == 4 and isinstance(node[key], int | float):
             node[key] *= rng.choice([-1, 0.5, 2, 1000, 10**9])
         else:
-            node[key] = rng.choice(VALUES)
+            node[key] = deepcopy(rng.choice(VALUES))
     text = json.dumps(tree)
     for raw in raws:
         text = text.replace(json.dumps(RAW), raw, 1)
@@ -327,7 +328,7 @@ def spoilt(target: Target, rng: Random | None) -> Iterator[None]:
 
 
 def attempt(target: Target, rng: Random | None) -> int:
-    """Run the command on a spoilt file in the working directory; its exit code, 0 or 2.
+    """Run the command on a spoilt file in the working directory; its exit code.
 
     rng: None leaves the file sound. Asserts the exit code, the one message of a refusal, and that
     nothing is left behind.
@@ -352,6 +353,9 @@ def attempt(target: Target, rng: Random | None) -> int:
             shutil.rmtree("new", ignore_errors=True)
             made = {path for path in made if path.parts[0] != "new"}
         assert not made, made
+    if code == 1:  # a dry run that says what the run would be, except for its folder
+        assert "WOULD NOT START: " in said.getvalue(), told.getvalue()
+        return code
     messages = [line for line in told.getvalue().splitlines() if line.startswith("error: ")]
     assert code in (0, 2) and len(messages) == (code == 2), (code, told.getvalue())
     if code == 2:

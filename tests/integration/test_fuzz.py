@@ -14,7 +14,7 @@ from fuzzing import TARGETS, attempt, write_place
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = 20
+EXAMPLES = 15
 SECONDS = float(os.environ.get("NOTUS_FUZZ", 0))
 
 
