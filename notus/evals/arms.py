@@ -125,11 +125,14 @@ def results_of(run: OwnRun, labeling: str, pairs: Sequence[tuple[str, int]]) -> 
 def scores_of(pairs: Pairs, arms: Sequence[Arm], seed: int) -> Iterator[Scores]:
     """The accuracy of each arm on each labeling. seed: of the bootstrap."""
     for labeling, chosen in pairs.items():
-        for arm in arms:
-            right = np.stack([results_of(run, labeling, chosen)[:, 0] for run in arm.runs])
-            mean, seeds = right.mean(0), right.mean(1).tolist()
-            low, high = bootstrap_interval(mean[:, None], seed)[:, 0].tolist()
-            yield Scores(arm.name, labeling, len(chosen), float(mean.mean()), low, high, seeds)
+        right = [
+            np.stack([results_of(run, labeling, chosen)[:, 0] for run in arm.runs]) for arm in arms
+        ]
+        means = np.stack([of_runs.mean(0) for of_runs in right], axis=1)  # [pairs, arms]
+        ends = bootstrap_interval(means, seed).T.tolist()
+        for arm, of_runs, (low, high) in zip(arms, right, ends, strict=True):
+            accuracy, seeds = float(of_runs.mean()), of_runs.mean(1).tolist()
+            yield Scores(arm.name, labeling, len(chosen), accuracy, low, high, seeds)
 
 
 def differences_of(pairs: Pairs, arms: Sequence[Arm], seed: int) -> Iterator[Difference]:
@@ -137,15 +140,16 @@ def differences_of(pairs: Pairs, arms: Sequence[Arm], seed: int) -> Iterator[Dif
     for labeling, chosen in pairs.items():
         results = [[results_of(run, labeling, chosen) for run in arm.runs] for arm in arms]
         first, *others = [np.mean(of_arm, axis=0) for of_arm in results]
-        groups = list(groups_of(arms[0].runs[0].labelings[labeling], chosen))
-        for arm, mean in zip(arms[1:], others, strict=True):
-            for kind, name, members in groups:
-                change = (mean - first)[members]
-                more = [int((sign * change[:, 0] > 0).sum()) for sign in (-1, 1)]
+        changes = np.stack([mean - first for mean in others], axis=1)  # [pairs, arms - 1, RESULTS]
+        for kind, name, members in groups_of(arms[0].runs[0].labelings[labeling], chosen):
+            change = changes[members]
+            ends = bootstrap_interval(change.reshape(len(change), -1), seed)
+            lows, highs = ends.reshape(2, *change.shape[1:]).tolist()
+            for i, arm in enumerate(arms[1:]):
+                more = [int((sign * change[:, i, 0] > 0).sum()) for sign in (-1, 1)]
                 yield Difference(
                     *(labeling, arm.name, kind, name, len(change)),
-                    *(change.mean(0).tolist(), *bootstrap_interval(change, seed).tolist()),
-                    *(*more, mcnemar(*more)),
+                    *(change[:, i].mean(0).tolist(), lows[i], highs[i], *more, mcnemar(*more)),
                 )
 
 

@@ -33,6 +33,9 @@ def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> np
     draw, means = np.random.default_rng(seed), []
     for start in range(0, RESAMPLES, step := max(1, CHUNK // pairs)):
         drawn = draw.integers(pairs, size=(min(step, RESAMPLES - start), pairs))
-        means.append(values[drawn].mean(axis=1))
+        # How often each resample holds each pair: one product is quicker than fetching the values.
+        places = drawn + pairs * np.arange(len(drawn))[:, None]
+        counts = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        means.append(counts @ values / pairs)
     tail = (1 - level) / 2
     return np.quantile(np.concatenate(means), (tail, 1 - tail), axis=0)
