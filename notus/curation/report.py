@@ -1,5 +1,6 @@
 """report.md: counts of a curated set in tables, and figures where matplotlib is installed."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -12,23 +13,27 @@ from notus.console import drawing
 from notus.curation.rows import Row
 from notus.tables import markdown_table
 
-LISTED_HITS = 100
-NO_SOURCE = "(no source)"
+LISTED = 100  # hits, and marks; all of them are in dropped.jsonl and the manifest
+LISTED_SOURCES = 10  # the largest ones; the others share a column
+NO_SOURCE, OTHERS = "(no source)", "(others)"
 SIDES = ("chosen", "rejected")
 
 
 def write_report(
     folder: Path,
+    name: Path,
     settings: Mapping[str, Any],
     counts: Mapping[str, Any],
     pairs: Sequence[Row],
     dropped: Sequence[Row],
     ratings: Mapping[str, Sequence[float]],
+    marked: Sequence[Row],
 ) -> None:
     """Write report.md into `folder`, and figures/*.png where matplotlib is installed.
 
-    settings, counts: as in manifest.json. pairs, dropped: the records of train.jsonl and
-    dropped.jsonl. ratings: those of all completions, by aspect.
+    name: the folder's path once it is complete. settings, counts, marked: as in manifest.json.
+    pairs, dropped: the records of train.jsonl and dropped.jsonl. ratings: those of all completions,
+    by aspect.
     """
     shown = {
         key: ", ".join(value) or "none" if isinstance(value, tuple) else str(value)
@@ -36,18 +41,28 @@ def write_report(
     }
     tables = {
         "Settings": markdown_table(["setting", "value"], shown.items()),
-        "Rows": _rows_table(pairs, dropped),
+        "Rows": f"{_rows_table(pairs, dropped)}\n\nTo look at them: `{look_command(name)}`",
         "Responses": _responses_table(pairs),
     }
+    if marked:
+        tables["Marks"] = markdown_table(
+            ["row", "mark", "note"], [list(mark.values()) for mark in marked[:LISTED]]
+        )
     if unusable := counts["pairs that the trainer drops"]:
         tables["Pairs that the trainer drops"] = markdown_table(["", "pairs"], unusable.items())
-    if hits := [record for record in dropped if "benchmark_prompt" in record]:
-        tables["Benchmark prompts"] = _hits_table(hits)
+    hits = [record for record in dropped if "benchmark_prompt" in record]
+    tables["Benchmark prompts"] = _hits_table(hits)
+    if not settings["decontaminate"]:
+        tables["Benchmark prompts"] = "Not screened: no file of benchmark prompts was given."
+    elif not hits:
+        tables["Benchmark prompts"] = "No row holds one."
     text = "# Curation\n" + "".join(f"\n## {title}\n\n{table}\n" for title, table in tables.items())
     if find_spec("matplotlib"):
         (folder / "figures").mkdir()
-        scores = {side: [pair[f"{side}_avg_rating"] for pair in pairs] for side in SIDES}
-        figures = [("scores", "Scores of the pairs under the rule", scores)]
+        figures = []
+        if with_scores := scored(pairs):
+            scores = {side: [pair[f"{side}_avg_rating"] for pair in with_scores] for side in SIDES}
+            figures.append(("scores", "Scores of the pairs under the rule", scores))
         if ratings:
             figures.insert(0, ("ratings", "Ratings of all completions by aspect", ratings))
         for name, title, values in figures:
@@ -55,6 +70,16 @@ def write_report(
                 _draw(folder / "figures" / f"{name}.png", title, values)
                 text += f"\n![{title}](figures/{name}.png)\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def look_command(source: object, *options: str) -> str:
+    """The command that makes a page of a source's rows."""
+    return shlex.join(["python", "-m", "notus.look", str(source), *options, "--out", "page.html"])
+
+
+def scored(pairs: Sequence[Row]) -> list[Row]:
+    """The records of pairs with a score of both responses."""
+    return [pair for pair in pairs if None not in (pair[f"{side}_avg_rating"] for side in SIDES)]
 
 
 def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
@@ -65,7 +90,12 @@ def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
         outcome = record.get("reason", "pairs")
         outcomes[outcome] += 1
         by_source[outcome, record["source"] or NO_SOURCE] += 1
-    sources = sorted({source for _, source in by_source})
+    sizes = Counter(record["source"] or NO_SOURCE for record in (*pairs, *dropped))
+    sources = sorted(source for source, _ in sizes.most_common(LISTED_SOURCES))
+    if others := sizes.keys() - sources:
+        for outcome in outcomes:
+            by_source[outcome, OTHERS] = sum(by_source[outcome, source] for source in others)
+        sources.append(OTHERS)
     return markdown_table(
         ["", "all", *sources],
         [
@@ -77,20 +107,21 @@ def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
 
 def _responses_table(pairs: Sequence[Row]) -> str:
     lengths = np.array([[len(pair[f"{side}_response"]) for side in SIDES] for pair in pairs])
-    scores = np.array([[pair[f"{side}_avg_rating"] for side in SIDES] for pair in pairs])
+    scores = np.array([[pair[f"{side}_avg_rating"] for side in SIDES] for pair in scored(pairs)])
     longer = (lengths > lengths[:, ::-1]).sum(0)
     rows = [
         ("longer response", *longer.tolist()),
         ("mean length in characters", *lengths.mean(0).tolist()),
-        ("mean score", *scores.mean(0).tolist()),
     ]
+    if len(scores):
+        rows.append(("mean score", *scores.mean(0).tolist()))
     return markdown_table(["", *SIDES], rows, digits=2)
 
 
 def _hits_table(hits: Sequence[Row]) -> str:
     """The first rows that hold a benchmark prompt; all of them are in dropped.jsonl."""
     rows = []
-    for hit in hits[:LISTED_HITS]:
+    for hit in hits[:LISTED]:
         prompt = " ".join(hit["benchmark_prompt"].split())
         prompt = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
         kind, covered = hit["benchmark_kind"], f"{hit['benchmark_overlap']:.0%}"

@@ -1,123 +1,32 @@
 """Sources -> preference pairs: mixed by weight, held-out rows set aside, unusable pairs dropped.
 
-Each row of a source is converted by its format's function (formats.py) or by its curation, the
-sources are mixed, held-out rows are drawn, and unusable pairs are dropped with a named reason.
+Each source's rows become pairs (sources.py), the sources are mixed, held-out rows are drawn, and
+unusable pairs are dropped with a named reason.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
+from notus.curation.curate import HELD_OUT_PROMPT, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.ratings import READ_RATED
-from notus.curation.rows import LONGEST_LINE, read_rows
-from notus.data.formats import (
-    FORMATS,
-    ONLY_ANSWERS,
-    Pair,
-    find_format,
-    labels_of,
-    pair_up,
-    single_turn_pair,
-)
+from notus.data.pairs import Pair
+from notus.data.sources import Reading, Source, read_pairs
 from notus.errors import UserError
-from notus.strict import Count, Positive, Text
 
 
 class Preferences(NamedTuple):
-    """Pairs in training order, held-out pairs, and how many rows were dropped, by reason."""
+    """Pairs in training order, held-out pairs, and how many rows were dropped, by reason.
+
+    remarks: lines about what was read.
+    """
 
     train: list[Pair]
     holdout: list[Pair]
     dropped: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One dataset of preferences."""
-
-    path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
-    split: Text | None = None  # null: "train", where the dataset has splits
-    weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
-    longest_line: Count = LONGEST_LINE  # characters of a line of JSON; a longer one is refused
-    format: Text | None = None  # a name from notus/data/formats.py; null: seen from the rows
-    curation: Curation | None = None  # null: the rows are pairs, and all of them enter
-
-
-# --------------------------------------------------------------------------- one source's rows
-
-
-def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
-    """A source's rows in file order, each as its pairs or as the reason why it gives none.
-
-    responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
-    """
-    rows = read_rows(source.path, source.split, source.longest_line)
-    where, row = first = next(rows)
-    name = find_format(source.format, row, where)
-    _check_use(source, name, where, responses_only)
-    convert, curation = FORMATS[name].convert, source.curation
-    screen = None if curation is None else Screen(curation)
-    rows = chain([first], rows)
-    if name == "unpaired" and not responses_only:
-        yield from pair_up(rows)
-        return
-    for where, row in rows:
-        if convert is None:
-            rated = READ_RATED[name](row, where)
-            outcome = []
-            for found in curate_row(rated, row, where, curation, screen, seed):
-                if isinstance(found, Dropped):
-                    yield found
-                    continue
-                chosen, rejected = found.chosen["response"], found.rejected["response"]
-                scores = (found.chosen_score, found.rejected_score)
-                outcome.append(single_turn_pair(rated.prompt, chosen, rejected, where, scores))
-            if responses_only:
-                del outcome[1:]  # the same chosen response
-        else:
-            outcome = convert(row, where)
-            if screen and not isinstance(outcome, Dropped):
-                prompt = outcome[0].prompt
-                left_out = screen.refuse(prompt, row, where) or screen.repeated(prompt, where)
-                outcome = left_out or outcome
-        if isinstance(outcome, Dropped):
-            yield outcome
-            continue
-        for pair in outcome:
-            rejected = type(pair.rejected)() if responses_only else pair.rejected
-            yield replace(pair, rejected=rejected, labels=labels_of(row))
-
-
-def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:
-    """Raise UserError when the format `name` does not fit the curation or the objective."""
-    rule = source.curation.rule if source.curation else None
-    if name in ONLY_ANSWERS and not responses_only:
-        raise UserError(
-            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
-            'or "train": {"objective": "sft"}'
-        )
-    if FORMATS[name].convert is None:
-        if rule is None:
-            raise UserError(
-                f"{source.path}: the rows hold ratings and no pairs yet; "
-                'give the source "curation": {"rule": "mean-rating"}'
-            )
-    elif source.curation and name in ("unpaired", *ONLY_ANSWERS):
-        raise UserError(
-            f'{source.path}: "curation" is not for rows of one response each (the format '
-            f'"{name}"); remove it'
-        )
-    elif rule is not None:
-        raise UserError(
-            f'{source.path}: "curation" does nothing with a rule for rows in the format "{name}", '
-            "which are pairs already; remove it"
-        )
+    remarks: list[str]
 
 
 # -------------------------------------------------------------------------------------- mixing
@@ -189,10 +98,11 @@ def load_preferences(
     """
     rows: list[Pair | Dropped] = []
     dropped: Counter[str] = Counter()
-    entered = []
+    entered, remarks = [], []
     for index, source in enumerate(sources):
         first = len(rows)
-        for found in read_pairs(source, seed, responses_only):
+        reading = Reading(source.path)
+        for found in read_pairs(source, seed, responses_only, reading):
             if isinstance(found, Pair) or found.is_row:
                 rows.append(found)
             else:
@@ -202,6 +112,7 @@ def load_preferences(
                 f"{source.path}: {len(rows) - first:,} rows with the weight {source.weight:g}; "
                 f"expected at most {MOST_ROWS:,} rows in an epoch"
             )
+        remarks += reading.lines()
         entered.append(first + weighted_rows(len(rows) - first, source.weight, seed, index))
     order = np.concatenate(entered)
     if holdout and holdout >= len(order):
@@ -244,4 +155,4 @@ def load_preferences(
         paths = ", ".join(source.path for source in sources)
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"{paths}: no pair is {name}; dropped: {counts or 'none'}")
-    return Preferences(train_pairs, holdout_pairs, dict(dropped))
+    return Preferences(train_pairs, holdout_pairs, dict(dropped), remarks)

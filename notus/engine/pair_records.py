@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from notus.data.dataset import Dataset
+from notus.data.formats import PARTS
 from notus.data.token_arrays import TokenizedPairs
 from notus.engine.log import warn
 from notus.engine.metrics import all_log_probs
@@ -23,9 +24,10 @@ Record = dict[str, Any]
 
 
 def describe_pairs(data: Dataset) -> list[Record]:
-    """The part of each pair's record that no model changes: origin, set, labels, lengths, ratings.
+    """The part of each pair's record that no model changes: origin, labels, texts, ratings, ...
 
-    "sha256" identifies the pair by its tokens, in other runs and other files too.
+    "sha256" identifies the pair by its tokens, in other runs and other files too. `python -m
+    notus.look` shows such files, or finds their pairs by the texts in another source.
     """
     set_of = {place: {"set": name} for name, places in data.sets.items() for place in places}
     return [
@@ -33,6 +35,7 @@ def describe_pairs(data: Dataset) -> list[Record]:
             "where": pair.where,
             **set_of.get(i, {}),
             **pair.labels,
+            **{part: getattr(pair, part) for part in PARTS},
             "chosen_tokens": int(data.pairs.lengths[i, 1]),
             "rejected_tokens": int(data.pairs.lengths[i, 2]),
             "chosen_score": pair.chosen_score,

@@ -44,7 +44,8 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, read_object, sync, write_json, write_whole, writing
+from notus.files import partial_path, sync, write_json, write_whole, writing
+from notus.model.hf_config import decoder_config
 from notus.model.host_copies import copy_bytes
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, gather_own, save_tensors
@@ -279,7 +280,7 @@ def _to_disk(path: Path) -> Plain:
 
 def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
     """Add what makes weights a Hugging Face folder: the configuration and the tokenizer."""
-    config = read_object(source / "config.json")
+    config = decoder_config(source)
     config.pop("torch_dtype", None)  # the key's name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)

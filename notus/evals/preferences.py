@@ -19,6 +19,7 @@ from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
 from notus.console import drawing
 from notus.curation.ratings import RULES
+from notus.curation.report import look_command
 from notus.engine import distributed
 from notus.engine.metrics import all_log_probs, summarize
 from notus.engine.pair_records import describe_pairs, pair_records
@@ -129,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
     with drawing():  # the results are there before any figure
         drawn = "".join(f"\n![{n}]({n})\n" for n in figures(options.out, rows, margin, *scores))
         write_whole(options.out / "report.md", report + drawn)
-    print(f"\n{report}\nwrote {options.out}")
+    print(f"\n{report}\nwrote {options.out}; look at the pairs: {look_command(options.out)}")
 
 
 def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
