@@ -30,6 +30,7 @@ from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
+from notus.engine.pair_records import Record, describe_pairs
 from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts, Stopped
 from notus.engine.sinks import open_sinks
@@ -57,6 +58,7 @@ class Run(Setup):
     policy: MistralForCausalLM
     reference: Reference
     held_out_reference: Reference  # unused without held-out pairs
+    held_out_about: list[Record]  # the held-out pairs' origins, labels and lengths, for records
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
     optimizer: Optimizer
@@ -117,6 +119,7 @@ def open_run(
         policy=policy,
         reference=references[0],
         held_out_reference=references[-1],
+        held_out_about=describe_pairs(data["eval"]) if "eval" in data else [],
         following=model if config.reference.sync_every else None,
         reference_answers=answers,
         optimizer=build.build_optimizer(config, policy),
