@@ -19,11 +19,12 @@ from notus.console import emit
 from notus.files import set_aside, write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
-SHOWN = {
-    "loss": "loss",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-}  # by the bar
+# By the bar, so that it fits 80 columns: name, metric, format.
+SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("acc", "rewards/accuracies", ".2f"),
+    ("margin", "rewards/margins", ".2f"),
+)
 
 
 class LinesFile:
@@ -107,19 +108,12 @@ def progress(total: int, initial: int, unit: str, delay: float = 0.0) -> tqdm:
     Closing it prints the last state. The time left follows from the mean pace since the start.
     delay: seconds before which nothing is shown, so that short work leaves no trace.
     """
+    common = {"total": total, "initial": initial, "unit": unit, "delay": delay, "smoothing": 0}
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=initial, unit=unit, mininterval=0.5, delay=delay)
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit=unit,
-        delay=delay,
-        file=_Lines(),
-        mininterval=15,
-        miniters=1,
-        smoothing=0,
-        bar_format="{unit} {n:,} of {total:,}{postfix}, {elapsed} so far, {remaining} left",
-    )
+        bar = "{n:,}/{total:,} |{bar}| {elapsed} < {remaining}{postfix}"
+        return tqdm(**common, mininterval=0.5, dynamic_ncols=True, bar_format=bar)
+    line = "{unit} {n:,} of {total:,}{postfix} in {elapsed}, {remaining} left"
+    return tqdm(**common, file=_Lines(), mininterval=15, miniters=1, bar_format=line)
 
 
 class MetricsLog:
@@ -144,7 +138,7 @@ class MetricsLog:
         self._hook_before, threading.excepthook = threading.excepthook, self._hook
         with writing(folder / "tensorboard"):
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.bar = progress(total, step, "step")
+        self.bar, self.most = progress(total, step, "step"), 0  # most pairs of a line
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics after `step` steps under their names, if there are any."""
@@ -153,9 +147,13 @@ class MetricsLog:
         if metrics:
             self.lines.add({"step": step, **metrics})
             self.show(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
-        shown = {name: f"{metrics[key]:.4f}" for name, key in SHOWN.items() if key in metrics}
-        if shown:
-            self.bar.set_postfix(shown, refresh=False)
+        shown = [f"{name} {metrics[key]:{form}}" for name, key, form in SHOWN if key in metrics]
+        # Less than half of a step, at an epoch's end, would look like a change of the model.
+        if shown and 2 * metrics.get("pairs", self.most) >= self.most:
+            self.most = max(self.most, metrics.get("pairs", 0))
+            self.bar.set_postfix_str(" ".join(shown), refresh=False)
+        if step == self.bar.n:  # the evaluation before the first step: not part of its pace
+            self.bar.unpause()
         self.bar.update(step - self.bar.n)
 
     def show(self, action: Callable[[SummaryWriter], object]) -> None:
