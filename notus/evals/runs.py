@@ -127,7 +127,8 @@ def _check(row: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key} is {row[key]!r:.60}; expected {kind.__name__}")
     for key in ("margin", "loss", "chosen_tokens", "rejected_tokens"):
         value = row.get(key, 0 if key == "loss" else None)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 1e300:  # nor nan, nor an integer that no float holds
             raise UserError(f"{where}: {key} is {json.dumps(value):.60}; expected a finite number")
 
 

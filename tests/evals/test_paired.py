@@ -187,6 +187,8 @@ def test_mistakes_name_the_file(tmp_path, capsys):
         ("source", 3, "source is 3; expected str"),
         ("loss", None, "loss is null; expected a finite number"),
         ("margin", True, "margin is true; expected a finite number"),
+        ("margin", math.nan, "margin is NaN; expected a finite number"),
+        ("chosen_tokens", 10**400, "chosen_tokens is 1000000000"),
     ]:
         (row,) = records([1.0])
         row = row | {key: value}
