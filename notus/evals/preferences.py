@@ -170,15 +170,16 @@ def figures(
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    plot = Figure(figsize=(7, 4), layout="constrained")
-    axes = plot.subplots()
     shown = [row for row in rows if row.kind == "chosen longer by (tokens)"]
-    middles = np.arange(len(shown))
+    plot = Figure(figsize=(7, 1.4 + 0.45 * max(len(shown), 3)), layout="constrained")
+    axes = plot.subplots()
+    places = np.arange(len(shown))
     spans = np.array([[row.accuracy - row.low, row.high - row.accuracy] for row in shown]).T
-    axes.bar(middles, [row.accuracy for row in shown], yerr=spans, capsize=3, color="tab:blue")
-    axes.axhline(0.5, color="black", linewidth=0.8, linestyle="dotted")
-    axes.set_xticks(middles, [f"{row.name}\nn = {row.n:,}" for row in shown], fontsize=8)
-    axes.set(xlabel="tokens by which the chosen response is longer", ylabel="accuracy", ylim=(0, 1))
+    axes.barh(places, [row.accuracy for row in shown], xerr=spans, capsize=3, color="tab:blue")
+    axes.axvline(0.5, color="black", linewidth=0.8, linestyle="dotted")
+    axes.set_yticks(places, [f"{row.name} (n = {row.n:,})" for row in shown])
+    axes.set(ylabel="tokens by which chosen is longer", xlabel="accuracy", xlim=(0, 1.02))
+    axes.invert_yaxis()
     plot.savefig(folder / "accuracy_by_length.png", dpi=120)
 
     plot = Figure(figsize=(10, 4), layout="constrained")
