@@ -20,9 +20,11 @@ setup(
         "notus.dryrun",
         "notus.card",
         "notus.evals",
+        "notus.look",
         "notus.feedback",
         "notus.kernels",
     ],
+    package_data={"notus.look": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton; platform_system == 'Linux'",
@@ -40,5 +42,7 @@ setup(
         "eval": ["lm-eval[hf]>=0.4.13"],
         "vllm": ["vllm"],
         "report": ["matplotlib"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
     },
 )

@@ -50,7 +50,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
     loss, plan, meter, log = run.loss, run.plan, open_meter(run), open_log(run)
     stopped = False
     if run.progress.step == 0:
-        log.write(0, evaluate_held_out(run))
+        log.write(0, evaluate_held_out(run, 0))
         meter.restart_clock()
 
     for step in range(run.progress.step, plan.steps):
@@ -92,7 +92,7 @@ def train(run: Run, saver: Saver, interrupts: Interrupts, profiler: Callable[[],
             metrics |= meter.report() | own | {"epoch": done / plan.steps_per_epoch}
         # once in a while: evaluate
         if last or is_due(done, config.evaluation.every):
-            metrics |= evaluate_held_out(run)
+            metrics |= evaluate_held_out(run, done)
             show_samples(run, log, done)
             meter.restart_clock()
         log.write(done, metrics)
@@ -143,24 +143,28 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def evaluate_held_out(run: Run) -> dict[str, float]:
-    """The eval_ metrics of the policy in its current state; empty without held-out pairs."""
+def evaluate_held_out(run: Run, done: int) -> dict[str, float]:
+    """The eval_ metrics of the policy after `done` steps; empty without held-out pairs."""
     if run.held_out is None:
         return {}
     pairs = range(len(run.held_out))
     policy = score(run.policy, run.held_out, pairs, run.rows, run.loss.uses_weights)
     reference = run.held_out_reference.of_pairs(pairs)
-    return evaluate(policy, reference, run.held_out, run.loss, run.held_out_sets)
+    metrics = evaluate(policy, reference, run.held_out, run.loss, run.held_out_sets)
+    if run.best:
+        run.best.note(done, metrics)
+    return metrics
 
 
 def show_samples(run: Run, log: MetricsLog, done: int) -> None:
-    """Show the policy's current answers next to the reference's: samples.md and TensorBoard."""
+    """Show the policy's current answers next to the reference's: samples.md and sinks."""
     if run.config.evaluation.samples is None:
         return
     answers = answer_samples(run, run.policy)
     if run.ranks.first:
         prompts = sample_prompts(run.config)
         texts = run.reference_answers, answers
+        log.samples(done, [*zip((prompt.text for prompt in prompts), *texts, strict=True)])
         log.show(lambda board: record_samples(run.output, board, done, prompts, *texts))
 
 

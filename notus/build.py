@@ -23,11 +23,13 @@ from notus.data.planning import Plan
 from notus.data.token_arrays import TokenizedPairs
 from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
+from notus.engine.best import check_metric
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
 from notus.engine.signals import Interrupts
+from notus.engine.sinks import check_installed
 from notus.errors import UserError, agreed
 from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
@@ -244,7 +246,11 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
 
     Raises UserError, on every rank.
     """
+    loss, best, sets = make_loss(config), config.evaluation.best, config.data.eval_sources
     with agreed():
+        if best is not None and config.data.eval is not None:
+            check_metric(best, loss, sets if isinstance(sets, dict) else ())
+        check_installed(config.log.to or ())
         check_backend(config.parallel.kernels, ranks.device)
         models = find_models(config, weights=True)
         attention_backend(config, models.shape, ranks.device)
@@ -256,7 +262,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
         ranks=ranks,
         mesh=mesh,
         models=models,
-        loss=make_loss(config),
+        loss=loss,
         plan=build_plan(config, pairs, ranks.count),
         rows=Rows(config.data.tokens_per_microbatch, config.data.prefix_sharing, ranks.device),
         pairs=pairs,

@@ -38,7 +38,7 @@ from notus.strict import (
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    policy: Text  # path or hub id of a Mistral-architecture causal LM (safetensors + tokenizer)
+    policy: Text  # path or hub id of a causal LM of a family in docs/models.md
     reference: Text | None = None  # path or hub id; null: the policy's initial weights
     lora: LoraSettings | None = None  # null: every parameter is trained
     # dtype of forward and backward; parameters and optimiser state are float32 either way
@@ -204,11 +204,25 @@ class Samples:
 class Evaluation:
     every: Count | None = 100  # steps; null: only at the start and the end
     samples: Samples | None = None  # null: none
+    # a metric of the evaluation, such as "eval_loss" or "eval_NAME/loss": the best checkpoint by it
+    # stays next to the newest ones; null: only those stay
+    best: Text | None = None
+    export_best: bool = False  # final/ holds the weights of the best checkpoint, not of the last
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
     every: Count = 1  # steps
+    # where metrics go besides metrics.jsonl; "wandb" and "trackio" are extras; null: nowhere
+    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
+    project: Text = "notus"  # of the run in W&B and Trackio
+    name: Text | None = None  # of the run there; null: the folder's
+    tags: tuple[Text, ...] | None = None  # of the run there
+
+    @property
+    def has_service(self) -> bool:
+        """Whether there is a sink that knows projects, names and tags."""
+        return bool({"wandb", "trackio"} & {*(self.to or ())})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +267,12 @@ INERT: tuple[Rule, ...] = (
     ("optimizer.betas", lambda c: c.optimizer.name != "adamw", "only adamw uses it"),
     ("optimizer.alpha", lambda c: c.optimizer.name != "rmsprop", "only rmsprop uses it"),
     ("evaluation.every", lambda c: c.data.eval is None, "data.eval is null"),
+    ("evaluation.best", lambda c: c.data.eval is None, "data.eval is null"),
+    ("evaluation.export_best", lambda c: c.data.eval is None or c.evaluation.best is None,
+     "evaluation.best is null"),
+    ("log.project", lambda c: not c.log.has_service, 'log.to has neither "wandb" nor "trackio"'),
+    ("log.name", lambda c: not c.log.has_service, 'log.to has neither "wandb" nor "trackio"'),
+    ("log.tags", lambda c: not c.log.has_service, 'log.to has neither "wandb" nor "trackio"'),
     ("data.leaks", lambda c: c.data.eval is None, "data.eval is null"),
 )
 
@@ -285,6 +305,12 @@ CONFLICTS: tuple[Rule, ...] = (
      lambda c: c.reference.sync_every is not None and c.reference.log_probs != "online",
      'found {0.reference.sync_every} with reference.log_probs "{0.reference.log_probs}", expected '
      '"online": cached log-probs cannot follow the policy'),
+    ("evaluation.best",
+     lambda c: c.evaluation.best is not None
+               and not (c.evaluation.every and c.checkpoint.every
+                        and c.checkpoint.every % c.evaluation.every == 0),
+     "found with checkpoint.every {0.checkpoint.every} and evaluation.every {0.evaluation.every}, "
+     "expected a multiple: a checkpoint is judged by the evaluation at its step"),
     ("data.tokenization",
      lambda c: c.data.tokenization == "trl-0.7.4" and c.data.truncation != "pair",
      'found "trl-0.7.4" with data.truncation "{0.data.truncation}", expected "pair", the only '

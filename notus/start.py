@@ -24,6 +24,7 @@ from notus.data.packing import pack_division
 from notus.data.planning import idle_text
 from notus.engine import checkpoint, distributed, history
 from notus.engine import resume as resuming
+from notus.engine.best import Best
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Speed
 from notus.engine.lock import OutputLock
@@ -31,11 +32,13 @@ from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.saver import Saver, export_model
 from notus.engine.signals import Interrupts, Stopped
+from notus.engine.sinks import open_sinks
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
 from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
+from notus.model.hf_config import has_vision
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.model.peft import check_fits, export_adapter, merge, read_adapter
@@ -59,6 +62,7 @@ class Run(Setup):
     optimizer: Optimizer
     keep_gathered: bool  # parallel.keep_gathered, with "auto" decided
     facts: Plain  # for checkpoints: what a resumed run must share, and more
+    best: Best | None  # the best checkpoint, if evaluation.best names a metric
     progress: Progress = Progress(step=0, totals={}, skipped=0)
 
 
@@ -118,6 +122,7 @@ def open_run(
         optimizer=build.build_optimizer(config, policy),
         keep_gathered=decide_gathering(setup),
         facts=facts,
+        best=open_best(setup),
     )
     if run.checkpoint or run.start:
         run = load_beginning(run)
@@ -203,6 +208,11 @@ def announce(setup: Setup) -> None:
         f"epoch; {count_parameters(setup.models.shape):,} parameters on "
         f"{ranks.count} x {ranks.device.type}"
     )
+    if has_vision(setup.models.source):
+        ranks.say(
+            f"{setup.models.source}: its vision tower is left out; the language model is trained, "
+            "and written as a folder of its own"
+        )
     if idle := idle_text(plan.pairs_per_step, ranks.count, unit):
         ranks.say(idle)
     if ranks.first and (keys := ", ".join(masked_keys(to_dict(setup.config)))):
@@ -345,6 +355,18 @@ def claim_output_dir(
         )
 
 
+def open_best(setup: Setup) -> Best | None:
+    """What the run knows of its best checkpoint; None without evaluation.best. Collective."""
+    metric = setup.config.evaluation.best
+    if metric is None or setup.held_out is None:
+        return None
+    best = Best(metric, setup.held_out)
+    if setup.checkpoint:
+        record = checkpoint.read_state(setup.checkpoint).get("best")
+        best.resume(record, setup.output / "checkpoints")
+    return best
+
+
 def load_beginning(run: Run) -> Run:
     """The run with its checkpoint, or the weights that it begins from, loaded. Collective."""
     if run.checkpoint:
@@ -378,6 +400,7 @@ def open_saver(run: Run) -> Saver:
         source=run.models.source,
         facts=run.facts,
         previous=run.progress.step,
+        best=run.best,
     )
 
 
@@ -391,9 +414,27 @@ def open_meter(run: Run) -> Meter:
 def open_log(run: Run) -> MetricsLog:
     """The run's log files and progress bar. Collective. Raises UserError on every rank."""
     first, done = run.ranks.first, run.progress.step
+    settings, config, sinks = run.facts["settings"], run.config, []
     with agreed():
-        every = run.config.log.every
-        log = MetricsLog(run.output, step=done, total=run.plan.steps, active=first, every=every)
+        if first and config.log.has_service:
+            sinks = open_sinks(
+                config.log.to,
+                run.output,
+                project=config.log.project,
+                name=config.log.name,
+                tags=config.log.tags or (),
+                settings=settings,
+            )
+        log = MetricsLog(
+            run.output,
+            step=done,
+            total=run.plan.steps,
+            active=first,
+            every=config.log.every,
+            tensorboard="tensorboard" in (config.log.to or ()),
+            sinks=sinks,
+            settings=settings,
+        )
     return log
 
 
@@ -415,8 +456,20 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
 
 
 def export(run: Run) -> None:
-    """Write final/: the trained model, or its adapters and, if wanted, their sum with the base."""
+    """Write final/: the trained model, or its adapters and, if wanted, their sum with the base.
+
+    The policy then has the weights of the best checkpoint, if it is to be exported from there.
+    """
     final, lora = run.output / "final", run.config.model.lora
+    folder = run.best.folder(run.output / "checkpoints") if run.best else None
+    if folder and run.config.evaluation.export_best:
+        if problem := checkpoint.damage(folder):
+            raise UserError(
+                f"{problem}: the best checkpoint is damaged, and final/ was not written; "
+                "evaluation.export_best=false writes the last weights"
+            )
+        checkpoint.load_trained(folder, run.policy)
+        run.ranks.say(f"the best checkpoint is {folder.name}: {run.best.record}")
     if lora is None:
         export_model(final, run.policy, run.models.source)
     else:

@@ -86,7 +86,7 @@ def test_defaults(tmp_path: Path) -> None:
             "kernels": "auto",
         },
         "evaluation": {"samples": None},
-        "log": {"every": 1},
+        "log": {"every": 1, "to": ["tensorboard"]},
         "checkpoint": {"every": 500, "keep": 2},
         "output_dir": "o",
     }
@@ -349,7 +349,9 @@ def test_unknown_keys_suggest_the_nearest(tmp_path: Path, unknown: str, nearest:
 def test_an_unknown_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.zzz: unknown key; valid keys here: model.policy, "):
         load_config(write(tmp_path, MINIMAL), ["model.zzz.rank=8"])
-    with pytest.raises(UserError, match="log.zzz: unknown key; valid keys here: log.every$"):
+    with pytest.raises(
+        UserError, match="log.zzz: unknown key; valid keys here: log.every, log.to, "
+    ):
         load_config(write(tmp_path, {**MINIMAL, "log": {"zzz": 1}}))
 
 

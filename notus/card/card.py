@@ -58,6 +58,18 @@ class Record(NamedTuple):
         return self.lora is not None and not self.lora["merge"]
 
     @property
+    def exported_step(self) -> int | None:
+        """The step whose weights final/ holds, if it is that of the best checkpoint."""
+        best = self.state.get("best") if self.settings["evaluation"].get("export_best") else None
+        return best["step"] if best else None
+
+    @property
+    def final_evaluation(self) -> Plain:
+        """The line of the evaluation of the weights in final/."""
+        step, last = self.exported_step, self.evaluations[-1]
+        return next((line for line in self.evaluations if line["step"] == step), last)
+
+    @property
     def unit(self) -> str:
         return "responses" if self.is_sft else "pairs"
 
@@ -202,14 +214,14 @@ COMPARABLE = ("loss", "perplexity", "rewards/accuracies", "rewards/margins")
 
 
 def evaluation_results(record: Record) -> list[EvalResult]:
-    """The last evaluation as entries of the model-index, with the numbers of metrics.jsonl."""
+    """The evaluation of final/ as entries of the model-index, with the numbers of metrics.jsonl."""
     if not record.evaluations:
         return []
     held_out, train = record.settings["data"]["eval"], record.settings["data"]["train"]
     named = held_out if isinstance(held_out, dict) and "holdout" not in held_out else {}
     pooled = next(iter(named.values()), train[0]) if isinstance(held_out, dict) else held_out[0]
     results = []
-    for name, value in record.evaluations[-1].items():
+    for name, value in record.final_evaluation.items():
         part = name.removeprefix("eval_").partition("/")[0]
         source = named.get(part, pooled)
         size = "" if part in named else record.count("eval")
@@ -236,10 +248,12 @@ def introduction(record: Record, base: str | None) -> str:
     name = " + ".join(f"{part['weight']:g} {part['name']}" for part in loss.get("mix") or [])
     method = f"direct preference optimisation (loss {name or loss['name']})"
     method = "supervised fine-tuning" if record.is_sft else method
+    step, metric = record.exported_step, record.settings["evaluation"].get("best")
+    best = f"Its weights are those after step {step:,}, the best by {metric}. " if step else ""
     return (
         f"{'Low-rank adapters for' if record.lora else 'Made from'} {origin} by {method} on "
         f"{record.count('train')}{record.unit}: {last['step']:,} steps, {last['epoch']:g} epochs. "
-        "Trained with notus. All numbers below are read from the run's own files."
+        f"{best}Trained with notus. All numbers below are read from the run's own files."
     )
 
 
@@ -259,11 +273,11 @@ print(tokenizer.decode(answer[inputs["input_ids"].shape[1] :], skip_special_toke
 
 
 def held_out_section(record: Record) -> Iterator[str]:
-    """The evaluations at the start and at the end."""
+    """The evaluations at the start and of final/."""
     if not record.evaluations:
         yield "Nothing was held out (data.eval), so there is no evaluation."
         return
-    first, last = record.evaluations[0], record.evaluations[-1]
+    first, last = record.evaluations[0], record.final_evaluation
     shown = [first, last] if first["step"] < last["step"] else [last]
     names = [name for name in last if name.startswith("eval_")]
     yield f"Means over {record.count('eval')}held-out pairs."

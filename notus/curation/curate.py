@@ -10,6 +10,7 @@ both give the same pairs.
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from notus.curation.decontamination import (
     read_prompts,
     whole_text,
 )
+from notus.curation.marks import MARKED, Mark, Marks, fingerprint
 from notus.curation.ratings import (
     RULES,
     Choice,
@@ -40,7 +42,7 @@ from notus.curation.ratings import (
     read_rated_row,
     shortcoming,
 )
-from notus.curation.report import NO_SOURCE, write_report
+from notus.curation.report import NO_SOURCE, look_command, write_report
 from notus.curation.rows import Row, optional_text, read_rows, read_text
 from notus.errors import UserError
 from notus.files import new_folder, write_json
@@ -68,6 +70,7 @@ class Curation:
     drop_sources: tuple[Text, ...] | None = None  # rows to leave out by their "source"
     # of pairs with the same prompt, or nearly the same, only the first is kept
     duplicates: Literal["keep", "exact", "near"] = "keep"
+    marks: Text | None = None  # a file of marks (drop, swap, notes) that notus.look's page saved
 
     @property
     def decides(self) -> bool:
@@ -76,7 +79,10 @@ class Curation:
 
 
 class Screen:
-    """Decides which rows are left out because of their prompt or their source."""
+    """Decides which rows are left out because of their prompt or their source.
+
+    marks: those of the curation's file, for `curate_row` and for ready pairs.
+    """
 
     def __init__(self, curation: Curation, held_out: Sequence[str] = ()) -> None:
         """held_out: files of prompts that no pair may repeat or nearly repeat.
@@ -86,6 +92,7 @@ class Screen:
         self._sources = frozenset(curation.drop_sources or ())
         self._benchmarks = BenchmarkPrompts(curation.decontaminate or (), curation.match)
         self._duplicates = curation.duplicates
+        self.marks = Marks(curation.marks)
         self._texts: set[str] = set()
         self._seen, self._held_out = SeenPrompts(), SeenPrompts()
         for path in held_out:
@@ -117,14 +124,21 @@ def curate_row(
 ) -> list[Choice | Dropped]:
     """The pairs of a row of rated responses, or the reason why it gives none.
 
-    With "all-lower" each pair that is left out has its reason among them. Raises UserError if a
-    rating is out of range, or a response of a pair is not text.
+    With "all-lower" each pair that is left out has its reason among them. A mark is of the row: a
+    swap makes its pair the only one, whatever its scores. Raises UserError if a rating is out of
+    range, or a response of a pair is not text.
     """
+    mark = screen.marks.find(rated.prompt, texts_of(rated), where)
+    if mark and mark.mark == "drop":
+        return [Dropped(MARKED)]
     if refused := screen.refuse(rated.prompt, row, where):
         return [refused]
     limits = (curation.min_margin, curation.min_chosen, curation.agree)
     try:
-        choices = choose_pairs(rated, curation.rule, seed, curation.rejected)
+        if mark and mark.mark == "swap":
+            choices, limits = [_marked_pair(rated, mark, curation.rule)], (None, None, False)
+        else:
+            choices = choose_pairs(rated, curation.rule, seed, curation.rejected)
         if isinstance(choices, str):
             return [Dropped(choices)]
         reasons = [shortcoming(choice, *limits) for choice in choices]
@@ -137,6 +151,28 @@ def curate_row(
         return [repeated]
     both = zip(choices, reasons, strict=True)
     return [choice if reason is None else Dropped(reason) for choice, reason in both]
+
+
+def texts_of(rated: RatedRow) -> list[str]:
+    """The responses that are text."""
+    texts = (completion.get("response") for completion in rated.completions)
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _marked_pair(rated: RatedRow, mark: Mark, rule: str) -> Choice:
+    """The pair that a mark "swap" asks for, the second response over the first."""
+    by_text = {}
+    for one in rated.completions:
+        if isinstance(one.get("response"), str):
+            by_text.setdefault(fingerprint(one["response"]), one)
+    pair = [by_text[response] for response in reversed(mark.responses)]
+    scores = [RULES[rule](completion) for completion in pair]
+    if None in scores or any(map(math.isnan, scores)):
+        raise UserError(
+            f'the mark swaps a response that the rule "{rule}" does not rate; expected a mark of '
+            "two rated ones"
+        )
+    return Choice(*pair, *scores)
 
 
 def reason_to_drop(prompt: Prompt, chosen: Prompt, rejected: Prompt | None) -> str | None:
@@ -175,7 +211,7 @@ def curate(
 
     held_out: as for `Screen`. seed: of the draws of rejected responses. Raises UserError if `out`
     exists or cannot be written, a file cannot be read, a row or a rating is malformed, or no pair
-    is left.
+    is left, or a mark belongs to no row.
     """
     settings = {"input": path, "split": split or "train", **asdict(curation)}
     settings |= {"held_out": tuple(held_out), "seed": seed}
@@ -195,7 +231,14 @@ def curate(
                 with suppress(UserError):  # a rating out of range, which the rule does not use
                     for aspect, rating in list(aspect_ratings(completion)):
                         ratings[aspect].append(rating)
+        screen.marks.require_all_found()
+        marked = [
+            {"row": where, "mark": mark.mark or "note", "note": mark.note}
+            for where, mark in screen.marks.found
+        ]
         counts = _counts(rows, pairs, dropped)
+        if marked:
+            counts["marks"] = Counter(mark["mark"] for mark in marked)
         if not pairs:
             text = _counts_text(counts)
             raise UserError(f'{path}: no pair is left under the rule "{curation.rule}"; {text}')
@@ -205,14 +248,16 @@ def curate(
             (folder / "jsonl" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         table = pyarrow.Table.from_pylist(pairs, SCHEMA)
         pyarrow.parquet.write_table(table, folder / "train.parquet", row_group_size=1000)
-        write_report(folder, settings, counts, pairs, dropped, ratings)
+        write_report(folder, out, settings, counts, pairs, dropped, ratings, marked)
         rows_sha256 = {path: digest.hexdigest()}
-        for name in (*(curation.decontaminate or ()), *held_out):
+        for name in (*(curation.decontaminate or ()), *held_out, *filter(None, [curation.marks])):
             content = b"".join(_canonical(row) for _, row in read_rows(name))
             rows_sha256[name] = hashlib.sha256(content).hexdigest()
         files = ("train.parquet", "jsonl/train.jsonl", "jsonl/dropped.jsonl")
         hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
         found = {"rows_sha256": rows_sha256, "counts": counts, "files_sha256": hashes}
+        if marked:
+            found["marked"] = marked
         write_json(folder / "manifest.json", settings | found)
     return counts
 
@@ -248,8 +293,12 @@ def _canonical(row: Row) -> bytes:
 
 
 def _counts_text(counts: dict[str, Any]) -> str:
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items())
-    return f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    dropped, marks = (
+        ", ".join(f"{n:,} {name}" for name, n in counts.get(kind, {}).items())
+        for kind in ("dropped", "marks")
+    )
+    text = f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    return f"{text}; marks: {marks}" if marks else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -277,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--min-margin", type=float, help="the least difference of a pair's scores")
     add("--min-chosen", type=float, help="the least score of a chosen response")
     add("--agree", action="store_true", help="no aspect may rate the rejected response higher")
+    add("--marks", metavar="FILE", help="marks that the page of notus.look saved")
     add("--seed", type=int, default=42, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
     paths = (options.input, options.split, options.out)
@@ -288,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             min_margin=parse(options.min_margin, Positive | None, "--min-margin"),
             min_chosen=parse(options.min_chosen, float | None, "--min-chosen"),
             agree=options.agree,
+            marks=options.marks,
             **{name: getattr(options, name) for name in choices},
         )
         counts = curate(*paths, curation, options.held_out, options.seed)
@@ -295,4 +346,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts)}")
+    print(f"look at the rows: {look_command(options.out)}")
     return 0

@@ -1,5 +1,6 @@
 """report.md: counts of a curated set in tables, and figures where matplotlib is installed."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -12,23 +13,26 @@ from notus.console import drawing
 from notus.curation.rows import Row
 from notus.tables import markdown_table
 
-LISTED_HITS = 100
+LISTED = 100  # hits, and marks; all of them are in dropped.jsonl and the manifest
 NO_SOURCE = "(no source)"
 SIDES = ("chosen", "rejected")
 
 
 def write_report(
     folder: Path,
+    name: Path,
     settings: Mapping[str, Any],
     counts: Mapping[str, Any],
     pairs: Sequence[Row],
     dropped: Sequence[Row],
     ratings: Mapping[str, Sequence[float]],
+    marked: Sequence[Row],
 ) -> None:
     """Write report.md into `folder`, and figures/*.png where matplotlib is installed.
 
-    settings, counts: as in manifest.json. pairs, dropped: the records of train.jsonl and
-    dropped.jsonl. ratings: those of all completions, by aspect.
+    name: the folder's path once it is complete. settings, counts, marked: as in manifest.json.
+    pairs, dropped: the records of train.jsonl and dropped.jsonl. ratings: those of all completions,
+    by aspect.
     """
     shown = {
         key: ", ".join(value) or "none" if isinstance(value, tuple) else str(value)
@@ -36,9 +40,13 @@ def write_report(
     }
     tables = {
         "Settings": markdown_table(["setting", "value"], shown.items()),
-        "Rows": _rows_table(pairs, dropped),
+        "Rows": f"{_rows_table(pairs, dropped)}\n\nTo look at them: `{look_command(name)}`",
         "Responses": _responses_table(pairs),
     }
+    if marked:
+        tables["Marks"] = markdown_table(
+            ["row", "mark", "note"], [list(mark.values()) for mark in marked[:LISTED]]
+        )
     if unusable := counts["pairs that the trainer drops"]:
         tables["Pairs that the trainer drops"] = markdown_table(["", "pairs"], unusable.items())
     if hits := [record for record in dropped if "benchmark_prompt" in record]:
@@ -55,6 +63,11 @@ def write_report(
                 _draw(folder / "figures" / f"{name}.png", title, values)
                 text += f"\n![{title}](figures/{name}.png)\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def look_command(source: object, *options: str) -> str:
+    """The command that makes a page of a source's rows."""
+    return shlex.join(["python", "-m", "notus.look", str(source), *options, "--out", "page.html"])
 
 
 def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
@@ -90,7 +103,7 @@ def _responses_table(pairs: Sequence[Row]) -> str:
 def _hits_table(hits: Sequence[Row]) -> str:
     """The first rows that hold a benchmark prompt; all of them are in dropped.jsonl."""
     rows = []
-    for hit in hits[:LISTED_HITS]:
+    for hit in hits[:LISTED]:
         prompt = " ".join(hit["benchmark_prompt"].split())
         prompt = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
         kind, covered = hit["benchmark_kind"], f"{hit['benchmark_overlap']:.0%}"

@@ -14,8 +14,9 @@ import numpy as np
 
 from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.ratings import READ_RATED
-from notus.curation.rows import LONGEST_LINE, read_rows
+from notus.curation.marks import MARKED, fingerprint
+from notus.curation.ratings import READ_RATED, Choice, RatedRow
+from notus.curation.rows import LONGEST_LINE, Row, read_rows
 from notus.data.formats import (
     FORMATS,
     ONLY_ANSWERS,
@@ -52,46 +53,101 @@ class Source:
 # --------------------------------------------------------------------------- one source's rows
 
 
+class Found(NamedTuple):
+    """A row of a source: what it holds, and what becomes of it.
+
+    rated: its responses, if it is a row of rated ones. outcomes: its pairs, with marks applied,
+    each with the reason why it is left out or None; a reason without a pair where the row gives
+    none. Of unpaired rows only the outcomes are known, without `row`.
+    """
+
+    where: str
+    row: Row
+    rated: RatedRow | None
+    outcomes: list[tuple[Pair | None, Dropped | None]]
+
+
 def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
     """A source's rows in file order, each as its pairs or as the reason why it gives none.
 
     responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
     """
+    for found in read_found(source, seed, responses_only=responses_only):
+        for pair, dropped in found.outcomes:
+            if dropped:
+                yield dropped
+            else:
+                yield replace(pair, rejected=type(pair.rejected)()) if responses_only else pair
+
+
+def read_found(
+    source: Source, seed: int, held_out: Sequence[str] = (), responses_only: bool = False
+) -> Iterator[Found]:
+    """A source's rows in file order; held_out: as for `Screen`, of a source with a curation."""
     rows = read_rows(source.path, source.split, source.longest_line)
     where, row = first = next(rows)
     name = find_format(source.format, row, where)
     _check_use(source, name, where, responses_only)
     convert, curation = FORMATS[name].convert, source.curation
-    screen = None if curation is None else Screen(curation)
+    screen = None if curation is None else Screen(curation, held_out)
     rows = chain([first], rows)
     if name == "unpaired" and not responses_only:
-        yield from pair_up(rows)
+        for pair in pair_up(rows):
+            if isinstance(pair, Dropped):
+                yield Found("", {}, None, [(None, pair)])
+            else:
+                yield Found(pair.where, {}, None, [(pair, None)])
         return
     for where, row in rows:
+        rated = None
         if convert is None:
             rated = READ_RATED[name](row, where)
-            outcome = []
-            for found in curate_row(rated, row, where, curation, screen, seed):
-                if isinstance(found, Dropped):
-                    yield found
-                    continue
-                chosen, rejected = found.chosen["response"], found.rejected["response"]
-                scores = (found.chosen_score, found.rejected_score)
-                outcome.append(single_turn_pair(rated.prompt, chosen, rejected, where, scores))
-            if responses_only:
-                del outcome[1:]  # the same chosen response
+            choices = curate_row(rated, row, where, curation, screen, seed)
+            outcomes = [_pair_of(choice, rated.prompt, where) for choice in choices]
+            if responses_only:  # pairs of a row have the same chosen response
+                first = next((one for one in outcomes if one[0]), None)
+                outcomes = [one for one in outcomes if one is first or not one[0]]
         else:
-            outcome = convert(row, where)
-            if screen and not isinstance(outcome, Dropped):
-                prompt = outcome[0].prompt
-                left_out = screen.refuse(prompt, row, where) or screen.repeated(prompt, where)
-                outcome = left_out or outcome
-        if isinstance(outcome, Dropped):
-            yield outcome
-            continue
-        for pair in outcome:
-            rejected = type(pair.rejected)() if responses_only else pair.rejected
-            yield replace(pair, rejected=rejected, labels=labels_of(row))
+            converted = convert(row, where)
+            if isinstance(converted, Dropped):
+                outcomes = [(None, converted)]
+            elif screen:
+                outcomes = [_screened(converted[0], row, screen)]
+            else:
+                outcomes = [(pair, None) for pair in converted]
+        labels = labels_of(row)
+        labelled = [(pair and replace(pair, labels=labels), reason) for pair, reason in outcomes]
+        yield Found(where, row, rated, labelled)
+    if screen:
+        screen.marks.require_all_found()
+
+
+def _pair_of(
+    choice: Choice | Dropped, prompt: str, where: str
+) -> tuple[Pair | None, Dropped | None]:
+    """What becomes of a row of rated responses: a pair, or the reason why not."""
+    if isinstance(choice, Dropped):
+        return None, choice
+    texts = choice.chosen["response"], choice.rejected["response"]
+    scores = choice.chosen_score, choice.rejected_score
+    return single_turn_pair(prompt, *texts, where, scores), None
+
+
+def _screened(pair: Pair, row: Row, screen: Screen) -> tuple[Pair, Dropped | None]:
+    """A ready pair with its mark applied, and why it is left out."""
+    mark = screen.marks.find(pair.prompt, (pair.chosen, pair.rejected), pair.where)
+    if mark and mark.mark == "drop":
+        return pair, Dropped(MARKED)
+    if mark and mark.mark == "swap" and mark.responses[0] == fingerprint(pair.chosen):
+        pair = replace(
+            pair,
+            chosen=pair.rejected,
+            rejected=pair.chosen,
+            chosen_score=pair.rejected_score,
+            rejected_score=pair.chosen_score,
+        )
+    refused = screen.refuse(pair.prompt, row, pair.where)
+    return pair, refused or screen.repeated(pair.prompt, pair.where)
 
 
 def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:

@@ -30,6 +30,7 @@ BLOCK_PARAMETERS = {
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
 }
+QK_NORMS = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}  # where shape.qk_norm
 
 
 class Adapters(NamedTuple):
@@ -88,8 +89,9 @@ def unit_sizes(shape: ModelShape) -> UnitSizes:
         model = MistralForCausalLM(shape)
     parameters = dict(model.model.layers[0].named_parameters())
     names = {name for name in parameters if not name.endswith(".bias")}
-    for name in sorted(names ^ BLOCK_PARAMETERS):
-        problem = "expects" if name in BLOCK_PARAMETERS else "does not know"
+    known = BLOCK_PARAMETERS | (QK_NORMS if shape.qk_norm else set())
+    for name in sorted(names ^ known):
+        problem = "expects" if name in known else "does not know"
         raise UserError(
             f"the memory formula {problem} the parameter {name} of a block; edit "
             "block_bytes and BLOCK_PARAMETERS in notus/dryrun/memory.py"
@@ -164,6 +166,9 @@ def block_bytes(
     results = adapters.norms if adapters else 2  # of norms
     # In float32 the float32 input is the residual stream itself, and the tables need no rounding.
     norms = 2 * ((width if compiled else 4) + scaled) * hidden + results * width * hidden + 2 * 4
+    if shape.qk_norm:  # its result is rotated, which keeps nothing
+        norms += ((width if compiled else 4) + scaled) * (queries + keys)
+        norms += 4 * (shape.num_attention_heads + shape.num_key_value_heads)
     tables = (2 if compiled else 4) * width * shape.head_dim if width < 4 else 0
     attention = width * (2 * queries + 2 * keys) + tables + log_sum_exp
     product = adapters is None or (adapters.down and not adapters.dropped)

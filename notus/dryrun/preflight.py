@@ -35,6 +35,7 @@ from notus.engine import checkpoint, resume
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
 from notus.errors import UserError, agreed
+from notus.look.look import command_for
 from notus.tables import text_table
 
 
@@ -68,6 +69,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         style, unit = config.data.tokenization, config.train.unit
         tokenizer = load_tokenizer(models.tokenizer)
         ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
+        if config.train.objective == "dpo":  # the page shows pairs
+            commands = [command_for(source, config.train.seed) for source in config.data.train]
+            ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
         rows = data["train"].rows
         for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
             ranks.say(wrap(f"warning: {line}\n"))

@@ -7,15 +7,17 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from notus.console import emit
+from notus.engine.sinks import NoBoard, Sink, begin_hparams, end_hparams, shown_name
 from notus.files import set_aside, write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
@@ -117,15 +119,26 @@ def progress(total: int, initial: int, unit: str, delay: float = 0.0) -> tqdm:
 
 
 class MetricsLog:
-    """metrics.jsonl, nonfinite.jsonl, TensorBoard and the progress bar, on rank 0 only.
+    """metrics.jsonl, nonfinite.jsonl, TensorBoard, sinks and the progress bar, on rank 0 only.
 
     Opening it removes the lines that a run from `step` on will write again; raises UserError when
     that fails. A full disk costs metrics, never the run: lines that find no space are left out, and
     TensorBoard gets nothing more until the next start. every: the steps between two lines.
+    tensorboard: whether it is written to. sinks: what else gets metrics; one that fails is named
+    once, and the run continues. settings: the configuration, for TensorBoard's HParams tab.
     """
 
     def __init__(
-        self, folder: Path, *, step: int, total: int, active: bool, every: int = 1
+        self,
+        folder: Path,
+        *,
+        step: int,
+        total: int,
+        active: bool,
+        every: int = 1,
+        tensorboard: bool = True,
+        sinks: Sequence[Sink] = (),
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.active = active
         if not active:
@@ -136,8 +149,11 @@ class MetricsLog:
             warn(f"{self.lines.path}: lines of steps up to {step:,} are missing")
         self.nonfinite = LinesFile(folder / NONFINITE_FILE, step)
         self._hook_before, threading.excepthook = threading.excepthook, self._hook
-        with writing(folder / "tensorboard"):
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.sinks, self._place, self.board = sinks, folder / "tensorboard", NoBoard()
+        if tensorboard:
+            with writing(self._place):
+                self.board = SummaryWriter(str(self._place), purge_step=step + 1)
+        self.show(lambda board: begin_hparams(board, settings))
         self.bar, self.most = progress(total, step, "step"), 0  # most pairs of a line
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -146,23 +162,39 @@ class MetricsLog:
             return
         if metrics:
             self.lines.add({"step": step, **metrics})
-            self.show(lambda board: [board.add_scalar(n, v, step) for n, v in metrics.items()])
-        shown = [f"{name} {metrics[key]:{form}}" for name, key, form in SHOWN if key in metrics]
+            shown = {shown_name(name): value for name, value in metrics.items()}
+            self.show(lambda board: [board.add_scalar(n, v, step) for n, v in shown.items()])
+            self._to_sinks(lambda sink: sink.scalars(step, metrics))
+        told = [f"{name} {metrics[key]:{form}}" for name, key, form in SHOWN if key in metrics]
         # Less than half of a step, at an epoch's end, would look like a change of the model.
-        if shown and 2 * metrics.get("pairs", self.most) >= self.most:
+        if told and 2 * metrics.get("pairs", self.most) >= self.most:
             self.most = max(self.most, metrics.get("pairs", 0))
-            self.bar.set_postfix_str(" ".join(shown), refresh=False)
+            self.bar.set_postfix_str(" ".join(told), refresh=False)
         if step == self.bar.n:  # the evaluation before the first step: not part of its pace
             self.bar.unpause()
         self.bar.update(step - self.bar.n)
 
     def show(self, action: Callable[[SummaryWriter], object]) -> None:
-        """Call `action` with TensorBoard's writer; what the file system refuses is left out."""
+        """Call `action` with TensorBoard's writer; what the file system refuses is left out.
+
+        Without TensorBoard the writer writes nothing.
+        """
         try:
             action(self.board)
         except OSError as error:  # raised again by every later call: the writer's thread has ended
-            place = error.filename or self.board.log_dir
+            place = error.filename or self._place
             _warn_once(f"{place}: {error.strerror}; later ones are lost too, training continues")
+
+    def samples(self, step: int, rows: Sequence[Sequence[str]]) -> None:
+        """Give the sinks a table of prompts, the reference's and the policy's responses."""
+        self._to_sinks(lambda sink: sink.samples(step, rows))
+
+    def _to_sinks(self, action: Callable[[Sink], object]) -> None:
+        for sink in self.sinks:
+            try:
+                action(sink)
+            except Exception as error:  # of the network, the service, the library
+                _warn_once(f"log.to: {sink.name}: {error}; metrics.jsonl has all of it")
 
     def _hook(self, ended: threading.ExceptHookArgs) -> None:
         """threading.excepthook, which prints nothing of what `show` reports."""
@@ -172,6 +204,8 @@ class MetricsLog:
 
     def close(self) -> None:
         if self.active:
-            self.show(SummaryWriter.close)
+            self.show(end_hparams)
+            self.show(lambda board: board.close())
+            self._to_sinks(lambda sink: sink.close())
             threading.excepthook = self._hook_before
             self.bar.close()

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from notus.engine.best import Best
 from notus.engine.checkpoint import (
     MANIFEST,
     MODEL,
@@ -43,7 +44,8 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, read_object, sync, write_json, write_whole, writing
+from notus.files import partial_path, sync, write_json, write_whole, writing
+from notus.model.hf_config import decoder_config
 from notus.model.host_copies import copy_bytes
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import copy_tokenizer, gather_own, save_tensors
@@ -54,7 +56,8 @@ class Saver(AbstractContextManager):
 
     keep: how many complete ones stay. source: the folder whose config.json and tokenizer describe
     the model. facts: further entries of state.json; `resume.check_checkpoint` reads "common" and
-    "settings". previous: the step from which the run resumes.
+    "settings". previous: the step from which the run resumes. best: which checkpoint stays in
+    addition to those.
     host_bytes: room for the copies of this rank's tensors on the host; where they are larger, the
     step waits until each file is written before the next is copied. None: half of the free memory,
     divided by the ranks of this machine. All ranks must make the same calls.
@@ -68,16 +71,17 @@ class Saver(AbstractContextManager):
         source: Path,
         facts: Mapping[str, object],
         previous: int = 0,
+        best: Best | None = None,
         host_bytes: int | None = None,
     ) -> None:
         self.root, self.keep, self.source, self.facts = root, keep, source, facts
-        self.previous, self.host_bytes = previous, host_bytes
+        self.previous, self.best, self.host_bytes = previous, best, host_bytes
         # The threads' collectives must not mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._outcome: Future[str | None] | None = None
         if previous and dist.get_rank() == 0:  # after a kill just before that was done
-            self._remove(set(checkpoints(root, previous)[:-keep]))
+            self._remove(set(checkpoints(root, previous)[:-keep]) - {self._best_folder()})
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         # A UserError is raised on every rank. After any other exception ranks may be gone: no wait.
@@ -102,6 +106,8 @@ class Saver(AbstractContextManager):
         # Fewer than steps if some were skipped. Each parameter's state has the same number.
         updates = next((int(state["step"]) for state in optimizer.state.values()), 0)
         state = {**progress._asdict(), "updates": updates, **self.facts}
+        if self.best:
+            state["best"] = self.best.after(progress.step)
         groups = {
             weights_prefix(model): trained_parameters(model),
             "optimizer": _optimizer_tensors(model, optimizer),
@@ -170,10 +176,16 @@ class Saver(AbstractContextManager):
                 older = f"{kept[-1]} is kept" if kept else "there is no older one"
                 warn(f"{folder} was not saved: {error}; {older}, and training continues")
             return str(error)
+        if self.best:
+            self.best.record = state["best"]
         if first:
-            self._remove(superseded(self.root, folder, previous=self.previous, keep=self.keep))
+            old = superseded(self.root, folder, previous=self.previous, keep=self.keep)
+            self._remove(old - {self._best_folder()})
         self.previous = state["step"]
         return None
+
+    def _best_folder(self) -> Path | None:
+        return self.best.folder(self.root) if self.best else None
 
     def _remove(self, old: set[Path]) -> None:
         try:
@@ -268,7 +280,7 @@ def _to_disk(path: Path) -> Plain:
 
 def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
     """Add what makes weights a Hugging Face folder: the configuration and the tokenizer."""
-    config = read_object(source / "config.json")
+    config = decoder_config(source)
     config.pop("torch_dtype", None)  # the key's name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)

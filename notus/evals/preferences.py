@@ -19,7 +19,9 @@ from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
 from notus.console import drawing
 from notus.curation.ratings import RULES
+from notus.curation.report import look_command
 from notus.data.dataset import Dataset
+from notus.data.formats import PARTS
 from notus.engine import distributed
 from notus.engine.metrics import all_log_probs, summarize
 from notus.errors import UserError, agreed
@@ -129,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     with drawing():  # the results are there before any figure
         drawn = "".join(f"\n![{n}]({n})\n" for n in figures(options.out, rows, margin, *scores))
         write_whole(options.out / "report.md", report + drawn)
-    print(f"\n{report}\nwrote {options.out}")
+    print(f"\n{report}\nwrote {options.out}; look at the pairs: {look_command(options.out)}")
 
 
 def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
@@ -161,7 +163,10 @@ def as_markdown(
 def pair_records(
     data: Dataset, scored: PairLogProbs, margin: np.ndarray, referenced: bool
 ) -> Iterator[dict[str, Any]]:
-    """One object per pair: its origin, its log-probs (nats) and whether it is right."""
+    """One object per pair: its origin and texts, its log-probs (nats) and whether it is right.
+
+    `python -m notus.look` shows the file, or finds its pairs by their texts in another source.
+    """
     models = {"policy": scored.policy} | ({"reference": scored.reference} if referenced else {})
     sums = {
         f"{name}_{side}": getattr(found, side).tolist()
@@ -172,6 +177,7 @@ def pair_records(
         yield {
             "where": pair.where,
             **pair.labels,
+            **{part: getattr(pair, part) for part in PARTS},
             **{name: values[i] for name, values in sums.items()},
             "chosen_tokens": int(data.pairs.lengths[i, 1]),
             "rejected_tokens": int(data.pairs.lengths[i, 2]),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -79,10 +80,17 @@ def hash_of_rows(sampled: Sequence[Sampled]) -> str:
 
 
 def run_judge(judge: Callable[[], str]) -> int:
-    """Print the line that `judge` returns; the exit code, 2 after a user's mistake."""
+    """Print the line that `judge` returns; the exit code, 2 after a user's mistake.
+
+    Under torchrun one process speaks.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
-        emit(judge())
+        told = judge()
     except UserError as error:
-        emit(f"error: {error}", sys.stderr)
+        if speaks:
+            emit(f"error: {error}", sys.stderr)
         return 2
+    if speaks:
+        emit(told)
     return 0

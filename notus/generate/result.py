@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from notus.config import Config
+from notus.engine.best import best_step
 from notus.engine.distributed import Ranks
 from notus.errors import agreed
 from notus.generate.answering import respond_all
@@ -32,7 +33,8 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
 
     source: the folder of the initial policy; output: the finished run's. Collective.
     """
-    rows = held_out_rows(output / "metrics.jsonl")
+    exported = best_step(output / "checkpoints") if config.evaluation.export_best else None
+    rows = held_out_rows(output / "metrics.jsonl", exported)
     shown = ""
     if (samples := config.evaluation.samples) is not None:
         prompts = [
@@ -75,10 +77,11 @@ def show_result(config: Config, ranks: Ranks, source: Path, output: Path) -> Non
         ranks.say("\n" + shown)
 
 
-def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
+def held_out_rows(metrics: Path, step: int | None = None) -> list[tuple[str, float, float]]:
     """(name, first value, last value) of the held-out metrics in a metrics.jsonl that has any.
 
-    All pairs together come first, then the named sets.
+    All pairs together come first, then the named sets. step: of the last value, if it is not that
+    of the last evaluation.
     """
     if not metrics.is_file():  # a run resumed elsewhere after its last step logs nothing
         return []
@@ -87,6 +90,7 @@ def held_out_rows(metrics: Path) -> list[tuple[str, float, float]]:
     if not evaluated:
         return []
     first, last = evaluated[0], evaluated[-1]
+    last = next((line for line in evaluated if line["step"] == step), last)
     sets = [name.removesuffix("loss") for name in first if name.endswith("/loss")]
     names = [part + name for part in ("eval_", *sets) for name in HELD_OUT]
     return [(name, first[name], last[name]) for name in names if name in first and name in last]

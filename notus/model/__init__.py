@@ -3,6 +3,7 @@
 intervals    the mask of a packed row as intervals of slots, for FlexAttention
 attention    who attends to whom, and the backends that compute it
 hf_config    the decoder's shape, from a Hugging Face folder's config.json
+rope         the rotary position embedding
 mistral      the decoder
 host_copies  tensors copied to the host
 weights      safetensors folders in and out

@@ -1,16 +1,14 @@
 """The Mistral decoder: a packed row of tokens in, log-probs of chosen targets out.
 
 Modules and parameters are named as in Hugging Face's MistralForCausalLM, so weights are loaded and
-saved without renaming, and the rotary embedding is its rotate-half form. Llama checkpoints that
-differ only in their configuration (biases, "llama3" rope scaling) load as well. Sharding,
-precision, activation checkpointing and compilation are applied from outside
-(engine/distributed.py); nothing here depends on them.
+saved without renaming, and the rotary embedding is its rotate-half form. Llama, Qwen and Ministral
+checkpoints differ from it in what ModelShape says: biases, a norm on queries and keys, the rotary
+embedding's frequencies, a scale on queries. Sharding, precision, activation checkpointing and
+compilation are applied from outside (engine/distributed.py); nothing here depends on them.
 
 Shape suffixes: T slots of the packed row, D hidden size, N query heads, K key/value heads, H head
 dimension, F feed-forward size, V vocabulary, S rows that predict a scored token.
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -19,41 +17,7 @@ from torch.nn import functional as F
 from notus.kernels.dispatch import linear_log_probs, linear_log_sum_squares
 from notus.model.attention import AttentionMask, attend
 from notus.model.hf_config import ModelShape
-
-
-def rope_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
-    """Angular frequency of each rotary pair, radians per position: float32 [H / 2].
-
-    RoFormer, arXiv 2104.09864, section 3.2.2. With "llama3" scaling, wavelengths longer than the
-    original context are stretched by `factor`, short ones kept, those between blended linearly.
-    """
-    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64, device=device).float()
-    frequency = 1.0 / shape.rope_theta ** (exponent / shape.head_dim)
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return frequency
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0.0, 1.0)
-    return keep * frequency + (1 - keep) * frequency / scaling.factor
-
-
-def rope_tables(shape: ModelShape, position_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: two float32 tensors [T, 1, H]."""
-    angle = position_T.float()[:, None] * rope_frequencies(shape, position_T.device)[None, :]
-    angle_T1H = torch.cat((angle, angle), dim=-1)[:, None, :]
-    return angle_T1H.cos(), angle_T1H.sin()
-
-
-def rotate(x_TNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each head by its position (Hugging Face's rotate-half layout), in x's dtype.
-
-    The tables are first rounded to x's dtype, as in transformers, so that a model trained here
-    computes the same when it is served there.
-    """
-    cos, sin = (table.to(x_TNH.dtype) for table in rope)
-    first, second = x_TNH.chunk(2, dim=-1)
-    return x_TNH * cos + torch.cat((-second, first), dim=-1) * sin
+from notus.model.rope import Rope, rope_tables, rotate
 
 
 class RMSNorm(nn.Module):
@@ -76,17 +40,23 @@ class Attention(nn.Module):
         self.head_dim = shape.head_dim
         queries = shape.num_attention_heads * shape.head_dim
         keys = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, queries, bias=shape.attention_bias)
-        self.k_proj = nn.Linear(shape.hidden_size, keys, bias=shape.attention_bias)
-        self.v_proj = nn.Linear(shape.hidden_size, keys, bias=shape.attention_bias)
+        bias = shape.attention_bias or shape.qkv_bias
+        self.q_proj = nn.Linear(shape.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(shape.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(shape.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, shape.hidden_size, bias=shape.attention_bias)
+        norm = RMSNorm if shape.qk_norm else nn.Identity  # which ignores its arguments
+        self.q_norm = norm(shape.head_dim, shape.rms_norm_eps)
+        self.k_norm = norm(shape.head_dim, shape.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
-        q_TNH = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TKH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x_TD: Tensor, rope: Rope, mask: AttentionMask) -> Tensor:
+        q_TNH = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+        k_TKH = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        out_TNH = attend(rotate(q_TNH, rope), rotate(k_TKH, rope), v_TKH, mask)
-        return self.o_proj(out_TNH.flatten(-2))
+        q_TNH, k_TKH = rotate(q_TNH, rope), rotate(k_TKH, rope)
+        if rope.query_scale is not None:
+            q_TNH = q_TNH * rope.query_scale.to(q_TNH.dtype)
+        return self.o_proj(attend(q_TNH, k_TKH, v_TKH, mask).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -111,7 +81,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, mask: AttentionMask) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, mask)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 

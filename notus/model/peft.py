@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError, agreed
 from notus.files import PARTIAL, new_folder, read_object, write_json, writing
-from notus.model.hf_config import ModelShape, Size
+from notus.model.hf_config import INDEX, ModelShape, Size, decoder_config, has_vision
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
-    INDEX,
     check_shapes,
     copy_tokenizer,
+    decoder_name,
     header_shapes,
     model_folder,
     open_model,
@@ -232,12 +232,18 @@ def _write_merged(folder: Path, base: Path, adapter: Path) -> None:
     base, shape = open_model(str(base))
     layers = check_fits(opened, shape)
     for file in sorted({tensor.file for tensor in stored_tensors(base).values()}):
-        tensors = load_file(file)
+        tensors = {decoder_name(name): tensor for name, tensor in load_file(file).items()}
+        tensors.pop(None, None)
         _add_products(tensors, opened, [name for name in layers if f"{name}.weight" in tensors])
         save_tensors(folder / file.name, tensors)
     for name in ("config.json", "generation_config.json", INDEX):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+    if has_vision(base):
+        write_json(folder / "config.json", decoder_config(base))
+        if (base / INDEX).is_file():
+            files = {name: tensor.file.name for name, tensor in stored_tensors(base).items()}
+            write_json(folder / INDEX, {"metadata": {}, "weight_map": files})
     copy_tokenizer(tokenizer_folder(base, adapter), folder)
 
 

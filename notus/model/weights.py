@@ -1,7 +1,8 @@
-"""Hugging Face safetensors <-> a sharded model, tensor by tensor, without renaming.
+"""Hugging Face safetensors <-> a sharded model, tensor by tensor.
 
-Loading reads only this rank's slices; saving divides unsharded tensors over the ranks by bytes, so
-that every rank writes one file and none ever holds the entire model.
+Names are kept; of a vision model's folder the decoder's tensors are read, without the prefix that
+they have there. Loading reads only this rank's slices; saving divides unsharded tensors over the
+ranks by bytes, so that every rank writes one file and none ever holds the entire model.
 """
 
 import hashlib
@@ -28,12 +29,10 @@ from torch.distributed.tensor import DTensor
 from notus.errors import UserError
 from notus.files import read_object
 from notus.masking import mask_text
-from notus.model.hf_config import ModelShape, read_shape
+from notus.model.hf_config import INDEX, SINGLE, ModelShape, read_shape
 from notus.model.host_copies import HostCopies
 from notus.model.mistral import MistralForCausalLM
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -46,15 +45,22 @@ TOKENIZER_FILES = (
 DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names of those that weights may have
 # Buffers that old checkpoints carry; the decoder computes them.
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-
+# Of a model with a vision tower: as published and as saved by transformers, and its modules' names.
+DECODER_PREFIXES = (("language_model.", ""), ("model.language_model.", "model."))
+VISION_PREFIXES = tuple(
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector")
+)
 
 Shape = tuple[int, ...]
 
 
 class Stored(NamedTuple):
-    """A tensor's file, and its shape there."""
+    """A tensor's file, and its name and shape there."""
 
     file: Path
+    name: str
     shape: Shape
 
 
@@ -89,8 +95,18 @@ def model_folder(path: str, weights: bool = True) -> Path:
         raise UserError(f"{path}: no such model folder here, {reason}") from None
 
 
+def decoder_name(stored: str) -> str | None:
+    """The decoder's name of a tensor in a file; None for one of a vision tower."""
+    if stored.startswith(VISION_PREFIXES):
+        return None
+    for prefix, ours in DECODER_PREFIXES:
+        if stored.startswith(prefix):
+            return ours + stored.removeprefix(prefix)
+    return stored
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a model folder by name, read only from the files' headers.
+    """Every tensor of a folder's decoder by its name there, read only from the files' headers.
 
     Raises UserError for missing, truncated or unreadable files, and those of another folder.
     """
@@ -108,7 +124,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         file = folder / name
         if "/" in name or not name.isprintable():
             raise UserError(f"{folder / INDEX}: found {name!r}, expected a file of this folder")
-        tensors |= {key: Stored(file, shape) for key, shape in header_shapes(file).items()}
+        for stored, shape in header_shapes(file).items():
+            if (key := decoder_name(stored)) is not None:
+                tensors[key] = Stored(file, stored, shape)
     return tensors
 
 
@@ -199,10 +217,10 @@ def load_weights(model: nn.Module, folder: Path, others: Collection[str] = ()) -
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     stored = check_weights(folder, shapes, tied=model.shape.tie_word_embeddings)
     for name, parameter in parameters.items():
-        file = stored[name].file
-        if not read_rows(parameter, file, name).isfinite().all():
+        file, key, _ = stored[name]
+        if not read_rows(parameter, file, key).isfinite().all():
             raise UserError(
-                f"{file}: tensor {name} holds NaN or infinite values; expected finite ones"
+                f"{file}: tensor {key} holds NaN or infinite values; expected finite ones"
             )
 
 

@@ -82,6 +82,13 @@ def test_eager_blocks_keep_what_is_predicted(targets):
     assert kept_bytes("none", lora, compiled=False) == predicted_bytes("none", lora, compiled=False)
 
 
+@pytest.mark.parametrize(("lora", "compiled"), [(None, False), (ATTENTION, False), (None, True)])
+def test_norms_of_queries_and_keys_keep_what_is_predicted(lora, compiled, monkeypatch):
+    normed = replace(ONE_BLOCK, qk_norm=True, qkv_bias=True)
+    monkeypatch.setitem(globals(), "ONE_BLOCK", normed)
+    assert kept_bytes("none", lora, compiled) == predicted_bytes("none", lora, compiled)
+
+
 ONE_BLOCK = model_shape(layers=1, hidden=128, inner=448, heads=4, vocabulary=8)
 
 
@@ -107,7 +114,7 @@ def kept_bytes(mode, lora, compiled):
     rope = rope_tables(shape, torch.arange(slots))
     mask = torch.ones(slots, slots, dtype=torch.bool).tril()
     # Not the block's own: its weights, the tables, and the mask (as numbers, only on the CPU).
-    shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *rope, mask)}
+    shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *rope[:2], mask)}
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

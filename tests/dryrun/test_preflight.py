@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def place(demo, tmp_path, monkeypatch):
     ]
 
 
-def test_the_published_recipe_without_gpu_weights_or_network(place, capfd):
+def test_the_published_recipe_without_gpu_weights_or_network(place, demo, capfd):
     assert train.main([*place, "--gpus", "8", "--gpu", "a100-40gb", "--price", "2.5"]) == 0
     said = capfd.readouterr().out
     for words in (
@@ -50,6 +51,7 @@ def test_the_published_recipe_without_gpu_weights_or_network(place, capfd):
         "  FITS on 8 x a100-40gb: the limit is 35.9 GiB (95% of 39.4 GiB, less 1.5 GiB for CUDA, ",
         "at 2.5 per GPU-hour",
         "assumed: 45%",
+        f"look at the rows\n  python -m notus.look {shlex.quote(str(demo / 'preferences.jsonl'))} ",
     ):
         assert words in said, said
     lines = {line[:56].strip(): line[56:].strip() for line in said.splitlines()}

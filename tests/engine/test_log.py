@@ -32,8 +32,8 @@ def test_log_writes_lines_and_events(tmp_path):
         {"step": 4, "loss": 1 / 5, "rewards/margins": 4.0},
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["loss", "rewards/margins"]
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert sorted(events.Tags()["scalars"]) == ["train/loss", "train/rewards/margins"]
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert found == [(0, 1.0), (2, pytest.approx(1 / 3)), (4, pytest.approx(1 / 5))]
 
 
@@ -45,7 +45,7 @@ def test_resumed_log_replaces_later_steps(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_other_ranks_and_empty_reports_write_nothing(tmp_path):

@@ -123,13 +123,13 @@ def test_another_path_may_hold_the_same_model(shape, tmp_path):
 
 def test_an_added_field_of_the_shape_has_its_default(shape, tmp_path, monkeypatch):
     saved = started(tmp_path, DEFAULTS, shape)
-    added = [("qk_norm", bool, field(default=False))]
+    added = [("value_norm", bool, field(default=False))]
     wider = make_dataclass("Wider", added, bases=(ModelShape,), frozen=True, kw_only=True)
     monkeypatch.setattr(resume, "ModelShape", wider)
     fields = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
     assert problems(tmp_path, saved, DEFAULTS, DEFAULTS, wider(**fields)) == []
-    (said,) = problems(tmp_path, saved, DEFAULTS, DEFAULTS, wider(**fields, qk_norm=True))
-    assert "(model_shape.qk_norm was false and is true)" in said
+    (said,) = problems(tmp_path, saved, DEFAULTS, DEFAULTS, wider(**fields, value_norm=True))
+    assert "(model_shape.value_norm was false and is true)" in said
 
 
 def test_the_entry_of_a_list_that_differs_is_named():

@@ -80,6 +80,7 @@ def test_equals_a_slow_loop(ranks, demo, data, other, expected, tmp_path):
     assert code == 0, told
     records = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert [record["where"] for record in records] == [pair.where for pair in pairs]
+    assert [record["chosen"] for record in records] == [pair.chosen for pair in pairs]
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
     found = np.array([[record[name] for name in names] for record in records])
     np.testing.assert_allclose(found[:, :2], sums[0], rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import transformers
+from towers import YARN
 
 from notus.errors import UserError
 from notus.model.hf_config import Llama3Rope, ModelShape, read_shape
@@ -20,6 +21,10 @@ BASE = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
 }
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+MINISTRAL3 = {"architectures": ["Ministral3ForCausalLM"]}
+TOWER = {"architectures": ["Mistral3ForConditionalGeneration"]}
+FP8 = {"quant_method": "fp8", "weight_block_size": None}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -38,7 +43,8 @@ def read(folder, **changes) -> ModelShape:
 
 
 def test_a_recorded_shape_is_read_back(tmp_path):
-    for changes in ({}, {"rope_scaling": LLAMA3, "rope_theta": 5e5, "sliding_window": 7}):
+    yarn = MINISTRAL3 | {"rope_parameters": YARN}
+    for changes in ({}, yarn, {"rope_scaling": LLAMA3, "rope_theta": 5e5, "sliding_window": 7}):
         shape = read(tmp_path, **changes)
         recorded = json.loads(json.dumps(asdict(shape)))
         assert parse(recorded, ModelShape) == shape
@@ -50,7 +56,7 @@ def test_a_recorded_shape_is_read_back(tmp_path):
 def test_a_shape_recorded_before_a_field_existed_has_its_default(tmp_path):
     shape = read(tmp_path)
     recorded = asdict(shape)
-    for later in ("mlp_bias", "rope_scaling", "sliding_window"):
+    for later in ("mlp_bias", "rope_scaling", "sliding_window", "yarn", "qkv_bias", "qk_norm"):
         del recorded[later]
     assert parse(recorded, ModelShape) == shape
     with pytest.raises(UserError, match="^model_shape.q_norm: unknown key"):
@@ -116,7 +122,53 @@ def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
         ({"head_dim": 7}, "head_dim: found 7, expected an even number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: found NaN, expected a finite number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: found 1, expected true or false"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' found, expected none"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn.factor: missing, expected a number above"),
+        (MINISTRAL3, "rope scaling 'default' without llama_4_scaling_beta found"),
+        (
+            MINISTRAL3 | {"rope_parameters": {k: v for k, v in YARN.items() if "llama" not in k}},
+            "rope scaling 'yarn' without llama_4_scaling_beta found",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, expected 1"),
+        (
+            {"layer_types": ["full_attention"] * 3, "sliding_window": 4},
+            "with sliding_window 4, exp",
+        ),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types: .* with sliding_window null"),
+        (
+            QWEN2
+            | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+            | {"sliding_window": 4, "use_sliding_window": True},
+            r'layer_types: found \["full_attention", "sliding_attention"\] with sliding_window 4',
+        ),
+        (
+            QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "expected the same window in all layers, or in none",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            r"architecture is MixtralForCausalLM \(a mixture of experts\), expected one of Mistral",
+        ),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 64, "n_routed_experts": 8},
+            r"DeepseekV3ForCausalLM \(multi-head latent attention and a mixture of experts\)",
+        ),
+        (
+            {"architectures": ["Qwen3VLForConditionalGeneration"], "vision_config": {"depth": 1}},
+            r"Qwen3VLForConditionalGeneration \(a vision tower\), expected",
+        ),
+        (
+            TOWER | {"text_config": {"model_type": "mistral4", "kv_lora_rank": 64}},
+            r"model_type is mistral4 \(multi-head latent attention\), expected one of mistral, ",
+        ),
+        ({"layer_types": 3}, r'layer_types: found \["3"\] with sliding_window null'),
+        ({"rope_parameters": {"full_attention": YARN}}, "expected an object for all layers"),
+        (TOWER, "text_config.model_type is none named, expected one of mistral, ministral3"),
+        (
+            TOWER | {"text_config": {"model_type": "mistral"}, "quantization_config": FP8},
+            r"found \(fp8\), .* publishes them in the repository whose name ends in -BF16",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, r"found \(awq\), .* or float16$"),
         ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling.factor: found 0.0, expected a"),
         ({"rope_parameters": [1]}, r"the rope settings are \[1\], expected an object"),
     ],
@@ -125,6 +177,23 @@ def test_an_unusable_config_is_refused_by_name(change, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path, **change)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_settings_by_architecture(tmp_path):
+    """Where transformers' classes read an entry that others ignore, or have one built in."""
+    beta = {"rope_parameters": YARN}
+    assert read(tmp_path, **MINISTRAL3, **beta).yarn.llama_4_scaling_beta == 0.1
+    assert read(tmp_path, **beta).yarn.llama_4_scaling_beta == 0
+    qwen = read(tmp_path, **QWEN2, sliding_window=4096)  # of Qwen2.5's files, which do not use it
+    assert (qwen.sliding_window, qwen.qkv_bias, qwen.qk_norm) == (None, True, False)
+    assert read(tmp_path, architectures=["Qwen3ForCausalLM"]).qk_norm
+    sliding = ["sliding_attention"] * 3
+    assert read(tmp_path, layer_types=sliding, sliding_window=4).sliding_window == 4
+    late = {"max_window_layers": 28, "use_sliding_window": True, "sliding_window": 4}
+    assert read(tmp_path, **QWEN2, **late).sliding_window is None  # three layers, all below 28
+    default = {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}
+    shape = read(tmp_path, rope_parameters=default, max_position_embeddings=128)
+    assert shape.yarn.original_max_position_embeddings == 128
 
 
 def test_a_missing_or_broken_config_file_is_named(tmp_path):

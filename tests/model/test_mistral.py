@@ -1,14 +1,18 @@
 """The decoder against transformers' classes on the same random weights."""
 
+import math
+
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from towers import YARN
 
 from notus.data.packing import Layout
 from notus.model.attention import build_mask
 from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM
+from notus.model.rope import rope_frequencies, rope_tables
 
 BASE = dict(
     vocab_size=97,
@@ -31,6 +35,10 @@ LLAMA3 = {
 }
 
 
+PLAIN_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False}
+PLAIN_YARN |= {"original_max_position_embeddings": 32}
+
+
 def mistral(**changes):
     return transformers.MistralConfig(**(BASE | changes))
 
@@ -38,6 +46,27 @@ def mistral(**changes):
 def llama(**changes):
     kept = {k: v for k, v in BASE.items() if k != "sliding_window"}
     return transformers.LlamaConfig(**(kept | changes))
+
+
+def ministral3(**changes):
+    return transformers.Ministral3Config(
+        **(BASE | {"head_dim": 16, "rope_parameters": YARN} | changes)
+    )
+
+
+def ministral(**changes):
+    return transformers.MinistralConfig(**(BASE | {"head_dim": 16} | changes))
+
+
+def qwen2(**changes):
+    return transformers.Qwen2Config(**(BASE | changes))
+
+
+def qwen3(**changes):
+    return transformers.Qwen3Config(**(BASE | {"head_dim": 32} | changes))
+
+
+ALL_SLIDING = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
 
 
 CONFIGS = {
@@ -54,6 +83,15 @@ CONFIGS = {
     "llama": llama(),
     "llama with biases": llama(attention_bias=True, mlp_bias=True),
     "llama 3 rope": llama(rope_parameters=LLAMA3, max_position_embeddings=128),
+    "ministral, sliding layers": ministral(sliding_window=5),
+    "ministral, full layers": ministral(layer_types=["full_attention"] * 3, sliding_window=5),
+    "ministral 3": ministral3(),
+    "ministral 3, tied": ministral3(tie_word_embeddings=True),
+    "qwen 2": qwen2(),
+    "qwen 2, tied, sliding layers": qwen2(tie_word_embeddings=True, **ALL_SLIDING),
+    "qwen 3": qwen3(),
+    "qwen 3, tied, biases": qwen3(tie_word_embeddings=True, attention_bias=True),
+    "qwen 3, yarn": qwen3(rope_parameters=PLAIN_YARN),
 }
 
 
@@ -90,11 +128,33 @@ def our_logits(model, tokens):
 def test_logits_and_keys_equal_transformers(name, tmp_path):
     ours, theirs = both_models(CONFIGS[name], tmp_path)
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    for length in (1, 23):
+    for length in (1, 23, 200):
         tokens = torch.randint(0, 97, (length,))
         expected = theirs(tokens[None]).logits[0]
         error = (our_logits(ours, tokens) - expected).abs().max()
         assert error <= 1e-5 * expected.abs().max()
+
+
+def test_positions_beyond_the_original_context_of_ministral_3(tmp_path):
+    """Its real settings, at the edges of one and of several original contexts."""
+    rope = transformers.Ministral3Config().rope_parameters | {"rope_type": "yarn"}
+    assert rope["original_max_position_embeddings"] == 16384 and rope["factor"] == 16
+    ours, theirs = both_models(ministral3(rope_parameters=rope, head_dim=128), tmp_path)
+    assert torch.equal(
+        rope_frequencies(ours.shape, torch.device("cpu")), theirs.model.rotary_emb.inv_freq
+    )
+    scales = rope_tables(ours.shape, torch.tensor([0, 16383, 16384, 32768])).query_scale.flatten()
+    expected = [1.0, 1.0, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(3)]
+    torch.testing.assert_close(scales, torch.tensor(expected), rtol=1e-6, atol=0)
+    tokens = torch.randint(0, 97, (24,))
+    for start in (0, 16384 - 12, 5 * 16384 - 12, 200_000):
+        layout = causal_layout(24)
+        position = layout.position + start
+        mask = build_mask(layout, None, "dense")
+        hidden = ours.model(tokens, position, mask, torch.arange(24))
+        logits = theirs(tokens[None], position_ids=position[None]).logits[0]
+        error = (F.linear(hidden, ours.lm_head.weight) - logits).abs().max()
+        assert error <= 1e-5 * logits.abs().max(), start
 
 
 def test_the_window_of_the_parity_test_binds(tmp_path):

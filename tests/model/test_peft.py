@@ -18,6 +18,7 @@ from lora_models import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
+from towers import write_tower
 
 from notus.errors import UserError
 from notus.model.hf_config import read_shape
@@ -268,6 +269,34 @@ def test_merged_weights_are_sums_rounded_once(dtype, name, tmp_path):
     theirs = transformers.MistralForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     error = (their_logits(theirs) - logits(model)).norm() / logits(model).norm()
     assert error < max(1e-5, 8 * torch.finfo(dtype).eps)
+
+
+def test_merging_into_a_vision_model_gives_its_text_model(tmp_path):
+    decoder = transformers.MistralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    theirs = write_tower(tmp_path / "base", decoder, tie_word_embeddings=False)
+    write_adapter(tmp_path / "adapter", tmp_path / "base")
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert isinstance(merged, transformers.MistralForCausalLM) and not any(report.values())
+    expected = {f"model.{n}": p for n, p in theirs.model.language_model.named_parameters()}
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert (b @ a).abs().max() > 0.01
+        expected[f"{name}.weight"] = expected[f"{name}.weight"] + 2 * b @ a
+    for key, value in expected.items():
+        torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-6, atol=1e-6)
 
 
 def test_merging_brings_the_adapter_s_tokenizer(tmp_path):

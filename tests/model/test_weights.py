@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from towers import YARN, write_tower
 
 from notus.errors import UserError
-from notus.model.hf_config import read_shape
+from notus.model.hf_config import decoder_config, has_vision, read_shape
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_weights,
@@ -20,22 +21,24 @@ from notus.model.weights import (
     hash_weights,
     load_weights,
     model_folder,
+    open_model,
     save_tensors,
     stored_tensors,
+)
+
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 
 
 def write_model(folder, **options):
     torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **options,
-    )
+    config = transformers.MistralConfig(**SIZES, **options)
     model = transformers.MistralForCausalLM(config)
     model.save_pretrained(folder, max_shard_size="20KB")
     return model
@@ -59,6 +62,64 @@ def test_bfloat16_files_load_into_float32_without_loss(tmp_path):
     for name, value in ours.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, theirs.state_dict()[name].float()), name
+
+
+DECODERS = {"mistral": transformers.MistralConfig, "ministral3": transformers.Ministral3Config}
+
+
+@pytest.mark.parametrize("names", ["saved", "modules'"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_decoder_of_a_vision_model(kind, tied, names, tmp_path):
+    """Loaded by its prefix, tied if no head is stored, whatever the two entries say."""
+    rope = {"rope_parameters": YARN} if kind == "ministral3" else {"sliding_window": None}
+    decoder = DECODERS[kind](**SIZES, head_dim=8, **rope)
+    theirs = write_tower(tmp_path, decoder, tie_word_embeddings=tied)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert sum(name.startswith("vision_tower.") for name in index) > 5
+    if names == "modules'":  # one file, named as the modules are
+        for file in tmp_path.glob("model*"):
+            file.unlink()
+        tensors = theirs.state_dict()
+        if tied:
+            del tensors["lm_head.weight"]
+        else:  # a config.json that its weights contradict
+            config = json.loads((tmp_path / "config.json").read_text())
+            config["tie_word_embeddings"] = True
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "model.safetensors")
+    folder, shape = open_model(str(tmp_path))
+    assert shape.tie_word_embeddings == tied and (shape.yarn is not None) == (kind == "ministral3")
+    ours = MistralForCausalLM(shape)
+    load_weights(ours, folder)
+    expected = {name: theirs.lm_head.weight for name in ["lm_head.weight"]}
+    expected |= {f"model.{n}": p for n, p in theirs.model.language_model.named_parameters()}
+    assert ours.state_dict().keys() == expected.keys()
+    assert all(torch.equal(ours.state_dict()[name], expected[name]) for name in expected)
+
+    config = decoder_config(folder)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/config.json").write_text(json.dumps(config))
+    assert read_shape(tmp_path / "text") == shape and not has_vision(tmp_path / "text")
+    save_file(
+        ours.state_dict() if not tied else dict(ours.named_parameters()),
+        tmp_path / "text/model.safetensors",
+        metadata={"format": "pt"},
+    )
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert type(alone).__name__ == config["architectures"][0]
+    tokens = torch.randint(0, 61, (1, 100))
+    torch.testing.assert_close(alone(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_dtype_of_fp8_weights_is_refused(tmp_path):
+    write_tower(tmp_path, transformers.MistralConfig(**SIZES, head_dim=8))
+    file = max(tmp_path.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(UserError, match=f"tensor {name}: found F8_E4M3, expected one of F64, F32"):
+        open_model(str(tmp_path))
 
 
 def test_old_rotary_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):

@@ -1,0 +1,198 @@
+"""Judging by a reward model: a sequence classifier with one label, on this project's decoder.
+
+    python -m notus.feedback.reward responses.jsonl --model FOLDER_OR_ID --out scored
+    torchrun --nproc_per_node 8 -m notus.feedback.reward ...       # the GPUs share the responses
+
+Each response is scored by itself, in a row of its own without padding, so its score depends on
+nothing but the model and its conversation: not on a batch, other responses or the number of ranks.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from notus.data.packing import PROMPT, Layout
+from notus.data.tokenization import render
+from notus.data.tokenizer import load_tokenizer
+from notus.engine import distributed
+from notus.engine.distributed import map_over_ranks
+from notus.engine.log import progress
+from notus.errors import UserError, agreed
+from notus.evals.options import NewPath
+from notus.feedback.responses import Sampled, hash_of_rows, read_responses, run_judge, write_rated
+from notus.files import read_object
+from notus.model.attention import build_mask
+from notus.model.hf_config import ModelShape, read_shape
+from notus.model.mistral import Decoder
+from notus.model.weights import hash_weights, load_weights, model_folder, stored_tensors
+
+# A classifier's class, and that of the language model with the same decoder.
+CLASSES = {
+    "MistralForSequenceClassification": "MistralForCausalLM",
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+}
+HEAD = "score.weight"
+
+
+class RewardModel(nn.Module):
+    """The decoder with one number per token; parameters are named as in transformers' classes."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Decoder(shape)
+        self.score = nn.Linear(shape.hidden_size, 1, bias=False)
+
+    def forward(self, tokens_T: Tensor, row: int) -> Tensor:
+        """The score of one conversation, tokens int64 [T], read off at slot `row`: a scalar."""
+        slots = torch.arange(len(tokens_T), device=tokens_T.device, dtype=torch.int32)
+        nothing = torch.zeros_like(slots)
+        layout = Layout(nothing, nothing + PROMPT, slots, nothing.bool())
+        mask = build_mask(layout, self.shape.sliding_window, "dense")
+        rows = torch.tensor([row], device=tokens_T.device)
+        return self.score(self.model(tokens_T, slots, mask, rows))[0, 0]
+
+
+class Scorer(NamedTuple):
+    """A reward model that is ready to score.
+
+    pad: the token that transformers' class takes for padding, of which it skips the last ones.
+    """
+
+    model: RewardModel
+    tokenizer: PreTrainedTokenizerFast
+    pad: int | None
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str, response: str, where: str) -> float:
+        """The score of a response to a question of the user. Raises UserError."""
+        pairs = (("user", prompt), ("assistant", response))
+        messages = [{"role": role, "content": content} for role, content in pairs]
+        text = render(self.tokenizer, messages, where, opens_answer=False)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        last = max((i for i, token in enumerate(ids) if token != self.pad), default=0)
+        score = float(self.model(torch.tensor(ids, device=self.device), last))
+        if score - score != 0:
+            raise UserError(f"{where}: the score is {score}; expected a finite number")
+        return score
+
+
+def open_reward_model(name: str) -> tuple[Path, ModelShape, int | None]:
+    """The folder of a reward model, its decoder's shape and its padding token.
+
+    Raises UserError for another architecture, code of its own, or other than one label.
+    """
+    folder = model_folder(name)
+    path = folder / "config.json"
+    config = read_object(path)
+    found = (config.get("architectures") or [None])[0]
+    if "auto_map" in config:
+        raise UserError(
+            f"{path}: the model brings code of its own (auto_map), which is never run here; "
+            f"expected {' or '.join(CLASSES)}"
+        )
+    if found not in CLASSES:
+        raise UserError(f"{path}: architecture is {found}, expected {' or '.join(CLASSES)}")
+    head = stored_tensors(folder).get(HEAD)
+    if head is None or head.shape[:1] != (1,):
+        labels = "no score" if head is None else f"{head.shape[0]} labels"
+        raise UserError(f"{folder}: found {labels} ({HEAD}), expected a model with one label")
+    with TemporaryDirectory() as place:  # read_shape knows language models
+        decoder = json.dumps(config | {"architectures": [CLASSES[found]]})
+        (Path(place) / path.name).write_text(decoder)
+        try:
+            shape = read_shape(Path(place))
+        except UserError as error:
+            raise UserError(str(error).replace(place, str(folder))) from None
+    return folder, shape, config.get("pad_token_id")
+
+
+def load_scorer(
+    folder: Path, shape: ModelShape, pad: int | None, device: torch.device, dtype: torch.dtype
+) -> Scorer:
+    """The reward model in `folder` with its tokenizer. Raises UserError."""
+    tokenizer = load_tokenizer(folder, shape.vocab_size)
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template; expected one")
+    with torch.device(device):
+        model = RewardModel(shape).eval()
+    load_weights(model, folder)
+    return Scorer(model.to(dtype), tokenizer, pad, device)
+
+
+def score_all(sampled: Sequence[Sampled], score: Scorer) -> list[list[float]]:
+    """The scores of all rows' responses, of which each rank computes a share. Collective."""
+    texts = [(one.prompt, response, one.where) for one in sampled for response in one.responses]
+    once = list(dict.fromkeys(texts))
+
+    def share(part: Sequence[tuple[str, str, str]]) -> list[float]:
+        found = []
+        with progress(len(part), 0, "response") as bar:
+            for text in part:
+                found.append(score(*text))
+                bar.update()
+        return found
+
+    scores = [number for part in map_over_ranks(once, share) for number in part]
+    known = dict(zip(once, scores, strict=True))
+    return [[known[one.prompt, r, one.where] for r in one.responses] for one in sampled]
+
+
+def judge(options: argparse.Namespace) -> str:
+    """Score the responses of a file into the new folder of --out; returns a line. Collective."""
+    ranks = distributed.start()
+    with agreed():
+        sampled = read_responses(options.responses)
+        opened = open_reward_model(options.model)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+        scorer = load_scorer(*opened, ranks.device, dtype)
+    sha256 = hash_weights(options.model, opened[0])["sha256"]
+    scores = score_all(sampled, scorer)
+    rows = [one.row | {"ratings": own} for one, own in zip(sampled, scores, strict=True)]
+    flat = [score for own in scores for score in own]
+    settings = {
+        "judge": "reward model",
+        "model": options.model,
+        "model_sha256": sha256,
+        "dtype": options.dtype,
+        "responses": options.responses,
+        "rows_sha256": hash_of_rows(sampled),
+        "rows": len(rows),
+        "rated": len(flat),
+        "mean rating": sum(flat) / len(flat),
+    }
+    with agreed():
+        if ranks.first:
+            write_rated(options.out, rows, settings)
+    return f"wrote {options.out}: {len(flat):,} scores, {settings['mean rating']:.4f} on average"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m notus.feedback.reward",
+        description="Score sampled responses by a reward model.",
+    )
+    add = parser.add_argument
+    add("responses", help="the rows of eval.py generate --samples")
+    add("--model", required=True, help="a Hugging Face folder or hub id, a classifier of one label")
+    add("--out", required=True, type=Path, action=NewPath, help="the folder to make")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    options = parser.parse_args(arguments)
+    try:
+        return run_judge(lambda: judge(options))
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

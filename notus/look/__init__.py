@@ -1,0 +1,9 @@
+"""A page to look at pairs, sort, filter and mark them: `python -m notus.look`.
+
+gather     what SOURCE stands for, and the records of its rows
+record     a row -> what the page shows of it, and its numbers
+scores     what a model says of pairs
+selection  the rows that a page holds
+page       rows -> one HTML file
+look       the command
+"""

@@ -1,0 +1,5 @@
+import sys
+
+from notus.look.look import main
+
+sys.exit(main())

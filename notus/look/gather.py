@@ -1,0 +1,109 @@
+"""What SOURCE stands for, and the records of its rows."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from notus.curation.curate import Curation
+from notus.curation.marks import Marks
+from notus.curation.rows import read_rows
+from notus.data.formats import FORMATS, find_format
+from notus.data.preferences import Source, read_found
+from notus.errors import UserError
+from notus.files import read_object
+from notus.look.record import Record, make_record
+from notus.look.scores import MARGIN, Scores
+from notus.strict import parse_part
+
+CONTRADICTED = "the model contradicts the label"
+PAIRS = "pairs.jsonl"  # of a folder that `eval.py preferences` wrote
+MANIFEST = "manifest.json"  # of a folder that notus.curation wrote
+
+
+class Gathering:
+    """The records of a source's rows, and counts of all its rows once they have been read.
+
+    counts: "rows", "pairs" and "dropped" (by reason) as curation counts them, and "pairs that the
+    trainer drops" (by reason).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        scores: Scores | None,
+        held_out: Sequence[str] = (),
+        expected: Mapping[str, int] | None = None,
+    ) -> None:
+        """seed, held_out: of the curation. expected: some of `counts`, from a manifest.
+
+        Raises UserError if the curation's marks cannot be read.
+        """
+        self.source, self.seed, self.scores = source, seed, scores
+        self._held_out, self._expected = held_out, expected
+        self._marks = Marks(source.curation.marks if source.curation else None)
+        self.counts: dict[str, Any] = {"rows": 0, "pairs": 0, "dropped": Counter()}
+        self.counts["pairs that the trainer drops"] = Counter()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Raises UserError as training and curation do, and if the rows are not those expected."""
+        curation, unusable = self.source.curation, self.counts["pairs that the trainer drops"]
+        for found in read_found(self.source, self.seed, self._held_out):
+            self.counts["rows"] += 1
+            for number, (pair, dropped) in enumerate(found.outcomes, start=1):
+                if dropped:
+                    self.counts["dropped"][dropped.reason] += 1
+                else:
+                    self.counts["pairs"] += 1
+                record = make_record(found, pair, dropped, curation, self.seed, self._marks)
+                if number > 1:
+                    record["where"] += f", pair {number}"
+                if record["unusable"]:
+                    unusable[record["unusable"]] += 1
+                if pair and self.scores:
+                    record["numbers"] |= self.scores.of(pair)
+                    if record["numbers"].get(MARGIN, 0) < 0:
+                        record["flags"].append(CONTRADICTED)
+                yield record
+        for name, count in (self._expected or {}).items():
+            if self.counts.get(name) != count:
+                raise UserError(
+                    f"{self.source.path}: gives {self.counts.get(name):,} {name} now, and gave "
+                    f"{count:,} when the folder was made of it; expected unchanged rows, or the "
+                    "folder's train.parquet as the source"
+                )
+        if self.scores and not self.scores.found:
+            raise UserError(
+                f"{self.scores.path}: none of its pairs is in {self.source.path} under this "
+                "curation; expected the scores of these pairs"
+            )
+
+
+def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
+    """The records that `source` stands for.
+
+    A folder of notus.curation stands for the rows that it was made of, under its settings; one of
+    `eval.py preferences` for its pairs with their scores. Rated rows without a curation get the
+    rule that fits them. Raises UserError if a manifest, the scores or the first row is malformed.
+    """
+    folder, held_out, expected = Path(source.path).expanduser(), (), None
+    if (folder / PAIRS).is_file():
+        source = replace(source, path=str(folder / PAIRS))
+    elif (folder / MANIFEST).is_file():
+        manifest = read_object(folder / MANIFEST)
+        held_out, seed = manifest.get("held_out") or (), manifest.get("seed", seed)
+        expected = {name: manifest.get("counts", {}).get(name) for name in ("rows", "pairs")}
+        manifest["path"] = manifest.get("input")
+        given = {key: value for key, value in manifest.items() if value not in (None, [])}
+        curation = parse_part(given, Curation, folder / MANIFEST)
+        source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
+    where, row = next(read_rows(source.path, source.split))
+    name = find_format(source.format, row, where)
+    if FORMATS[name].convert is None and source.curation is None:
+        rule = "rating" if name == "rated" else "mean-rating"
+        source = replace(source, curation=Curation(rule=rule))
+    if scores is None and "policy_chosen" in row:
+        scores = Path(source.path)
+    return Gathering(source, seed, scores and Scores(scores), held_out, expected)

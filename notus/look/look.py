@@ -1,0 +1,99 @@
+"""The command that makes a page of the pairs of a source: `python -m notus.look SOURCE`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from notus.console import emit
+from notus.curation.curate import Curation
+from notus.curation.report import look_command
+from notus.data.preferences import Source
+from notus.errors import UserError
+from notus.files import write_whole, writing
+from notus.look.gather import Gathering, gather
+from notus.look.page import make_page
+from notus.look.scores import MARGIN
+from notus.look.selection import Selection
+from notus.strict import Count, Seed, parse, plain, read_json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m notus.look",
+        description="Make one page to look at pairs, sort, filter and mark them, without a server.",
+    )
+    add = parser.add_argument
+    add("source", help="what training reads, a folder of notus.curation or of eval.py preferences")
+    add("--split", help="of the source, where it has splits")
+    add("--format", help="of the source (default: recognized from the rows)")
+    add("--curation", metavar="JSON", help='as in a training source, e.g. {"rule": "rating"}')
+    add("--scores", type=Path, metavar="FILE", help="the pairs.jsonl of eval.py preferences")
+    add("--rows", type=int, default=2000, help="at most so many in the page (2000)")
+    add("--seed", type=int, default=42, help="of curation's draws and of the sample (42)")
+    add("--out", type=Path, required=True, help="the page; an earlier one is replaced")
+    options = parser.parse_args(arguments)
+    try:
+        emit(write_page(options))
+    except UserError as error:
+        emit(f"error: {error}", sys.stderr)
+        return 2
+    return 0
+
+
+def write_page(options: argparse.Namespace) -> str:
+    """Write the page that the options ask for; returns what it holds, in words."""
+    most, seed = parse(options.rows, Count, "--rows"), parse(options.seed, Seed, "--seed")
+    keys = {"path": options.source, "split": options.split, "format": options.format}
+    source = parse(keys | {"curation": read_curation(options.curation)}, Source)
+    gathering = gather(source, seed, options.scores)
+    selection = Selection(most, seed)
+    for record in gathering:
+        selection.add(record)
+    records, chosen = selection.chosen()
+    if gathering.scores:
+        pairs = gathering.counts["pairs"]
+        chosen += f"; the model's scores are known of {gathering.scores.found:,} of {pairs:,} pairs"
+    content = page_content(gathering, records, selection.count, chosen)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(options.out):
+        write_whole(options.out, make_page(f"Pairs of {options.source}", content))
+    return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
+
+
+def read_curation(text: str | None) -> Any:
+    """The value of --curation. Raises UserError if it is not JSON."""
+    try:
+        return None if text is None else read_json(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--curation: not JSON: {error}; expected an object") from None
+
+
+def page_content(
+    gathering: Gathering, records: Sequence[Any], count: int, chosen: str
+) -> dict[str, Any]:
+    """What the page holds; see page.js."""
+    rule = gathering.source.curation and gathering.source.curation.rule
+    return {
+        "source": gathering.source.path,
+        "rule": rule,
+        "of": count,
+        "chosen": chosen,
+        "counts": gathering.counts,
+        "sort": MARGIN if gathering.scores else None,
+        "rows": records,
+    }
+
+
+def command_for(source: Source, seed: int) -> str:
+    """The command that makes a page of a training source."""
+    given = {"--split": source.split, "--format": source.format}
+    if source.curation:
+        settings, defaults = plain(source.curation), plain(Curation())
+        changed = {key: value for key, value in settings.items() if value != defaults[key]}
+        given |= {"--curation": json.dumps(changed), "--seed": str(seed)}
+    options = [word for name, value in given.items() if value is not None for word in (name, value)]
+    return look_command(source.path, *options)
