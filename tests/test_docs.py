@@ -25,6 +25,7 @@ from notus.config import load_config
 from notus.curation import curate
 from notus.curation.marks import fingerprint
 from notus.engine.flops import gpu_named
+from notus.objective.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +48,15 @@ def test_the_configuration_page_is_generated():
     written = (ROOT / "docs/configuration.md").read_text()
     assert written == script("generate").configuration(), "run python docs/generate.py"
     assert not re.findall(r"^.*\|\s+\|$", written, re.M)  # a key without a meaning
+
+
+def test_the_page_of_losses_is_generated():
+    written = (ROOT / "docs/losses.md").read_text()
+    assert written == script("generate").losses_page(), "run python docs/generate.py"
+    assert re.findall(r"^## `(.+)`$", written, re.M) == list(LOSSES)
+    advised = re.findall(r"^\|.*\| (`.*) \|$", written, re.M)
+    names = {name for line in advised for name in re.findall(r"`(\w+)`", line)}
+    assert len(advised) == 8 and names - {"label_smoothing"} <= set(LOSSES)
 
 
 def test_the_hardware_page_is_generated():
