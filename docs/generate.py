@@ -134,7 +134,8 @@ LOSSES = """# Losses
 
 Generated from `notus/objective/losses.py` by `python docs/generate.py`. `loss.name` picks one, the
 options below are keys of `loss`, and an option of another loss is an error. `loss.mix` adds
-several, each with a `weight`: `{{"mix": [{{"name": "sigmoid"}}, {{"name": "sft", "weight": 0.1}}]}}`.
+several, each with a `weight`:
+`"loss": {{"mix": [{{"name": "sigmoid"}}, {{"name": "sft", "weight": 0.1}}]}}`.
 
 | for | losses |
 |---|---|

@@ -162,7 +162,8 @@ def _check_use(source: Source, name: str, where: str, responses_only: bool) -> N
         if rule is None:
             raise UserError(
                 f"{source.path}: the rows hold ratings and no pairs yet; "
-                'give the source "curation": {"rule": "mean-rating"}'
+                'give the source "curation": {"rule": "mean-rating"} '
+                "(eval.py preferences: --rule mean-rating)"
             )
     elif source.curation and name in ("unpaired", *ONLY_ANSWERS):
         raise UserError(
