@@ -32,6 +32,7 @@ from notus.engine.distributed import accumulate
 from notus.engine.lock import OutputLock
 from notus.engine.log import NONFINITE_FILE, MetricsLog
 from notus.engine.metrics import Meter, Verdict, all_log_probs, evaluate, nonfinite_pairs
+from notus.engine.pair_records import record_pairs
 from notus.engine.profiling import profiled
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts
@@ -150,6 +151,7 @@ def evaluate_held_out(run: Run, done: int) -> dict[str, float]:
     pairs = range(len(run.held_out))
     policy = score(run.policy, run.held_out, pairs, run.rows, run.loss.uses_weights)
     reference = run.held_out_reference.of_pairs(pairs)
+    record_pairs(run.output, run.held_out_about, policy, reference, run.held_out, run.loss)
     metrics = evaluate(policy, reference, run.held_out, run.loss, run.held_out_sets)
     if run.best:
         run.best.note(done, metrics)

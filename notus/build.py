@@ -198,6 +198,8 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         responses_only=config.train.objective == "sft",
     )
     for name, found in datasets.items():
+        for remark in found.remarks:
+            ranks.say(remark)
         sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
         size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
         ranks.say(f"{name} data: {size}{found.notes}")

@@ -11,13 +11,17 @@ class UserError(ValueError):
 
     The message names the file, row or key, what was found and what was expected. The commands
     print only the message, without a traceback, and exit with code 2. Any other exception is a
-    defect of this project and keeps its traceback. As text it is one line: of what it quotes, line
-    breaks are spaces, and characters that do not print are escaped.
+    defect of this project and keeps its traceback. As text each argument is one line, those after
+    the first indented: of what it quotes, line breaks are spaces, and characters that do not print
+    are escaped.
     """
 
     def __str__(self) -> str:
-        line = " ".join(filter(None, map(str.strip, super().__str__().splitlines())))
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        lines = []
+        for argument in map(str, self.args):
+            line = " ".join(filter(None, map(str.strip, argument.splitlines())))
+            lines.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        return "\n  ".join(lines)
 
 
 @contextmanager
@@ -32,11 +36,11 @@ def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        problem = str(error)
+        problem = error.args
     problems = [problem]
     if dist.is_initialized():
         problems *= dist.get_world_size()
         dist.all_gather_object(problems, problem, group)
     for found in problems:
         if found is not None:
-            raise UserError(found)
+            raise UserError(*found)

@@ -33,7 +33,7 @@ def write(folder: Path, tree: Any) -> Path:
 def test_defaults(tmp_path: Path) -> None:
     resolved = to_dict(load_config(write(tmp_path, MINIMAL)))
     source = {"path": "a.jsonl", "split": None, "weight": 1.0, "longest_line": 2**26}
-    source |= {"format": None, "curation": None}
+    source |= {"format": None, "columns": None, "ignore": None, "curation": None}
     assert resolved == {
         "model": {
             "policy": "sft",
@@ -637,7 +637,13 @@ def test_every_field_is_read() -> None:
     ]
     for room in ("dryrun", "card", "generate"):
         paths += (ROOT / "notus" / room).glob("*.py")
-    for name in ("data/preferences.py", "curation/curate.py", "model/lora.py", "model/peft.py"):
+    for name in (
+        "data/preferences.py",
+        "data/sources.py",
+        "curation/curate.py",
+        "model/lora.py",
+        "model/peft.py",
+    ):
         paths.append(ROOT / "notus" / name)
     assert unread([path.read_text() for path in paths if path.exists()]) == set()
 

@@ -1,6 +1,7 @@
 """The documents match the code: diffs apply, commands run, messages exist."""
 
 import ast
+import csv
 import importlib.util
 import itertools
 import json
@@ -24,7 +25,9 @@ import train
 from notus.config import load_config
 from notus.curation import curate
 from notus.curation.marks import fingerprint
+from notus.data.formats import FORMATS, find_format
 from notus.engine.flops import gpu_named
+from notus.errors import UserError
 from notus.objective.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
@@ -270,6 +273,8 @@ NOT_RUN = {
     "--out round-1/judged": "needs a reward model",
     "python -m notus.curation round-1/judged --min-margin 0.5 --min-chosen 4 --agree "
     "--out round-1/pairs": "needs what a judge wrote",
+    "python eval.py compare 'runs/rules/*' --figure rules.png": "of the runs that a loop makes",
+    "python eval.py compare 'runs/beta-*' --json compared.json --figure compared.png": "as above",
     "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
@@ -347,6 +352,18 @@ def small(demo, tmp_path_factory):
         answers = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
         write_rows(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
 
+    rated = [json.loads(line) for line in (demo / "preferences.jsonl").open()]
+    with (folder / "answers.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Question", "Good answer", "Bad answer"])
+        chats = []
+        for row in rated:
+            good, bad = (one["response"] for one in row["completions"][:2])
+            table.writerow([row["instruction"], good, f"{bad} "])
+            answers = [[{"role": "assistant", "content": text}] for text in (good, f"{bad} ")]
+            asked = [{"role": "user", "content": row["instruction"]}]
+            chats.append({"prompt": asked, "chosen": answers[0], "rejected": answers[1]})
+    write_rows(folder / "chats.jsonl", chats)
     write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
     write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])
@@ -440,3 +457,14 @@ def test_documented_commands_run(command, trained, monkeypatch):
     if "--gpu" in words:
         words.append("parallel.device=auto")  # the dry run of a GPU refuses the small one's "cpu"
     assert call(words) == 0, command
+
+
+def test_every_format_is_on_the_page():
+    """Each one's row and its meaning, and the message for a row of none."""
+    page = (ROOT / "docs/data.md").read_text()
+    assert not [n for n, f in FORMATS.items() if f"# {n}\n{f.example}\n" not in page]
+    assert not [n for n in FORMATS if f"\n| `{n}` | " not in page]
+    with pytest.raises(UserError) as raised:
+        find_format(None, {"prompt": "a", "chosen_text": "b", "reject": "c"}, "rows.jsonl:1")
+    lines = str(raised.value).splitlines()
+    assert all(line in page for line in [*lines[:3], *lines[-3:-1]])

@@ -4,13 +4,14 @@ Texts are compared word by word, without case, punctuation and spacing. `Benchma
 the prompts of a test set, also inside longer ones; `SeenPrompts` finds repeated prompts.
 """
 
+import json
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,7 @@ SHINGLE = 5
 JACCARD = 0.8
 BANDS, MINIMA = 25, 8
 
-Prompt = str | list[dict[str, str]]  # text, or messages with their role and content
+Prompt = str | list[dict[str, Any]]  # text, or messages with their role and content
 
 # Chinese and Japanese put no space between words, so each of their characters counts as one.
 _WORD = re.compile("[^\\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
@@ -41,10 +42,14 @@ def words_of(text: str) -> list[str]:
 
 
 def whole_text(prompt: Prompt) -> str:
-    """A text, or the contents of messages as one text."""
+    """A text, or the contents of messages as one text, tool calls as JSON."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(message["content"] for message in prompt)
+    texts = []
+    for message in prompt:
+        calls = message.get("tool_calls")
+        texts += [message["content"], *([json.dumps(calls, ensure_ascii=False)] if calls else [])]
+    return "\n".join(texts)
 
 
 class Hit(NamedTuple):

@@ -14,24 +14,14 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any, NamedTuple
 
-from notus.curation.rows import Row, optional_text, read_text, reject_column
+from notus.curation.rated_rows import Completion, RatedRow
 from notus.errors import UserError
-
-Completion = dict[str, Any]
 
 # Reasons why a row gives no pair.
 TIED_RATINGS = "tied ratings"
 TOO_FEW_RATED = "fewer than two rated completions"
 UNCLEAR_TEN = "overall score of 10 that may be a 1"
 ASPECTS_DISAGREE = "an aspect that prefers the rejected response"
-
-
-class RatedRow(NamedTuple):
-    """A prompt with several rated completions; source: the dataset that it is from, if known."""
-
-    prompt: str
-    completions: list[Completion]
-    source: str | None
 
 
 class Choice(NamedTuple):
@@ -41,51 +31,6 @@ class Choice(NamedTuple):
     rejected: Completion
     chosen_score: float
     rejected_score: float
-
-
-# ------------------------------------------------------------------------- rows, checked
-
-
-def read_ultrafeedback(row: Row, where: str) -> RatedRow:
-    """openbmb/UltraFeedback, in any of its revisions."""
-    prompt = read_text(row, "instruction", where)
-    # null means no completions: Parquet files written from JSON hold it for missing lists.
-    completions = [] if row.get("completions", ()) is None else row.get("completions")
-    if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
-        reject_column(row, "completions", where, "a list of objects")
-    return RatedRow(prompt, completions, optional_text(row, "source", where))
-
-
-def read_rated(row: Row, where: str) -> RatedRow:
-    """`prompt`, `responses` (texts) and `ratings` (a number or null for each response)."""
-    prompt = read_text(row, "prompt", where)
-    for column in ("responses", "ratings"):
-        if not isinstance(row.get(column), list):
-            reject_column(row, column, where, "a list")
-    responses, ratings = row["responses"], row["ratings"]
-    if len(responses) != len(ratings):
-        raise UserError(f"{where}: {len(responses)} responses, but {len(ratings)} ratings")
-    both = zip(responses, ratings, strict=True)
-    completions = [{"response": response, "rating": rating} for response, rating in both]
-    return RatedRow(prompt, completions, optional_text(row, "source", where))
-
-
-READ_RATED = {"ultrafeedback": read_ultrafeedback, "rated": read_rated}
-RATED_COLUMNS = {
-    "ultrafeedback": ("instruction", "completions"),
-    "rated": ("prompt", "responses", "ratings"),
-}
-
-
-def read_rated_row(row: Row, where: str) -> RatedRow:
-    """A row in the first format whose columns it has; raises UserError that names `where`."""
-    for name, columns in RATED_COLUMNS.items():
-        if all(column in row for column in columns):
-            return READ_RATED[name](row, where)
-    known = " or ".join(", ".join(columns) for columns in RATED_COLUMNS.values())
-    raise UserError(
-        f"{where}: no rated responses; found the columns {', '.join(row)}; expected {known}"
-    )
 
 
 # ------------------------------------------------------------------------------- scores

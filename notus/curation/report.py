@@ -14,7 +14,8 @@ from notus.curation.rows import Row
 from notus.tables import markdown_table
 
 LISTED = 100  # hits, and marks; all of them are in dropped.jsonl and the manifest
-NO_SOURCE = "(no source)"
+LISTED_SOURCES = 10  # the largest ones; the others share a column
+NO_SOURCE, OTHERS = "(no source)", "(others)"
 SIDES = ("chosen", "rejected")
 
 
@@ -49,13 +50,19 @@ def write_report(
         )
     if unusable := counts["pairs that the trainer drops"]:
         tables["Pairs that the trainer drops"] = markdown_table(["", "pairs"], unusable.items())
-    if hits := [record for record in dropped if "benchmark_prompt" in record]:
-        tables["Benchmark prompts"] = _hits_table(hits)
+    hits = [record for record in dropped if "benchmark_prompt" in record]
+    tables["Benchmark prompts"] = _hits_table(hits)
+    if not settings["decontaminate"]:
+        tables["Benchmark prompts"] = "Not screened: no file of benchmark prompts was given."
+    elif not hits:
+        tables["Benchmark prompts"] = "No row holds one."
     text = "# Curation\n" + "".join(f"\n## {title}\n\n{table}\n" for title, table in tables.items())
     if find_spec("matplotlib"):
         (folder / "figures").mkdir()
-        scores = {side: [pair[f"{side}_avg_rating"] for pair in pairs] for side in SIDES}
-        figures = [("scores", "Scores of the pairs under the rule", scores)]
+        figures = []
+        if with_scores := scored(pairs):
+            scores = {side: [pair[f"{side}_avg_rating"] for pair in with_scores] for side in SIDES}
+            figures.append(("scores", "Scores of the pairs under the rule", scores))
         if ratings:
             figures.insert(0, ("ratings", "Ratings of all completions by aspect", ratings))
         for name, title, values in figures:
@@ -70,6 +77,11 @@ def look_command(source: object, *options: str) -> str:
     return shlex.join(["python", "-m", "notus.look", str(source), *options, "--out", "page.html"])
 
 
+def scored(pairs: Sequence[Row]) -> list[Row]:
+    """The records of pairs with a score of both responses."""
+    return [pair for pair in pairs if None not in (pair[f"{side}_avg_rating"] for side in SIDES)]
+
+
 def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
     """How many rows became pairs or were dropped for a reason, by source."""
     outcomes: Counter[str] = Counter()
@@ -78,7 +90,12 @@ def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
         outcome = record.get("reason", "pairs")
         outcomes[outcome] += 1
         by_source[outcome, record["source"] or NO_SOURCE] += 1
-    sources = sorted({source for _, source in by_source})
+    sizes = Counter(record["source"] or NO_SOURCE for record in (*pairs, *dropped))
+    sources = sorted(source for source, _ in sizes.most_common(LISTED_SOURCES))
+    if others := sizes.keys() - sources:
+        for outcome in outcomes:
+            by_source[outcome, OTHERS] = sum(by_source[outcome, source] for source in others)
+        sources.append(OTHERS)
     return markdown_table(
         ["", "all", *sources],
         [
@@ -90,13 +107,14 @@ def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
 
 def _responses_table(pairs: Sequence[Row]) -> str:
     lengths = np.array([[len(pair[f"{side}_response"]) for side in SIDES] for pair in pairs])
-    scores = np.array([[pair[f"{side}_avg_rating"] for side in SIDES] for pair in pairs])
+    scores = np.array([[pair[f"{side}_avg_rating"] for side in SIDES] for pair in scored(pairs)])
     longer = (lengths > lengths[:, ::-1]).sum(0)
     rows = [
         ("longer response", *longer.tolist()),
         ("mean length in characters", *lengths.mean(0).tolist()),
-        ("mean score", *scores.mean(0).tolist()),
     ]
+    if len(scores):
+        rows.append(("mean score", *scores.mean(0).tolist()))
     return markdown_table(["", *SIDES], rows, digits=2)
 
 

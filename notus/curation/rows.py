@@ -1,5 +1,6 @@
 """Files, folders, saved datasets and the hub -> rows, each with its origin."""
 
+import csv
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 PlacedRow = tuple[str, Row]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
 
 
 LONGEST_LINE = 64 * 2**20
@@ -80,6 +81,8 @@ def _read_file(file: Path, longest_line: int) -> Iterator[PlacedRow]:
         return _placed(file, _read_parquet(file))
     if file.name.endswith(JSON_SUFFIXES):
         return _placed(file, _read_json(file, longest_line))
+    if file.name.endswith(".csv"):
+        return _placed(file, _read_csv(file))
     raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
 
 
@@ -145,10 +148,40 @@ def _parse(file: Path, line: int | None, text: str) -> Any:
         raise UserError(f"{file}:{line or 1}: cannot be read: {error}") from None
 
 
+def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
+    """The rows below a line of column names, by the line that they end on; every cell is text."""
+    csv.field_size_limit(2**31 - 1)  # of a cell; the default is 128 KiB
+    with _reading(file, " as CSV"), open(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{file}:{reader.line_num}: the row has more or fewer cells than the first "
+                    f"line has column names ({', '.join(reader.fieldnames)})"
+                )
+            yield reader.line_num, row
+
+
 def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
     with _reading(file, " as Parquet"), pyarrow.parquet.ParquetFile(file) as parquet:
         batches = parquet.iter_batches(batch_size=1000)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        yield from enumerate(_from_arrow(row for b in batches for row in b.to_pylist()), start=1)
+
+
+def _from_arrow(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows without the null fields of objects inside columns.
+
+    Arrow gives all objects of a column the same fields: a message without a tool call gets a null
+    one, and a call every other tool's arguments.
+    """
+
+    def pruned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: pruned(one) for name, one in value.items() if one is not None}
+        return [pruned(one) for one in value] if isinstance(value, list) else value
+
+    for row in rows:
+        yield {name: pruned(value) for name, value in row.items()}
 
 
 def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
@@ -163,7 +196,7 @@ def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
             folder, saved = folder / name, saved[name]
         elif name not in ("train", saved.split and str(saved.split)):
             raise UserError(f'{folder}: no split "{split}"; the saved dataset has no splits')
-        yield from _placed(folder, enumerate(saved, start=1))
+        yield from _placed(folder, enumerate(_from_arrow(saved), start=1))
 
 
 def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
@@ -182,7 +215,7 @@ def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
     # An unknown split, several configurations; a loading script; files that cannot be parsed.
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f'{path}, split "{split}": {error}') from None
-    return _placed(f"{path}/{split}", enumerate(dataset, start=1))
+    return _placed(f"{path}/{split}", enumerate(_from_arrow(dataset), start=1))
 
 
 KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}

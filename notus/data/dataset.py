@@ -29,13 +29,15 @@ class Dataset:
 
     rows: its pairs as they were read. tokenized: their tokens. dropped: how many rows were dropped
     while reading, by reason; a holdout's are counted with the training data's. sets: the places in
-    `pairs` of each named set.
+    `pairs` of each named set. remarks: lines on the columns that were read without use, and on
+    those that were ignored.
     """
 
     rows: Sequence[Pair]
     tokenized: Tokenized
     dropped: Mapping[str, int]
     sets: Mapping[str, range] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
     @property
     def pairs(self) -> TokenizedPairs:
@@ -95,15 +97,17 @@ def load_datasets(
             drop_leaks=drop_leaks,
             responses_only=responses_only,
         )
-    read = {"train": (found.train, found.dropped)}
+    read = {"train": (found.train, found.dropped, found.remarks)}
     if parts:
-        read["eval"] = (held_out, sum((Counter(part.dropped) for part in parts), Counter()))
+        dropped = sum((Counter(part.dropped) for part in parts), Counter())
+        remarks = [remark for part in parts for remark in part.remarks]
+        read["eval"] = (held_out, dropped, remarks)
     elif holdout:
-        read["eval"] = (found.holdout, {})
+        read["eval"] = (found.holdout, {}, [])
 
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **tokenization)
     datasets = {}
-    for name, (rows, dropped) in read.items():
+    for name, (rows, dropped, remarks) in read.items():
         tokenized = Tokenized.join(map_over_ranks(rows, tokenize))
         sets = {}
         if name == "eval" and named:
@@ -112,7 +116,7 @@ def load_datasets(
             sets = dict(
                 zip(named, itertools.starmap(range, itertools.pairwise(edges)), strict=True)
             )
-        data = datasets[name] = Dataset(rows, tokenized, dropped, sets)
+        data = datasets[name] = Dataset(rows, tokenized, dropped, sets, remarks)
         for each, places in sets.items():
             if not places:
                 raise UserError(f"data.eval.{each}: no pair is left after tokenization{data.notes}")

@@ -1,180 +1,32 @@
 """Sources -> preference pairs: mixed by weight, held-out rows set aside, unusable pairs dropped.
 
-Each row of a source is converted by its format's function (formats.py) or by its curation, the
-sources are mixed, held-out rows are drawn, and unusable pairs are dropped with a named reason.
+Each source's rows become pairs (sources.py), the sources are mixed, held-out rows are drawn, and
+unusable pairs are dropped with a named reason.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from notus.curation.curate import HELD_OUT_PROMPT, Curation, Screen, curate_row, reason_to_drop
+from notus.curation.curate import HELD_OUT_PROMPT, reason_to_drop
 from notus.curation.decontamination import Dropped, SeenPrompts, whole_text
-from notus.curation.marks import MARKED, fingerprint
-from notus.curation.ratings import READ_RATED, Choice, RatedRow
-from notus.curation.rows import LONGEST_LINE, Row, read_rows
-from notus.data.formats import (
-    FORMATS,
-    ONLY_ANSWERS,
-    Pair,
-    find_format,
-    labels_of,
-    pair_up,
-    single_turn_pair,
-)
+from notus.data.pairs import Pair
+from notus.data.sources import Reading, Source, read_pairs
 from notus.errors import UserError
-from notus.strict import Count, Positive, Text
 
 
 class Preferences(NamedTuple):
-    """Pairs in training order, held-out pairs, and how many rows were dropped, by reason."""
+    """Pairs in training order, held-out pairs, and how many rows were dropped, by reason.
+
+    remarks: lines about what was read.
+    """
 
     train: list[Pair]
     holdout: list[Pair]
     dropped: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One dataset of preferences."""
-
-    path: Text  # a .json, .jsonl or .parquet file, a saved dataset, a folder of these, or a hub id
-    split: Text | None = None  # null: "train", where the dataset has splits
-    weight: Positive = 1.0  # times its rows enter an epoch: 2 = twice, 0.5 = a random half
-    longest_line: Count = LONGEST_LINE  # characters of a line of JSON; a longer one is refused
-    format: Text | None = None  # a name from notus/data/formats.py; null: seen from the rows
-    curation: Curation | None = None  # null: the rows are pairs, and all of them enter
-
-
-# --------------------------------------------------------------------------- one source's rows
-
-
-class Found(NamedTuple):
-    """A row of a source: what it holds, and what becomes of it.
-
-    rated: its responses, if it is a row of rated ones. outcomes: its pairs, with marks applied,
-    each with the reason why it is left out or None; a reason without a pair where the row gives
-    none. Of unpaired rows only the outcomes are known, without `row`.
-    """
-
-    where: str
-    row: Row
-    rated: RatedRow | None
-    outcomes: list[tuple[Pair | None, Dropped | None]]
-
-
-def read_pairs(source: Source, seed: int, responses_only: bool = False) -> Iterator[Pair | Dropped]:
-    """A source's rows in file order, each as its pairs or as the reason why it gives none.
-
-    responses_only: pairs have no rejected response, and each answer of a conversation is a pair.
-    """
-    for found in read_found(source, seed, responses_only=responses_only):
-        for pair, dropped in found.outcomes:
-            if dropped:
-                yield dropped
-            else:
-                yield replace(pair, rejected=type(pair.rejected)()) if responses_only else pair
-
-
-def read_found(
-    source: Source, seed: int, held_out: Sequence[str] = (), responses_only: bool = False
-) -> Iterator[Found]:
-    """A source's rows in file order; held_out: as for `Screen`, of a source with a curation."""
-    rows = read_rows(source.path, source.split, source.longest_line)
-    where, row = first = next(rows)
-    name = find_format(source.format, row, where)
-    _check_use(source, name, where, responses_only)
-    convert, curation = FORMATS[name].convert, source.curation
-    screen = None if curation is None else Screen(curation, held_out)
-    rows = chain([first], rows)
-    if name == "unpaired" and not responses_only:
-        for pair in pair_up(rows):
-            if isinstance(pair, Dropped):
-                yield Found("", {}, None, [(None, pair)])
-            else:
-                yield Found(pair.where, {}, None, [(pair, None)])
-        return
-    for where, row in rows:
-        rated = None
-        if convert is None:
-            rated = READ_RATED[name](row, where)
-            choices = curate_row(rated, row, where, curation, screen, seed)
-            outcomes = [_pair_of(choice, rated.prompt, where) for choice in choices]
-            if responses_only:  # pairs of a row have the same chosen response
-                first = next((one for one in outcomes if one[0]), None)
-                outcomes = [one for one in outcomes if one is first or not one[0]]
-        else:
-            converted = convert(row, where)
-            if isinstance(converted, Dropped):
-                outcomes = [(None, converted)]
-            elif screen:
-                outcomes = [_screened(converted[0], row, screen)]
-            else:
-                outcomes = [(pair, None) for pair in converted]
-        labels = labels_of(row)
-        labelled = [(pair and replace(pair, labels=labels), reason) for pair, reason in outcomes]
-        yield Found(where, row, rated, labelled)
-    if screen:
-        screen.marks.require_all_found()
-
-
-def _pair_of(
-    choice: Choice | Dropped, prompt: str, where: str
-) -> tuple[Pair | None, Dropped | None]:
-    """What becomes of a row of rated responses: a pair, or the reason why not."""
-    if isinstance(choice, Dropped):
-        return None, choice
-    texts = choice.chosen["response"], choice.rejected["response"]
-    scores = choice.chosen_score, choice.rejected_score
-    return single_turn_pair(prompt, *texts, where, scores), None
-
-
-def _screened(pair: Pair, row: Row, screen: Screen) -> tuple[Pair, Dropped | None]:
-    """A ready pair with its mark applied, and why it is left out."""
-    mark = screen.marks.find(pair.prompt, (pair.chosen, pair.rejected), pair.where)
-    if mark and mark.mark == "drop":
-        return pair, Dropped(MARKED)
-    if mark and mark.mark == "swap" and mark.responses[0] == fingerprint(pair.chosen):
-        pair = replace(
-            pair,
-            chosen=pair.rejected,
-            rejected=pair.chosen,
-            chosen_score=pair.rejected_score,
-            rejected_score=pair.chosen_score,
-        )
-    refused = screen.refuse(pair.prompt, row, pair.where)
-    return pair, refused or screen.repeated(pair.prompt, pair.where)
-
-
-def _check_use(source: Source, name: str, where: str, responses_only: bool) -> None:
-    """Raise UserError when the format `name` does not fit the curation or the objective."""
-    rule = source.curation.rule if source.curation else None
-    if name in ONLY_ANSWERS and not responses_only:
-        raise UserError(
-            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
-            'or "train": {"objective": "sft"}'
-        )
-    if FORMATS[name].convert is None:
-        if rule is None:
-            raise UserError(
-                f"{source.path}: the rows hold ratings and no pairs yet; "
-                'give the source "curation": {"rule": "mean-rating"} '
-                "(eval.py preferences: --rule mean-rating)"
-            )
-    elif source.curation and name in ("unpaired", *ONLY_ANSWERS):
-        raise UserError(
-            f'{source.path}: "curation" is not for rows of one response each (the format '
-            f'"{name}"); remove it'
-        )
-    elif rule is not None:
-        raise UserError(
-            f'{source.path}: "curation" does nothing with a rule for rows in the format "{name}", '
-            "which are pairs already; remove it"
-        )
+    remarks: list[str]
 
 
 # -------------------------------------------------------------------------------------- mixing
@@ -246,10 +98,11 @@ def load_preferences(
     """
     rows: list[Pair | Dropped] = []
     dropped: Counter[str] = Counter()
-    entered = []
+    entered, remarks = [], []
     for index, source in enumerate(sources):
         first = len(rows)
-        for found in read_pairs(source, seed, responses_only):
+        reading = Reading(source.path)
+        for found in read_pairs(source, seed, responses_only, reading):
             if isinstance(found, Pair) or found.is_row:
                 rows.append(found)
             else:
@@ -259,6 +112,7 @@ def load_preferences(
                 f"{source.path}: {len(rows) - first:,} rows with the weight {source.weight:g}; "
                 f"expected at most {MOST_ROWS:,} rows in an epoch"
             )
+        remarks += reading.lines()
         entered.append(first + weighted_rows(len(rows) - first, source.weight, seed, index))
     order = np.concatenate(entered)
     if holdout and holdout >= len(order):
@@ -301,4 +155,4 @@ def load_preferences(
         paths = ", ".join(source.path for source in sources)
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"{paths}: no pair is {name}; dropped: {counts or 'none'}")
-    return Preferences(train_pairs, holdout_pairs, dict(dropped))
+    return Preferences(train_pairs, holdout_pairs, dict(dropped), remarks)

@@ -2,15 +2,16 @@
 
 A message that contains "</s>" could end its turn and begin another. In a conversation only the
 chat template makes turns, so the texts of added tokens, special or not, are read as ordinary
-characters in messages. The tokenizer itself says which texts become tokens: its normaliser may also
-make one of "</S>" or of full-width characters.
+characters in messages, in tool calls and in tools. The tokenizer itself says which texts become
+tokens: its normaliser may also make one of "</S>" or of full-width characters.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -56,9 +57,21 @@ def without_ends(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Pair:
     )
 
 
-def _contents(pair: Pair) -> Iterator[str]:
-    for part in (pair.prompt, pair.chosen, pair.rejected):
-        yield from [part] if isinstance(part, str) else (message["content"] for message in part)
+def _contents(pair: Pair) -> list[str]:
+    """Every text of a pair: its parts, or all that its messages, tools and options hold."""
+    found: list[str] = []
+    for value in (pair.prompt, pair.chosen, pair.rejected, pair.tools, pair.template_options):
+        _map_texts(found.append, value)
+    return found
+
+
+def _map_texts(change: Callable[[str], Any], value: Any) -> Any:
+    """The value with every text in it changed, the names of objects' fields too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_map_texts(change, k): _map_texts(change, v) for k, v in value.items()}
+    return [_map_texts(change, one) for one in value] if isinstance(value, list) else value
 
 
 def _any_of(texts: Iterator[str]) -> re.Pattern[str]:
@@ -104,25 +117,44 @@ class Guard:
     def hide(self, pair: Pair) -> Pair:
         """The conversation, ready to be rendered, its messages unable to make or join a token.
 
-        The added tokens' texts and each message's first and last character are hidden.
+        The added tokens' texts and each content's first and last character are hidden. In tool
+        calls, tools and other values, which a template may compare or quote, only the former are.
         """
 
         def hidden(message: Message) -> Message:
             content = message["content"].translate(NONCHARACTERS)
             inner = content.strip()
             first = content.find(inner)
-            places = {first, first + len(inner) - 1} if inner else set()
+            edges = {first, first + len(inner) - 1} if inner else set()
+            others = {k: v for k, v in message.items() if k not in ("role", "content")}
+            return {
+                "role": message["role"],
+                "content": without_tokens(content, edges),
+                **{name: _map_texts(within, value) for name, value in others.items()},
+            }
+
+        def within(value: str) -> str:
+            value = value.translate(NONCHARACTERS)
+            return without_tokens(value, spelled_in(value))
+
+        def spelled_in(content: str) -> set[int]:
+            spans = [range(start, stop) for start, stop, _ in self._spans(content)]
+            return set().union(*spans)
+
+        def without_tokens(content: str, places: set[int]) -> str:
             while places:  # without the hidden characters, others may form a token
                 content = "".join(
                     HIDDEN + f"{ord(c):x}".translate(DIGITS) if i in places else c
                     for i, c in enumerate(content)
                 )
-                spans = [range(start, stop) for start, stop, _ in self._spans(content)]
-                places = set().union(*spans)
-            return {**message, "content": content}
+                places = spelled_in(content)
+            return content
 
         parts = {name: list(map(hidden, getattr(pair, name))) for name in PARTS}
-        return replace(pair, **parts)
+        given = ("tools", "template_options")
+        return replace(
+            pair, **parts, **{name: _map_texts(within, getattr(pair, name)) for name in given}
+        )
 
     def mark(self, rendered: str) -> tuple[str, list[int]]:
         """A rendered text, ready to be encoded, and the ids of the added tokens in it.

@@ -22,14 +22,13 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.formats import PARTS, Message, Pair
+from notus.data.formats import PARTS, Pair
 from notus.data.special_tokens import guard_of, spells_added, without_ends
+from notus.data.template import check_written, render, with_system_prompt
 from notus.data.token_arrays import Tokenized, TokenizedPairs
 from notus.errors import UserError
-from notus.limits import time_limit
 
 PAIRS_AT_ONCE = 256  # handed to the tokenizer's own threads in one call
-TEMPLATE_SECONDS = 10.0  # of computing, for one conversation
 
 AS_TEXT = "with special-token text in content, read as text"
 AS_SPECIAL = "with special-token text in content, read as special tokens"
@@ -153,13 +152,14 @@ def _clean(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
     guard = guard_of(tokenizer)
+    checked: dict[str, int] = {}
 
     def kind(pair: Pair) -> tuple[bool, bool]:
         is_conversation = not isinstance(pair.prompt, str)
         return is_conversation, spells_added(without_ends(pair, tokenizer), tokenizer)
 
     for (is_conversation, spelled), batch in _batches(pairs, kind):
-        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
+        texts = [_branch_texts(pair, tokenizer, system_prompt, checked) for pair in batch]
         branches = [prompt + answer for prompt, *answers in texts for answer in answers]
         # A conversation has the added tokens that its template writes; plain text the tokenizer's.
         encodings = iter(tokenizer(branches, add_special_tokens=not is_conversation).encodings)
@@ -171,7 +171,7 @@ def _clean(
                 written = [guard.written(prompt + answer) for answer in answers]
                 if spelled or list(map(guard.added, ids)) != written:
                     hidden = guard.hide(without_ends(pair, tokenizer))
-                    rendered = _branch_texts(hidden, tokenizer, system_prompt)
+                    rendered = _branch_texts(hidden, tokenizer, system_prompt, checked)
                     (prompt, first), *marked = map(guard.mark, rendered)
                     plain = ids
                     encoded, ids = guard.encode([prompt + answer for answer, _ in marked])
@@ -245,8 +245,9 @@ def _one_final_eos(response: list[int], tokenizer: PreTrainedTokenizerFast) -> l
 def _trl_0_7_4(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
 ) -> Iterator[_Encoded]:
+    checked: dict[str, int] = {}
     for special, batch in _batches(pairs, lambda pair: spells_added(pair, tokenizer)):
-        texts = [_branch_texts(pair, tokenizer, system_prompt) for pair in batch]
+        texts = [_branch_texts(pair, tokenizer, system_prompt, checked) for pair in batch]
         flat = [text for branch in texts for text in branch]
         encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
         for branch in texts:
@@ -258,17 +259,17 @@ def _trl_0_7_4(
 # ------------------------------------------------------------------------------ the chat template
 
 
-def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation, with `system_prompt`, if given, as its system turn if it has none."""
-    if system_prompt is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
-
-
 def _branch_texts(
-    pair: Pair, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerFast,
+    system_prompt: str | None,
+    checked: dict[str, int],
 ) -> list[str]:
-    """The pair as text: the prompt up to where the answer begins, then each response."""
+    """The pair as text: the prompt up to where the answer begins, then each response.
+
+    checked: how many messages of a row, by its origin, are known to be written by the template. In
+    supervised fine-tuning each answer of a conversation is a pair, and continues the one before.
+    """
     responses = [pair.chosen, pair.rejected] if pair.rejected else [pair.chosen]
     if isinstance(pair.prompt, str):
         return [pair.prompt, *responses]
@@ -278,10 +279,12 @@ def _branch_texts(
             "chat_template in its tokenizer_config.json, or rows of plain text"
         )
     messages = with_system_prompt(pair.prompt, system_prompt)
-    prompt = render(tokenizer, messages, pair.where, opens_answer=True)
+    given = {"tools": pair.tools, "options": pair.template_options}
+    prompt = render(tokenizer, messages, pair.where, opens_answer=True, **given)
     texts = [prompt]
-    for response in responses:
-        branch = render(tokenizer, [*messages, *response], pair.where, opens_answer=False)
+    for number, response in enumerate(responses):
+        conversation = [*messages, *response]
+        branch = render(tokenizer, conversation, pair.where, opens_answer=False, **given)
         if not branch.startswith(prompt):
             raise UserError(
                 f"{pair.where}: the rendered prompt is not a prefix of its branch: the chat "
@@ -289,21 +292,10 @@ def _branch_texts(
                 f"{branch[max(0, len(prompt) - 40) : len(prompt) + 20]!r}; expected the same text"
             )
         texts.append(branch[len(prompt) :])
+        start = len(messages) if number else 0
+        if not pair.rejected:
+            start = checked.get(pair.where, 0)
+        check_written(tokenizer, conversation, pair.where, start=start, **given)
+    checked.clear()
+    checked[pair.where] = len(messages) + len(pair.chosen)
     return texts
-
-
-def render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], where: str, *, opens_answer: bool
-) -> str:
-    """The conversation as the chat template writes it; raises UserError that names `where`."""
-    try:
-        with time_limit(TEMPLATE_SECONDS):
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_answer
-            )
-        text.encode()  # UnicodeEncodeError for half a surrogate pair
-    # A template may refuse roles or their order, or compute anything that the values do not allow.
-    except Exception as error:
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise UserError(f"{where}: the chat template refuses this conversation: {reason}") from None
-    return text

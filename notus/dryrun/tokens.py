@@ -106,6 +106,7 @@ def _shortened(text: str) -> str:
 def _dataset_lines(name: str, data: Dataset, unit: str) -> Iterator[str]:
     tokenized = data.tokenized
     yield f"{name}: {len(data.pairs):,} {unit}"
+    yield from (f"  {remark}" for remark in data.remarks)
     yield from (f"  {line}" for line in length_table(tokenized, unit).splitlines())
     for reason, number in data.dropped.items():
         yield f"  {number:,} dropped: {reason}"

@@ -8,6 +8,7 @@ flops         FLOPs of a step, the known GPUs, speed
 metrics       what a run measures, in training and on held-out pairs
 sinks         W&B and Trackio, names and settings in TensorBoard
 log           metrics.jsonl, TensorBoard, progress on the console
+pair_records  the result of each held-out pair
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
 host_memory   the host's free memory

@@ -9,6 +9,10 @@ scores        results of AlpacaEval and FastChat
 leaderboard   results of lm-evaluation-harness and the Open LLM Leaderboard
 harness       runs of lm-evaluation-harness
 comparison    a run compared with a published one
+paired        runs compared with each other on the same pairs
+arms          runs that differ only by seed, and their results on shared pairs
+runs          runs as comparisons read them
+statistics    McNemar's exact test and the paired bootstrap
 published     the published numbers
 options       options that commands share: numbers, new files, decoding, --json
 """

@@ -85,12 +85,12 @@ def _groups(pairs: Sequence[Pair], lengths: np.ndarray) -> Iterator[tuple[str, s
         if len(names) > 1 or (names and (labels == "").any()):
             yield from ((kind, name, labels == name) for name in names)
     longer = (lengths[:, 1] - lengths[:, 2]).astype(float)
-    yield from _ranges("chosen longer by (tokens)", longer, LENGTH_EDGES)
+    yield from ranges("chosen longer by (tokens)", longer, LENGTH_EDGES)
     rated = np.array([(pair.chosen_score, pair.rejected_score) for pair in pairs], float)
-    yield from _ranges("rated higher by", rated[:, 0] - rated[:, 1], RATING_EDGES)
+    yield from ranges("rated higher by", rated[:, 0] - rated[:, 1], RATING_EDGES)
 
 
-def _ranges(
+def ranges(
     kind: str, values: np.ndarray, edges: Sequence[float]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     names = [f"{low:g} to below {high:g}" for low, high in pairwise(edges)]

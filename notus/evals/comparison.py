@@ -1,5 +1,7 @@
 """A run's evaluations compared with a published run's, with the sampling error of the difference.
 
+Several runs are compared with each other instead, by `paired`.
+
 python eval.py compare runs/notus-7b-v1 --to notus-7b-v1
 """
 
@@ -13,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.curation.rows import read_rows
 from notus.errors import UserError
-from notus.evals.options import add_json_option, at_least, report
+from notus.evals.options import NewPath, add_json_option, at_least, report
+from notus.evals.paired import compare_runs
 from notus.evals.published import DPO_RUNS, METRICS, DpoRun
+from notus.evals.runs import read_evaluations
 from notus.files import read_object
 from notus.strict import show
 from notus.tables import text_table
@@ -40,26 +43,46 @@ class Difference(NamedTuple):
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    about = "compare a run's loss, accuracy and margin with a published run's"
+    about = "compare runs with each other on the same pairs, or one run with a published one"
     parser = commands.add_parser("compare", help=about, description=about)
     held_out = "the run's held-out pairs; needed unless data.eval is a holdout"
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the output_dir of a run")
-    parser.add_argument("--to", default="notus-7b-v1", choices=sorted(DPO_RUNS))
-    parser.add_argument("--pairs", type=at_least(1), help=held_out)
+    folders = "the output_dir of a run; of several, the first is what the others differ from"
+    parser.add_argument("run_folder", metavar="RUN", type=Path, nargs="+", help=folders)
+    to = "one run: the published one (notus-7b-v1)"
+    parser.add_argument("--to", choices=sorted(DPO_RUNS), help=to)
+    parser.add_argument("--pairs", type=at_least(1), help=f"one run: {held_out}")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="several: of the bootstrap (0)")
+    drawn = "several: draw the accuracies here, a PNG"
+    parser.add_argument("--figure", type=Path, action=NewPath, metavar="FILE", help=drawn)
     add_json_option(parser)
     parser.set_defaults(run=compare)
 
 
 def compare(options: argparse.Namespace) -> None:
-    published = DPO_RUNS[options.to]
-    evaluations = read_evaluations(options.run_folder / "metrics.jsonl")
-    settings = read_object(options.run_folder / "config.json")
-    pairs = options.pairs
-    if pairs is None and isinstance(held_out := _part(settings, "data").get("eval"), dict):
-        pairs = held_out.get("holdout")
+    folders = options.run_folder
+    if len(folders) > 1:
+        if options.to or options.pairs:
+            raise UserError(f"--to and --pairs: for one run, found {len(folders)}")
+        return compare_runs(options)
+    if options.figure:
+        raise UserError("--figure: for several runs, found one")
+    compare_published(folders[0], options.to or "notus-7b-v1", options.pairs, options.json)
+
+
+def compare_published(folder: Path, to: str, pairs: int | None, file: Path | None) -> None:
+    """Compare the run in `folder` with the published run `to`.
+
+    pairs: how many the run holds out, None: as configured. file: for the numbers, or None.
+    """
+    published = DPO_RUNS[to]
+    evaluations = read_evaluations(folder / "metrics.jsonl")
+    settings = read_object(folder / "config.json")
+    held_out = _part(settings, "data").get("eval")
+    if pairs is None and isinstance(held_out, dict) and "holdout" in held_out:
+        pairs = held_out["holdout"]
         if type(pairs) is not int or pairs < 1:
             raise UserError(
-                f"{options.run_folder / 'config.json'}: data.eval.holdout is {show(pairs)}; "
+                f"{folder / 'config.json'}: data.eval.holdout is {show(pairs)}; "
                 "expected an integer of at least 1"
             )
 
@@ -71,7 +94,7 @@ def compare(options: argparse.Namespace) -> None:
     elif published.step_100:
         notes.append(f"No evaluation at step {STEP} (evaluation.every), so none is compared.")
     differences += differences_at("end", evaluations[last], published.end, published, pairs)
-    if not (options.run_folder / "final").is_dir():
+    if not (folder / "final").is_dir():
         notes.append(f"The run has not ended: step {last} is taken as its end.")
     notes += recipe_notes(settings, published.recipe)
     if pairs is None:
@@ -79,43 +102,21 @@ def compare(options: argparse.Namespace) -> None:
             "The run's number of held-out pairs is not known, so its own sampling error is left "
             "out and the differences look larger than they are: give --pairs."
         )
-    header = ("at", "metric", "run", options.to, "difference", "± s.e.", "in s.e.", "")
+    header = ("at", "metric", "run", to, "difference", "± s.e.", "in s.e.", "")
     rows = [
         (*d[:4], d.value - d.published, d.standard_error, *d[7:], d.pairs, d.published_pairs)
         for d in differences
     ]
     table = text_table((*header, "n", "n published"), rows, digits=4)
     content = {
-        "run": str(options.run_folder),
-        "to": options.to,
+        "run": str(folder),
+        "to": to,
         "source": published.source,
         "last_step": last,
         "differences": [d._asdict() for d in differences],
     }
-    table += f"\n\n{options.to}: {published.source}\n\n{summary(differences)}"
-    report(table, notes, options.json, content)
-
-
-def read_evaluations(file: Path) -> dict[int, Mapping[str, float]]:
-    """The evaluations in a metrics.jsonl by step, except the one at step 0.
-
-    Raises UserError if there is none, or if one lacks a metric of METRICS.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected the output_dir of a run")
-    found: dict[int, Mapping[str, float]] = {}
-    for where, row in read_rows(str(file)):
-        if "eval_loss" not in row or row.get("step") == 0:
-            continue
-        if type(row.get("step")) is not int:
-            raise UserError(f"{where}: step is {show(row.get('step'))}; expected an integer")
-        for name in METRICS.values():
-            if not isinstance(row.get(name), int | float) or not math.isfinite(row[name]):
-                raise UserError(f"{where}: {name} is {row.get(name)!r}; expected a finite number")
-        found[row["step"]] = row
-    if not found:
-        raise UserError(f"{file}: no evaluation after step 0; expected a run with data.eval")
-    return found
+    table += f"\n\n{to}: {published.source}\n\n{summary(differences)}"
+    report(table, notes, file, content)
 
 
 def differences_at(

@@ -8,7 +8,7 @@ higher; a tie is wrong. Pairs are tokenized, packed and scored by the functions 
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from notus.config import Config
 from notus.console import drawing
 from notus.curation.ratings import RULES
 from notus.curation.report import look_command
-from notus.data.dataset import Dataset
-from notus.data.formats import PARTS
 from notus.engine import distributed
 from notus.engine.metrics import all_log_probs, summarize
+from notus.engine.pair_records import describe_pairs, pair_records
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
 from notus.evals.options import NewPath, model_path
@@ -31,7 +30,7 @@ from notus.files import new_folder, write_json, write_whole
 from notus.model.hf_config import read_shape
 from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import score
-from notus.objective.losses import PairLogProbs, log_ratios
+from notus.objective.losses import log_ratios
 from notus.objective.reference import no_reference
 from notus.strict import parse
 from notus.tables import markdown_table
@@ -127,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
         }
         write_json(new / "summary.json", summary)
         with (new / "pairs.jsonl").open("w") as file:
-            for record in pair_records(data, scored, margin, referenced):
+            for record in pair_records(describe_pairs(data), scored, loss, referenced):
                 file.write(json.dumps(record) + "\n")
     with drawing():  # the results are there before any figure
         drawn = "".join(f"\n![{n}]({n})\n" for n in figures(options.out, rows, margin, *scores))
@@ -159,33 +158,6 @@ def as_markdown(
     if sections:
         tables.append(markdown_table(("RewardBench section", "accuracy"), sections.items()))
     return "\n\n".join([f"# {title}", *tables]) + "\n"
-
-
-def pair_records(
-    data: Dataset, scored: PairLogProbs, margin: np.ndarray, referenced: bool
-) -> Iterator[dict[str, Any]]:
-    """One object per pair: its origin and texts, its log-probs (nats) and whether it is right.
-
-    `python -m notus.look` shows the file, or finds its pairs by their texts in another source.
-    """
-    models = {"policy": scored.policy} | ({"reference": scored.reference} if referenced else {})
-    sums = {
-        f"{name}_{side}": getattr(found, side).tolist()
-        for name, found in models.items()
-        for side in ("chosen", "rejected")
-    }
-    for i, pair in enumerate(data.kept):
-        yield {
-            "where": pair.where,
-            **pair.labels,
-            **{part: getattr(pair, part) for part in PARTS},
-            **{name: values[i] for name, values in sums.items()},
-            "chosen_tokens": int(data.pairs.lengths[i, 1]),
-            "rejected_tokens": int(data.pairs.lengths[i, 2]),
-            "chosen_score": pair.chosen_score,
-            "rejected_score": pair.rejected_score,
-            "right": bool(margin[i] > 0),
-        }
 
 
 def figures(

@@ -9,10 +9,13 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerFast
 
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import READ_RATED
+from notus.curation.rated_rows import RATED
 from notus.curation.rows import PlacedRow, read_rows
-from notus.data.formats import FORMATS, Message, read_messages
-from notus.data.tokenization import render, with_system_prompt
+from notus.data.columns import ADDED, complete_all
+from notus.data.formats import FORMATS
+from notus.data.messages import Message, holds, read_messages
+from notus.data.pairs import question_pair
+from notus.data.template import render, with_system_prompt
 from notus.errors import UserError
 from notus.strict import Text, parse_part
 
@@ -84,7 +87,8 @@ def read_questions(name: str) -> PromptSet:
     """
     path = _download(name) if name in HUB_FILES and not Path(name).exists() else name
     rows = list(read_rows(path))
-    formats = [key for key in FORMATS if FORMATS[key].recognises(rows[0][1])]
+    known = {key: entry.recognises for key, entry in FORMATS.items() if entry.recognises}
+    formats = [key for key, recognises in known.items() if recognises(rows[0][1])]
     found = _prompts_of_format(formats[0], rows) if formats else _read_known(rows).prompts
     once: dict[str, Prompt] = {}
     for prompt in found:
@@ -95,14 +99,23 @@ def read_questions(name: str) -> PromptSet:
 
 
 def _prompts_of_format(name: str, rows: Sequence[PlacedRow]) -> Iterator[Prompt]:
-    """The prompts of rows in a format of `FORMATS`; rows that give none are left out."""
-    convert = FORMATS[name].convert
-    for where, row in rows:
+    """The prompts of rows in a format of `FORMATS`; rows that give none are left out.
+
+    Raises UserError for rows with tools or options of the chat template.
+    """
+    rated = RATED.get(name)
+    for where, row in rated.gather(rows) if rated and rated.gather else rows:
         kept = {"source": row.get("source")}
-        if convert is None:
-            yield Prompt(READ_RATED[name](row, where).prompt, row=kept)
-        elif not isinstance(outcome := convert(row, where), Dropped):
-            yield from (Prompt(pair.prompt, row=kept) for pair in outcome)
+        if rated:
+            prompt = rated.read(row, where).prompt
+            outcome = [question_pair(prompt, "", "", where, (None, None))]
+        else:
+            outcome = FORMATS[name].convert(row, where)
+        outcome = complete_all(outcome, name, row, where)
+        for pair in () if isinstance(outcome, Dropped) else outcome:
+            if pair.tools or pair.template_options:
+                raise UserError(f'{where}: "tools" are not read from prompts; remove them')
+            yield Prompt(pair.prompt, row=kept)
 
 
 def _read_known(rows: Sequence[PlacedRow]) -> PromptSet:
@@ -116,6 +129,9 @@ def _read_known(rows: Sequence[PlacedRow]) -> PromptSet:
         )
     prompts, places = [], {}
     for where, row in rows:
+        for column in ADDED:  # of a source of pairs they go to the chat template
+            if holds(row.get(column)):
+                raise UserError(f'{where}: "{column}" is not read from prompts; remove it')
         prompt = parse_part(row, KINDS[kind][1], where)
         if isinstance(prompt.prompt, tuple):
             prompt = prompt._replace(prompt=read_messages(row, "prompt", where))

@@ -8,9 +8,10 @@ from typing import Any
 
 from notus.curation.curate import Curation
 from notus.curation.marks import Marks
+from notus.curation.rated_rows import RATED
 from notus.curation.rows import read_rows
-from notus.data.formats import FORMATS, find_format
-from notus.data.preferences import Source, read_found
+from notus.data.formats import find_format
+from notus.data.sources import Source, read_found
 from notus.errors import UserError
 from notus.files import read_object
 from notus.look.record import Record, make_record
@@ -100,10 +101,9 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
         curation = parse_part(given, Curation, folder / MANIFEST)
         source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
     where, row = next(read_rows(source.path, source.split))
-    name = find_format(source.format, row, where)
-    if FORMATS[name].convert is None and source.curation is None:
-        rule = "rating" if name == "rated" else "mean-rating"
-        source = replace(source, curation=Curation(rule=rule))
+    name = find_format(source.format, row, where, rated=True)
+    if name in RATED and source.curation is None:
+        source = replace(source, curation=Curation(rule=RATED[name].rules[0]))
     if scores is None and "policy_chosen" in row:
         scores = Path(source.path)
     return Gathering(source, seed, scores and Scores(scores), held_out, expected)

@@ -10,7 +10,7 @@ from typing import Any
 from notus.console import emit
 from notus.curation.curate import Curation
 from notus.curation.report import look_command
-from notus.data.preferences import Source
+from notus.data.sources import Source
 from notus.errors import UserError
 from notus.files import write_whole, writing
 from notus.look.gather import Gathering, gather

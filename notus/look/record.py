@@ -24,17 +24,17 @@ from typing import Any
 from notus.curation.curate import Curation, reason_to_drop, texts_of
 from notus.curation.decontamination import Dropped, Prompt
 from notus.curation.marks import Marks, fingerprint
+from notus.curation.rated_rows import Completion, RatedRow
 from notus.curation.ratings import (
     RULES,
-    Completion,
-    RatedRow,
     choose_pairs,
     mean_rating,
     overall_score,
     rating,
 )
-from notus.data.formats import LABELS, Message, Pair
-from notus.data.preferences import Found
+from notus.data.messages import Message
+from notus.data.pairs import LABELS, Pair
+from notus.data.sources import Found
 from notus.errors import UserError
 
 Record = dict[str, Any]

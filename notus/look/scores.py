@@ -8,7 +8,7 @@ import numpy as np
 
 from notus.curation.marks import fingerprint
 from notus.curation.rows import read_rows
-from notus.data.formats import PARTS, Pair
+from notus.data.pairs import PARTS, Pair
 from notus.errors import UserError
 
 MARGIN, DISAGREEMENT = "model margin", "disagreement"

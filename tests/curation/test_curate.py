@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from notus.curation import report as curation_report
 from notus.curation.curate import Curation, Screen, curate, curate_row, main
 from notus.curation.decontamination import Dropped
-from notus.curation.ratings import read_rated_row
+from notus.curation.rated_rows import read_ultrafeedback
 from notus.curation.rows import read_rows
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
@@ -129,7 +129,7 @@ def test_every_case_by_the_mean_rule(tmp_path, case):
         prompt=fields.get("prompt", "Name a colour."),
         source=fields.get("source", "flan"),
     )
-    rated = read_rated_row(row, "here:1")
+    rated = read_ultrafeedback(row, "here:1")
     (outcome,) = curate_row(rated, row, "here:1", settings, Screen(settings), 42)
     if isinstance(outcome, Dropped):
         assert [outcome.reason] == [expected[0].format(bench=bench)]
@@ -146,7 +146,7 @@ def test_the_first_revisions_lists_of_annotations():
     for one in row["completions"]:
         one["annotations"] = {name: [found] for name, found in one["annotations"].items()}
         one["fine-grained_score"] = None
-    rated = read_rated_row(row, "a:1")
+    rated = read_ultrafeedback(row, "a:1")
     (outcome,) = curate_row(rated, row, "a:1", by_mean(), Screen(by_mean()), 0)
     assert outcome[2:] == (4.0, 2.0)
 
@@ -271,7 +271,7 @@ def test_the_manifest_counts_every_row(place, run):
 
 
 class Source:
-    split, weight, longest_line, format = None, 1.0, 2**20, None
+    split, weight, longest_line, format, columns, ignore = None, 1.0, 2**20, None, None, None
 
     def __init__(self, path, curation=None):
         self.path, self.curation = path, curation
@@ -368,7 +368,7 @@ def test_any_set_of_rated_responses(place, run):
         [None, "1", "a", "c", 10.0, -1.0, None],
     ]
     report = (place / "out" / "report.md").read_text()
-    assert "Benchmark" not in report and "| pairs | 60 | 60 |" in report
+    assert "Not screened" in report and "| pairs | 60 | 60 |" in report
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -383,8 +383,15 @@ def test_any_set_of_rated_responses(place, run):
          "in.jsonl:1: overall_score is 11; expected a number from 1 to 10"),
         ("in.jsonl", f"{json.dumps(ROWS[0])}\n[1]", (), "in.jsonl:2: the row is a list; expected"),
         ("in.jsonl", f"{json.dumps(ROWS[0])}\n{{oops", (), "in.jsonl:2: not JSON"),
-        ("in.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), (),
-         "in.jsonl:1: no rated responses; found the columns prompt, chosen, rejected; expected"),
+        ("in.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}),
+         ("--rule", "rating"), 'with a rule for rows in the format "preference", which are pairs'),
+        ("in.jsonl", json.dumps({"text": "a"}), (), "in.jsonl:1: not a known preference format"),
+        ("in.jsonl", json.dumps({"messages": []}), (), "not for rows of one response each"),
+        ("in.jsonl", json.dumps(ROWS[0]), ("--rule", "rating"),
+         "fewer than two rated completions"),
+        ("in.jsonl", json.dumps({"prompt": "a", "responses": [], "ratings": []}),
+         ("--rule", "overall-score"),
+         'the rule "overall-score" does not read rows of the format "rated"; expected "rating"'),
         ("in.jsonl", json.dumps(raw(completion("4444", 5, 3), completion("1111"))), (),
          'in.jsonl:1: "response" is a number; expected text'),
         ("in.jsonl", json.dumps(raw(completion("4444", model=3), completion("1111"))), (),
@@ -496,7 +503,7 @@ def outcomes(rows, settings, seed):
     screen = Screen(settings)
     found = []
     for row in rows:
-        rated = read_rated_row(row, "here")
+        rated = read_ultrafeedback(row, "here")
         found += curate_row(rated, row, "here", settings, screen, seed)
     return found
 
@@ -527,3 +534,68 @@ def test_counts_add_up(tmp_path_factory, rows, settings, seed):
     dropped = read_lines(place / "out" / "jsonl" / "dropped.jsonl")
     assert Counter(row["reason"] for row in dropped) == counts["dropped"]
     assert len(list(read_rows(str(place / "out")))) == counts["pairs"]
+
+
+# ----------------------------------------------------------------- pairs, and prompts of messages
+
+
+def test_ready_pairs_are_screened_and_stay_as_they_are(place, run):
+    user = {"role": "user", "content": QUESTION}
+    answers = [[{"role": "assistant", "content": text}] for text in "ab"]
+    chat = {"prompt": [{**user, "content": "Hello?"}], "chosen": answers[0], "rejected": answers[1]}
+    rows = [
+        {**chat, "tools": [{"name": "w"}], "id": 1, "source": "a"},
+        {**chat, "prompt": [user], "source": "b"},
+        {**chat, "source": "b"},
+    ]
+    write(place / "pairs.jsonl", rows)
+    options = ("--decontaminate", "bench.jsonl", "--duplicates", "near")
+    assert run("pairs.jsonl", "--out", "out", *options)[0] == 0
+    assert read_lines(place / "out" / "train.jsonl") == rows[:1]
+    reasons = [row["reason"] for row in read_lines(place / "out" / "jsonl" / "dropped.jsonl")]
+    assert reasons == ["exact prompt of bench.jsonl", "near-duplicate prompt"]
+    assert len(load_preferences([Source("out")], seed=0).train) == 1
+    manifest = json.loads((place / "out" / "manifest.json").read_text())
+    assert manifest["rule"] is None and "train.jsonl" in manifest["files_sha256"]
+    assert "mean score" not in (place / "out" / "report.md").read_text()
+
+
+def test_a_set_without_benchmarks_is_not_called_screened(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["raw.jsonl", "--out", "out"]) == 0
+    assert "; not screened for benchmarks" in capsys.readouterr().out
+    assert "Not screened: no file" in (place / "out" / "report.md").read_text()
+    write(place / "other.jsonl", [{"question": "Something else entirely?"}])
+    assert main(["raw.jsonl", "--out", "two", "--decontaminate", "other.jsonl"]) == 0
+    assert "not screened" not in capsys.readouterr().out
+    assert "No row holds one." in (place / "two" / "report.md").read_text()
+
+
+def test_tables_show_the_largest_sources(place, run):
+    rows = [
+        raw(completion("5555"), completion("1111"), prompt=f"{n} {i}", source=f"s{n:02}")
+        for n in range(12)
+        for i in range(1 + (n > 1))
+    ]
+    write(place / "many.jsonl", rows)
+    run("many.jsonl", "--out", "out")
+    report = (place / "out" / "report.md").read_text()
+    names = " | ".join(f"s{n:02}" for n in range(2, 12))
+    assert f"|  | all | {names} | (others) |" in report
+    assert f"| pairs | 22 | {' | '.join('2' * 10)} | 2 |" in report
+
+
+def test_prompts_of_several_turns_are_written_as_messages(place, run):
+    turns = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    answers = [{"answer": "No.", "rank": 2, "model": "m"}, {"answer": "So.", "rank": 1}]
+    rows = [{"prompt": text, "answers": answers} for text in (turns, "\n\nHuman: d\n\nAssistant: ")]
+    write(place / "nectar.jsonl", rows)
+    assert run("nectar.jsonl", "--out", "out")[0] == 0  # the rule is the format's own
+    direct = load_preferences([Source("nectar.jsonl", Curation(rule="rating"))], seed=42).train
+    read_back = load_preferences([Source("out")], seed=42).train
+    assert [vars(one) | {"where": ""} for one in read_back] == [
+        vars(one) | {"where": ""} for one in direct
+    ]
+    write(place / "tools.jsonl", [{**rows[0], "tools": [{"name": "w"}]}])
+    code, said = run("tools.jsonl", "--out", "two")
+    assert code == 2 and "tools.jsonl:1: the row has tools or options" in said

@@ -135,6 +135,12 @@ def test_marks_of_ready_pairs(tmp_path):
     texts = [(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in found.train]
     assert texts == [("a2", "a1"), ("b1", "b2"), ("d1", "d2")]
     assert [pair.chosen_score for pair in found.train] == [1.0, 2.0, 2.0]
+    command = ["--marks", marks, "--out", str(tmp_path / "out")]
+    assert main([path, *command]) == 0  # writes the swapped pair as a row
+    curated = load_preferences([Source(path=str(tmp_path / "out"))], seed=0).train
+    parts = [(pair.prompt, pair.chosen, pair.rejected) for pair in found.train]
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in curated] == parts
+    assert [pair.chosen_score for pair in curated] == [1.0, 2.0, 2.0]
     write(tmp_path / "rows.jsonl", rows[:3])
     with pytest.raises(UserError, match="marks.jsonl:4: no row has this prompt"):
         load_preferences([source], seed=0)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from notus.curation.rated_rows import RATED
 from notus.curation.ratings import (
     ASPECTS_DISAGREE,
     TIED_RATINGS,
@@ -18,7 +19,6 @@ from notus.curation.ratings import (
     overall_score,
     overall_score_fixed,
     rating,
-    read_rated_row,
     shortcoming,
 )
 from notus.errors import UserError
@@ -170,7 +170,7 @@ def test_zephyr_draws_among_all_others_anew_for_every_row():
 
 def test_rows_of_responses_and_ratings_beside_each_other():
     row = {"prompt": "?", "responses": ["a", "b", "c"], "ratings": [1, 7, None], "source": "s"}
-    found = read_rated_row(row, "here:1")
+    found = RATED["rated"].read(row, "here:1")
     assert (found.prompt, found.source) == ("?", "s")
     chosen, rejected, *scores = choose_pair(found, "rating", 0)
     assert (chosen["response"], rejected["response"], scores) == ("b", "a", [7.0, 1.0])
@@ -182,9 +182,7 @@ def test_rows_of_responses_and_ratings_beside_each_other():
     ):
         broken = {**row, **change}
         with pytest.raises(UserError, match=message):
-            read_rated_row(broken, "here:1")
-    with pytest.raises(UserError, match="here:1: no rated responses; found the columns text; exp"):
-        read_rated_row({"text": "a"}, "here:1")
+            RATED["rated"].read(broken, "here:1")
 
 
 def test_overall_score_out_of_range_is_an_error():

@@ -81,7 +81,8 @@ def test_a_folder_is_read_in_name_order_and_by_split(tmp_path):
         ),
         ("deep.json", b"[" * 100_000, "deep.json:1: cannot be read: maximum recursion"),
         ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "digits.jsonl:1: cannot .*4300 digits"),
-        ("k.csv", b"a,b", "expected a file that ends in .json"),
+        ("k.csv", b"a,b\n1,2,3\n", r"k.csv:2: the row has more or fewer cells .*\(a, b\)"),
+        ("k.txt", b"a,b", "expected a file that ends in .json"),
     ],
 )
 def test_an_unreadable_file_is_named(tmp_path, name, content, message):

@@ -14,6 +14,8 @@ class Source:
     weight: float = 1.0
     longest_line: int = 2**20
     format: str | None = None
+    columns: dict | None = None
+    ignore: tuple | None = None
     curation: Curation | None = None
 
 

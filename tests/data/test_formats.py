@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from sources import (
     BAD,
@@ -18,7 +20,9 @@ from sources import (
 )
 
 from notus.curation.curate import Curation
-from notus.data.formats import FORMATS, Pair, common_prompt_length, find_format
+from notus.curation.rated_rows import RATED
+from notus.data.formats import FORMATS, ONLY_ANSWERS, Pair, find_format
+from notus.data.pair_formats import common_prompt_length
 from notus.data.preferences import load_preferences
 from notus.errors import UserError
 
@@ -60,8 +64,12 @@ def test_sharegpt_system_column_comes_first_unless_the_conversation_has_its_own(
     row = {**SINGLE_TURN["sharegpt"], "system": "Be brief."}
     system = {"role": "system", "content": "Be brief."}
     assert load_one(tmp_path, row).prompt == [system, user(QUESTION)]
-    row["conversations"] = [{"from": "system", "value": "Be long."}, *row["conversations"]]
-    assert load_one(tmp_path, row).prompt[0] == {"role": "system", "content": "Be long."}
+    row["conversations"] = [{"from": "system", "value": "Be brief. "}, *row["conversations"]]
+    assert load_one(tmp_path, row).prompt[0] == {"role": "system", "content": "Be brief. "}
+    row["system"] = "Be long."
+    with pytest.raises(UserError, match='differs from the conversation.s own.*"ignore"'):
+        load_one(tmp_path, row)
+    assert load_one(tmp_path, row, ignore=("system",)).prompt[0]["content"] == "Be brief. "
     assert load_one(tmp_path, {**SINGLE_TURN["sharegpt"], "system": None}).prompt == [
         user(QUESTION)
     ]
@@ -149,12 +157,12 @@ def test_text_stays_text(tmp_path):
         ({"chosen": [user("b")], "rejected": []}, "of the user; expected one of the assistant"),
         ({"chosen": [assistant("b")], "rejected": []}, '"rejected" ends with no message'),
         (
-            {"chosen": [{"role": "tool", "content": "b"}], "rejected": [assistant("c")]},
-            'the role "tool"; known are system, user',
+            {"chosen": [{"role": "critic", "content": "b"}], "rejected": [assistant("c")]},
+            'the role "critic"; known are system, user',
         ),
         (
             {"chosen": [{"role": "user", "content": ["b"]}], "rejected": [assistant("c")]},
-            '"content" is a list; expected text',
+            '"content" holds a part that is text .number 1.; expected text, or parts {"type"',
         ),
         ({"prompt": [user(QUESTION)], **DIALOGUES}, "expected only the answer"),
         ({**SINGLE_TURN["sharegpt"], "chosen": "b"}, "expected a message with from and value"),
@@ -177,17 +185,46 @@ def test_a_later_row_without_rejected_names_its_line(tmp_path):
         load(tmp_path, *text_rows(2), {"prompt": "a", "chosen": "b"})
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "a", "answer": "b"},
-        {"question": "a", "chosen": "b", "rejected": "c"},
-    ],
-)
-def test_an_unknown_format_lists_the_columns_seen_and_the_formats_known(tmp_path, row):
-    columns = ", ".join(row)
-    with pytest.raises(UserError, match=f"columns {columns}; known are .*hh .*preference"):
-        load(tmp_path, row)
+def test_an_unknown_format_shows_the_nearest_ones(tmp_path):
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, {"prompt": "a", "chosen_text": "b", "reject": "c"})
+    said = str(raised.value).replace(str(tmp_path), "")
+    assert said.splitlines() == [
+        "/rows.jsonl:1: not a known preference format; found the columns prompt, chosen_text, "
+        "reject",
+        '  near is "turns" without chosen, rejected; a row of it:',
+        '  {"prompt": "Why?", "chosen": "So.", "rejected": "No."}',
+        '  near is "preference" without chosen, rejected; a row of it:',
+        f"  {FORMATS['preference'].example}",
+        "  if the columns have other names, say so in the source (dots lead into objects):",
+        '  "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        "  docs/data.md has every format",
+    ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_example_is_a_row_of_its_format(tmp_path, name):
+    """It is recognised, and converts: one of two responses alone makes no pair."""
+    row = json.loads(FORMATS[name].example)
+    if FORMATS[name].recognises:
+        assert find_format(None, row, "here:1") == name
+    rated = RATED.get(name)
+    curation = Curation(rule=rated.rules[0]) if rated else None
+    path = write(tmp_path / "rows.jsonl", [row])
+    source = Source(path, format=name, curation=curation)
+    single = name in ("unpaired", "helpsteer2", "halos-scored")
+    if single:
+        with pytest.raises(UserError, match="no pair is left to train on; dropped: [12]"):
+            load_preferences([source], seed=0)
+        return
+    (pair,) = load_preferences([source], seed=0, responses_only=name in ONLY_ANSWERS).train
+    texts = [part if isinstance(part, str) else part[-1]["content"] for part in pair_parts(pair)]
+    expected = ["Why?", "So.", "" if name in ONLY_ANSWERS else "No."]
+    assert [text.strip() for text in texts if text] == [text for text in expected if text]
+
+
+def pair_parts(pair):
+    return [part for part in (pair.prompt, pair.chosen, pair.rejected) if part]
 
 
 def test_format_forces_one(tmp_path):
@@ -195,7 +232,9 @@ def test_format_forces_one(tmp_path):
     assert load_one(tmp_path, texts, format="preference").prompt.startswith("\n\nHuman: Why")
     with pytest.raises(UserError, match='"chosen" starts with .*expected "\\\\n\\\\nHuman:"'):
         load(tmp_path, {"chosen": "a", "rejected": "b"}, format="hh")
-    with pytest.raises(UserError, match='no preference format "dpo"; known are ultrafeedback'):
+    with pytest.raises(UserError, match='format "turn"; the nearest is "turns"; known are ultra'):
+        load(tmp_path, texts, format="turn")
+    with pytest.raises(UserError, match='no preference format "dpo"; known are ultrafeedback, '):
         load(tmp_path, texts, format="dpo")
 
 

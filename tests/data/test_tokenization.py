@@ -554,7 +554,7 @@ def test_template_that_refuses_the_row(folder, template, reason):
 
 
 def test_template_that_does_not_end(folder, monkeypatch):
-    monkeypatch.setattr("notus.data.tokenization.TEMPLATE_SECONDS", 0.05)
+    monkeypatch.setattr("notus.data.template.TEMPLATE_SECONDS", 0.05)
     tokenizer = load_tokenizer(folder)
     hundred = "".join(f"{{% for {name} in range(100000) %}}" for name in "abc")
     tokenizer.chat_template = hundred + "{% endfor %}" * 3

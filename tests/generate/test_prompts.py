@@ -38,6 +38,7 @@ def test_a_file_s_kind_follows_from_its_columns(row, kind, follow_ups, answer, t
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
+        ([{"prompt": "a", "tools": [{}]}], 'prompts.jsonl:1: "tools" is not read from prompts'),
         ([{"text": "a"}], "prompts.jsonl:1: the columns are text; expected prompt, or"),
         ([QUESTION, QUESTION], "prompts.jsonl:2: question_id 81 is also that of .*prompts.jsonl:1"),
         ([QUESTION | {"question_id": "81"}], 'question_id: found "81", expected an integer'),

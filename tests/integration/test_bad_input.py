@@ -93,13 +93,14 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 
 def refuse(capfd: pytest.CaptureFixture, *arguments: str, config: str = "config.json") -> str:
-    """Run train.py, which must refuse, say so in one line and write nothing; returns the line."""
+    """Run train.py, which must refuse, say why and write nothing; returns the message."""
     before = contents(Path.cwd())
     capfd.readouterr()
     code = train.main([config, *arguments])
     printed = capfd.readouterr().err
     assert code == 2
-    assert printed.startswith("error: ") and printed.count("\n") == 1, printed
+    first, *others = printed.splitlines()
+    assert first.startswith("error: ") and all(one[:2] == "  " for one in others), printed
     after = contents(Path.cwd())
     assert [path for path in after if before.get(path, b"absent") != after[path]] == []
     assert before.keys() == after.keys()
@@ -250,11 +251,11 @@ def test_an_unknown_option_shows_the_usage(place, capfd):
         ),
         (
             [{"prompt": "a", "rejected": "b"}],
-            ("pairs.jsonl:1:", "columns prompt, rejected;", "preference (chosen, rejected and"),
+            ("pairs.jsonl:1:", "columns prompt, rejected", 'near is "preference" without'),
         ),
         (
             [{"text": "a", "label": 1}],
-            ("pairs.jsonl:1: not a known preference", "columns text, label;", "known are ultraf"),
+            ("pairs.jsonl:1: not a known preference", "columns text, label", 'near is "'),
         ),
         ([GOOD_ROW, '{"prompt": "a", '], ("pairs.jsonl:2: not JSON", "one object per line")),
         (["hello"], ("pairs.jsonl:1: not JSON: Expecting value at column 1", "expected one")),

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from notus.config import load_config
-from notus.data.preferences import load_preferences
+from notus.data.preferences import Source, load_preferences
 from notus.data.tokenization import tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
 from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
@@ -215,7 +215,7 @@ def tokens_of(rows, demo, folder):
     """What train.py would train on: the tokens and lengths of a file of these rows."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = SimpleNamespace(path=str(path), split=None, weight=1.0, format=None, curation=None)
+    source = Source(path=str(path))
     found = load_preferences([source], seed=0, responses_only=True)
     assert not found.dropped, found.dropped
     return tokenize_pairs(
