@@ -274,7 +274,7 @@ NOT_RUN = {
     "python -m notus.curation round-1/judged --min-margin 0.5 --min-chosen 4 --agree "
     "--out round-1/pairs": "needs what a judge wrote",
     "python eval.py compare 'runs/rules/*' --figure rules.png": "of the runs that a loop makes",
-    "python eval.py compare runs/beta-* --json compared.json --figure compared.png": "as above",
+    "python eval.py compare 'runs/beta-*' --json compared.json --figure compared.png": "as above",
     "python -m notus.card runs/demo": "of the run that .ci/run makes; as for notus-7b-v1",
 }
 # Arguments that differ here: the benchmarks' own prompts have to be downloaded.
@@ -286,7 +286,7 @@ def documented() -> Iterator[str]:
     """Every command in a code block of README.md, CONTRIBUTING.md and docs/, once."""
     found = {}
     for page in PAGES:
-        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M):
+        for kind, block in re.findall(r"^```([\w-]*)\n(.*?)^```", page.read_text(), re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines():
                 if kind in ("", "bash", "sh") and line.split(" ")[0] in PROGRAMS:
                     for command in line.split("&&"):
