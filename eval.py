@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from notus.console import quiet_libraries, report_error
 from notus.engine import distributed
 from notus.errors import UserError
 from notus.evals import answers, comparison, harness, preferences, scores, side_by_side
@@ -24,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.add_command(commands)
+    quiet_libraries()
     try:
         options = parser.parse_args(arguments)
         options.run(options)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-            print(f"error: {error}", file=sys.stderr)
+        report_error(error, prints=os.environ.get("RANK", "0") == "0")  # one process speaks
         return 2
     finally:
         distributed.stop()

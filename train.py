@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from notus.build import answer_samples, check_loss, sample_prompts, set_learning_rate
 from notus.config import load_config
-from notus.console import emit
+from notus.console import quiet_libraries, report_error
 from notus.data.packing import pack_division
 from notus.data.planning import random_seed
 from notus.engine import distributed
@@ -214,6 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for a user's mistake."""
     options, ranks = parse(arguments), None
+    quiet_libraries()
     with Interrupts() as interrupts:
         try:
             config = load_config(options.config, options.overrides)
@@ -234,8 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     show_result(config, ranks, source, output)
         except UserError as error:
             # Before the ranks have met, the first process of each machine prints it.
-            if ranks.first if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
-                emit(f"error: {error}", sys.stderr)
+            first = ranks.first if ranks else os.environ.get("LOCAL_RANK", "0") == "0"
+            report_error(error, prints=first)
             return 2
         finally:
             distributed.stop()

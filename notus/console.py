@@ -1,14 +1,17 @@
 """Text for people: on a terminal, in a pipe or in a file, and never worth a run."""
 
 import atexit
+import json
 import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import TextIO
 
 
@@ -18,6 +21,30 @@ def emit(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _register()
+
+
+def report_error(error: Exception, prints: bool) -> None:
+    """Print an error that ends this process, if it `prints`, and leave it to torchrun.
+
+    torchrun names the file in TORCHELASTIC_ERROR_FILE for each process, and its last lines show the
+    message there of the process that failed first. Without a file they show none.
+    """
+    if prints:
+        emit(f"error: {error}", sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": f"error: {error}", "timestamp": int(time.time())}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(content))
+
+
+def quiet_libraries() -> None:
+    """Turn off Hugging Face's libraries' progress bars, unless standard error is a terminal."""
+    if not sys.stderr.isatty():
+        import datasets  # here, because not everything that prints needs them
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()  # also huggingface_hub's
 
 
 def wrap(text: str) -> str:

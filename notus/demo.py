@@ -173,14 +173,14 @@ def sft_rows(questions: list[Question], passes: int, rng: random.Random) -> Iter
 def make_data(rows: int | None = None, sft_passes: int = 0) -> dict[str, list[Row]]:
     """The rows of each data file, a pure function of the arguments.
 
-    rows: the number of training instructions (None: all, about five hundred). A sixth of all
-    questions is held out first, also cut to `rows`. sft_passes: the number of answers to each
-    training instruction in sft.jsonl.
+    rows: the number of training instructions (None: all 528, which steps of 16 pairs divide).
+    About a sixth of all questions is held out first, also cut to `rows`. sft_passes: the number of
+    answers to each training instruction in sft.jsonl.
     """
     rng = random.Random(SEED)
     questions = all_questions(rng)
-    sixth = len(questions) // 6
-    heldout, train = questions[:sixth][:rows], questions[sixth:][:rows]
+    held = len(questions) // 6 // 8 * 8  # 104 of 632
+    heldout, train = questions[:held][:rows], questions[held:][:rows]
     return {
         "preferences.jsonl": [preference_row(question, rng) for question in train],
         "heldout.jsonl": [preference_row(question, rng) for question in heldout],

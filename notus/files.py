@@ -27,7 +27,15 @@ def remove_partial(folder: Path) -> None:
     """
     with writing(folder):
         for left in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its contents. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(

@@ -4,7 +4,6 @@
 output_dir have been found usable. `finish` exports the model and closes the run's records.
 """
 
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
@@ -31,19 +30,19 @@ from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.pair_records import Record, describe_pairs
-from notus.engine.saver import Saver, export_model
+from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts, Stopped
 from notus.engine.sinks import open_sinks
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
-from notus.files import set_aside, writing
+from notus.final import complete_final, export, holds_final, write_model_card
 from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
 from notus.model.hf_config import has_vision
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
-from notus.model.peft import check_fits, export_adapter, merge, read_adapter
-from notus.model.weights import hash_weights, load_weights, open_model
+from notus.model.peft import merge
+from notus.model.weights import hash_weights, load_weights
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.reference import Reference, check_start
 
@@ -83,11 +82,8 @@ def open_run(
     setup = find_beginning(setup, lock, options.resume, options.model_only)
     announce(setup)
     if holds_final(setup):
-        final = setup.output / "final"
-        ranks.say(f"{final} holds the model of this run: nothing left to do")
-        with agreed():
-            history.record_end(setup.output, final.stat().st_mtime)
-        write_model_card(setup)
+        ranks.say(f"{setup.output / 'final'} holds the model of this run: nothing left to do")
+        complete_final(setup)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
@@ -220,57 +216,6 @@ def announce(setup: Setup) -> None:
         ranks.say(idle)
     if ranks.first and (keys := ", ".join(masked_keys(to_dict(setup.config)))):
         warn(f"{keys}: looks like a secret, and is recorded as {MASK}")
-
-
-def holds_final(setup: Setup) -> bool:
-    """Whether final/ holds the run's model; a damaged one is set aside, to be exported again.
-
-    Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
-    """
-    final = setup.output / "final"
-    sealed = (final / checkpoint.MANIFEST).is_file()  # not after a kill just before that
-    found = [os.path.lexists(final), final_damage(setup), sealed]
-    dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
-    there, damage, sealed = found
-    if sealed and not damage:
-        damage = checkpoint.damage(final)
-    if not there or not damage:
-        return there
-    with agreed():
-        if not setup.checkpoint:
-            raise UserError(
-                f"{final} is damaged ({damage}), and no checkpoint is there to export it from; "
-                "restore it, or give it another name to train from the start"
-            )
-        if setup.ranks.first:
-            with writing(final):
-                aside = set_aside(final).name
-            warn(f"{final} is damaged ({damage}): kept as {aside}, and exported again")
-    return False
-
-
-def final_damage(setup: Setup) -> str:
-    """What is wrong with final/, by its files' sizes and headers; "" if nothing is."""
-    final, lora, shape = setup.output / "final", setup.config.model.lora, setup.models.shape
-    if final.is_symlink() or not final.is_dir():
-        return "not a folder"
-    try:
-        if lora is not None:
-            check_fits(read_adapter(final / "adapter"), shape)
-        if (lora is None or lora.merge) and open_model(str(final))[1] != shape:
-            return "its config.json is not this model's"
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def write_model_card(setup: Setup) -> None:
-    """Write final/README.md, unless it is there. Collective. Raises UserError, on every rank."""
-    from notus.card.card import write_card
-
-    with agreed():
-        if setup.ranks.first and not (setup.output / "final/README.md").is_file():
-            setup.ranks.say(f"wrote {write_card(setup.output)}")
 
 
 def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
@@ -448,7 +393,7 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
     every rank, when the model could not be exported, and for `unsaved` after everything else.
     """
     if finished:
-        export(run)
+        export(run, run.policy, run.best)
         run.ranks.say(f"wrote {run.output / 'final'}")
     with agreed():
         history.record_end(run.output)
@@ -456,33 +401,3 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
         write_model_card(run)
     if unsaved:
         raise UserError(f"the last checkpoint was not saved: {unsaved}")
-
-
-def export(run: Run) -> None:
-    """Write final/: the trained model, or its adapters and, if wanted, their sum with the base.
-
-    The policy then has the weights of the best checkpoint, if it is to be exported from there.
-    """
-    final, lora = run.output / "final", run.config.model.lora
-    folder = run.best.folder(run.output / "checkpoints") if run.best else None
-    if folder and run.config.evaluation.export_best:
-        if problem := checkpoint.damage(folder):
-            raise UserError(
-                f"{problem}: the best checkpoint is damaged, and final/ was not written; "
-                "evaluation.export_best=false writes the last weights"
-            )
-        checkpoint.load_trained(folder, run.policy)
-        run.ranks.say(f"the best checkpoint is {folder.name}: {run.best.record}")
-    if lora is None:
-        export_model(final, run.policy, run.models.source)
-    else:
-        merged_here = run.models.source.parent == run.output
-        export_adapter(
-            final,
-            run.policy,
-            lora,
-            base_name=str(run.models.source) if merged_here else run.config.model.policy,
-            base=run.models.source,
-        )
-    with agreed():
-        checkpoint.seal(final)

@@ -4,9 +4,15 @@ import errno
 import io
 import os
 import sys
+import time
 
+import datasets
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from transformers.utils import logging
 
+import eval as evaluation_commands
+import train
 from notus import console
 from notus.engine.distributed import Ranks
 from notus.engine.log import progress, warn
@@ -70,3 +76,41 @@ def test_lines_wrap_below_their_text(monkeypatch):
         "    " + "a/" * 30,
         "    b",
     ]
+
+
+FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+@pytest.mark.parametrize("command", [train.main, evaluation_commands.main])
+def test_an_error_is_left_for_torchrun(tmp_path, monkeypatch, capsys, command):
+    """torchrun's own class reads the file, of a rank that prints and of one that does not."""
+    told, words = "", ["nowhere.json"]
+    if command == evaluation_commands.main:
+        words = "preferences model --data nowhere.jsonl --out out --beta -1".split()
+    for rank in ("0", "1"):
+        file = tmp_path / f"{rank}.json"
+        for name, value in {"LOCAL_RANK": rank, "RANK": rank, FILE: str(file)}.items():
+            monkeypatch.setenv(name, value)
+        assert command(words) == 2
+        printed = capsys.readouterr().err.strip()
+        assert bool(printed) == (rank == "0")
+        told = printed or told
+        failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=2, error_file=str(file))
+        assert failure.message == told and told.startswith("error: ")
+        assert 0 <= time.time() - failure.timestamp < 60
+    monkeypatch.setenv(FILE, str(tmp_path / "none/e.json"))  # cannot be written
+    assert command(words) == 2
+
+
+def test_libraries_show_bars_on_a_terminal_only(monkeypatch):
+    try:
+        for terminal in (True, False):
+            monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+            logging.enable_progress_bar()
+            datasets.enable_progress_bars()
+            console.quiet_libraries()
+            assert logging.is_progress_bar_enabled() == terminal
+            assert datasets.are_progress_bars_disabled() != terminal
+    finally:
+        logging.enable_progress_bar()
+        datasets.enable_progress_bars()

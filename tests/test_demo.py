@@ -68,6 +68,13 @@ def test_the_best_rated_completion_is_the_only_right_one() -> None:
         assert mean_rating(ranked[-2]) < mean_rating(ranked[-1])
 
 
+def test_the_demo_has_no_partial_step() -> None:
+    data = demo.make_data(sft_passes=20)
+    for name, rows in (("demo", "preferences.jsonl"), ("demo-sft", "sft.jsonl")):
+        config = load_config(demo.ROOT / f"configs/{name}.json")
+        assert len(data[rows]) % config.train.pairs_per_step == 0
+
+
 def test_some_bad_completions_have_a_planted_score_of_ten() -> None:
     rows = demo.make_data()["preferences.jsonl"]
     tens = [c for row in rows for c in row["completions"] if c["overall_score"] == 10]

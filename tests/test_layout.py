@@ -40,7 +40,7 @@ ORDER = """
     dryrun
     card
     rounds demo
-    start
+    final start
     train eval
 """
 RANKS = {
@@ -56,6 +56,7 @@ READ_CONFIG = (
     "card",
     "generate",
     "build",
+    "final",
     "start",
     "train",
     "eval",

@@ -135,6 +135,7 @@ def write_card(
     sections = {
         "Use": [USAGE.format(path="final/adapter" if record.is_adapter else "final")],
         "On held-out pairs": held_out_section(record),
+        "Samples": samples(record),
         "Curves": figures(record),
         "Other evaluations": other_evaluations(record),
         "Recipe": recipe_section(record),
@@ -153,21 +154,21 @@ def write_card(
 
 def figures(record: Record) -> Iterator[str]:
     """Draw final/figures/ and show them."""
-    folder = record.folder / "final/figures"
-    shutil.rmtree(folder, ignore_errors=True)
+    path = record.folder / "final/figures/curves.png"
+    shutil.rmtree(path.parent, ignore_errors=True)
     if not find_spec("matplotlib"):
         yield "Not drawn: this needs matplotlib (`pip install -e '.[report]'` in notus's folder)."
         return
-    per_epoch = record.state.get("steps_per_epoch")
-    names: list[str] = []
     with drawing():
-        names = draw_curves(folder, record.training, record.evaluations, per_epoch)
-    if not names:
+        draw_curves(path, record.training, record.evaluations, record.state.get("steps_per_epoch"))
+    if not path.is_file():
         yield "Not drawn: the command that wrote this card says why."
         return
-    for name in names:
-        yield f"![{name}](figures/{name}.png)"
-    yield "Thin: logged steps; thick: their mean; circles: held-out pairs; dotted: epochs."
+    yield "![Curves of training](figures/curves.png)"
+    yield (
+        "Thin: logged steps; thick: their mean; circles: held-out pairs; dotted: epochs. Steps "
+        "with less than half of the pairs, at an epoch's end, are left out."
+    )
 
 
 def shown_path(path: str) -> str:
@@ -208,6 +209,10 @@ def front_matter(
     )
 
 
+# Ends of metrics in the model index: the others mean something only next to each other.
+COMPARABLE = ("loss", "perplexity", "rewards/accuracies", "rewards/margins")
+
+
 def evaluation_results(record: Record) -> list[EvalResult]:
     """The evaluation of final/ as entries of the model-index, with the numbers of metrics.jsonl."""
     if not record.evaluations:
@@ -220,7 +225,7 @@ def evaluation_results(record: Record) -> list[EvalResult]:
         part = name.removeprefix("eval_").partition("/")[0]
         source = named.get(part, pooled)
         size = "" if part in named else record.count("eval")
-        if name.startswith("eval_"):
+        if name.startswith("eval_") and name.endswith(COMPARABLE):
             results.append(
                 EvalResult(
                     task_type="text-generation",
@@ -285,6 +290,19 @@ def held_out_section(record: Record) -> Iterator[str]:
             "A reward is beta times the log-ratio of policy and reference, in nats, summed over a "
             "response. An accuracy counts ties as wrong, so an untrained policy has 0."
         )
+
+
+def samples(record: Record) -> Iterator[str]:
+    """The first three answers in the last section of samples.md (evaluation.samples)."""
+    path, settings = record.folder / "samples.md", record.settings["evaluation"].get("samples")
+    if not (settings and path.is_file()):
+        return
+    _, step, last = re.split(r"^## After (\d+) steps$", path.read_text("utf-8"), flags=re.M)[-3:]
+    shown = re.split(r"^(?=\*\*\d+\.\*\*)", last.strip(), flags=re.M)[1:4]
+    tokens, temperature = settings["max_new_tokens"], settings["temperature"]
+    how = f"sampled at temperature {temperature:g}" if temperature else "the most probable tokens"
+    yield f"Answers after {step} steps: {how}, {tokens} tokens at most."
+    yield from map(str.strip, shown)
 
 
 # The evaluators of `eval.py score`: a title, and the fields that are shown.

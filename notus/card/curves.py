@@ -1,4 +1,4 @@
-"""The curves of a run, as PNG files for its model card."""
+"""The curves of a run, as a PNG file for its model card."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +13,8 @@ COLOURS = ("#0072B2", "#D55E00")
 
 
 class Panel(NamedTuple):
-    """One figure of one or two metrics. level: a value to mark."""
+    """The axes of one or two metrics. level: a value to mark."""
 
-    name: str
     title: str
     unit: str
     metrics: tuple[str, ...]
@@ -25,34 +24,33 @@ class Panel(NamedTuple):
 REWARDS = ("rewards/chosen", "rewards/rejected")
 RATIOS = ("displacement/chosen_per_token", "displacement/rejected_per_token")
 PANELS = (
-    Panel("loss", "Loss", "per pair, or per token", ("loss",)),
-    Panel("rewards", "Rewards", "beta x log-ratio, nats", REWARDS, 0.0),
-    Panel("accuracy", "Accuracy", "share of pairs", ("rewards/accuracies",), 0.5),
-    Panel("margin", "Margin", "chosen - rejected reward, nats", ("rewards/margins",)),
-    Panel("displacement", "Log-ratio to the reference", "per token, nats", RATIOS, 0.0),
+    Panel("Loss", "per pair, or per token", ("loss",)),
+    Panel("Accuracy", "share of pairs", ("rewards/accuracies",), 0.5),
+    Panel("Margin", "chosen - rejected reward, nats", ("rewards/margins",)),
+    Panel("Rewards", "beta x log-ratio, nats", REWARDS, 0.0),
+    Panel("Log-ratio to the reference", "per token, nats", RATIOS, 0.0),
+    Panel("Gradient norm", "before clipping", ("grad_norm",)),
 )
 
 
 def draw_curves(
-    folder: Path,
+    path: Path,
     training: Sequence[Line],
     evaluations: Sequence[Line],
     steps_per_epoch: int | None,
-) -> list[str]:
-    """Draw the panels whose metrics were logged as PNG into a new `folder`; returns their names.
+) -> None:
+    """Draw the panels whose metrics were logged, as one PNG file. Needs matplotlib.
 
-    training, evaluations: lines of metrics.jsonl with the metrics of either. Needs matplotlib.
+    training, evaluations: lines of metrics.jsonl with the metrics of either.
     """
     from matplotlib.figure import Figure  # an extra
 
-    folder.mkdir()
     drawn = [panel for panel in PANELS if panel.metrics[0] in training[-1]]
-    last = training[-1]["step"]
-    # An untrained policy ties with its reference, which counts as wrong: that 0 says nothing.
-    trained = [line for line in evaluations if line["step"]]
-    for panel in drawn:
-        figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
-        axes = figure.subplots()
+    training, last = full_lines(training), training[-1]["step"]
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(4.8 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
         for key, colour in zip(panel.metrics, COLOURS, strict=False):
             part = key.rpartition("/")[2].removesuffix("_per_token")
             label = f"{part}, " if len(panel.metrics) > 1 else ""
@@ -60,7 +58,9 @@ def draw_curves(
             smooth = running_mean(values, len(values) // 80)
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
             axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label}training")
-            held_out = points(trained if panel.name == "accuracy" else evaluations, f"eval_{key}")
+            # An untrained policy ties with its reference, which counts as wrong: a 0 without sense.
+            first = 1 if key == "rewards/accuracies" else 0
+            held_out = points([e for e in evaluations if e["step"] >= first], f"eval_{key}")
             if held_out.size:
                 axes.plot(*held_out, "o", color=colour, label=f"{label}held out")
         if panel.level is not None:
@@ -70,8 +70,17 @@ def draw_curves(
         axes.set(title=panel.title, xlabel="optimiser step", ylabel=panel.unit)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize="small")
-        figure.savefig(folder / f"{panel.name}.png")
-    return [panel.name for panel in drawn]
+    path.parent.mkdir()
+    figure.savefig(path)
+
+
+def full_lines(training: Sequence[Line]) -> list[Line]:
+    """Without the lines over fewer than half as many pairs as the fullest one.
+
+    The last step of an epoch may hold a few pairs only, whose mean would look like a cliff.
+    """
+    most = max(line.get("pairs", 0) for line in training)
+    return [line for line in training if 2 * line.get("pairs", most) >= most]
 
 
 def points(lines: Sequence[Line], key: str) -> np.ndarray:

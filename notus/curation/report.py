@@ -139,6 +139,6 @@ def _draw(path: Path, title: str, values: Mapping[str, Sequence[float]]) -> None
     axes = figure.subplots()
     edges = np.arange(low, high + 1.5 * width, width)
     axes.hist(list(values.values()), edges, align="left", label=list(values))
-    axes.set(ylabel="count", title=title)
+    axes.set(xlabel="score", ylabel="count", title=title)
     figure.legend(loc="outside right upper")
     figure.savefig(path)

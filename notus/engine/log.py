@@ -21,11 +21,12 @@ from notus.engine.sinks import NoBoard, Sink, begin_hparams, end_hparams, shown_
 from notus.files import set_aside, write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
-SHOWN = {
-    "loss": "loss",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-}  # by the bar
+# By the bar, so that it fits 80 columns: name, metric, format.
+SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("acc", "rewards/accuracies", ".2f"),
+    ("margin", "rewards/margins", ".2f"),
+)
 
 
 class LinesFile:
@@ -109,19 +110,12 @@ def progress(total: int, initial: int, unit: str, delay: float = 0.0) -> tqdm:
     Closing it prints the last state. The time left follows from the mean pace since the start.
     delay: seconds before which nothing is shown, so that short work leaves no trace.
     """
+    common = {"total": total, "initial": initial, "unit": unit, "delay": delay, "smoothing": 0}
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=initial, unit=unit, mininterval=0.5, delay=delay)
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit=unit,
-        delay=delay,
-        file=_Lines(),
-        mininterval=15,
-        miniters=1,
-        smoothing=0,
-        bar_format="{unit} {n:,} of {total:,}{postfix}, {elapsed} so far, {remaining} left",
-    )
+        bar = "{n:,}/{total:,} |{bar}| {elapsed} < {remaining}{postfix}"
+        return tqdm(**common, mininterval=0.5, dynamic_ncols=True, bar_format=bar)
+    line = "{unit} {n:,} of {total:,}{postfix} in {elapsed}, {remaining} left"
+    return tqdm(**common, file=_Lines(), mininterval=15, miniters=1, bar_format=line)
 
 
 class MetricsLog:
@@ -160,7 +154,7 @@ class MetricsLog:
             with writing(self._place):
                 self.board = SummaryWriter(str(self._place), purge_step=step + 1)
         self.show(lambda board: begin_hparams(board, settings))
-        self.bar = progress(total, step, "step")
+        self.bar, self.most = progress(total, step, "step"), 0  # most pairs of a line
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics after `step` steps under their names, if there are any."""
@@ -171,9 +165,13 @@ class MetricsLog:
             shown = {shown_name(name): value for name, value in metrics.items()}
             self.show(lambda board: [board.add_scalar(n, v, step) for n, v in shown.items()])
             self._to_sinks(lambda sink: sink.scalars(step, metrics))
-        shown = {name: f"{metrics[key]:.4f}" for name, key in SHOWN.items() if key in metrics}
-        if shown:
-            self.bar.set_postfix(shown, refresh=False)
+        told = [f"{name} {metrics[key]:{form}}" for name, key, form in SHOWN if key in metrics]
+        # Less than half of a step, at an epoch's end, would look like a change of the model.
+        if told and 2 * metrics.get("pairs", self.most) >= self.most:
+            self.most = max(self.most, metrics.get("pairs", 0))
+            self.bar.set_postfix_str(" ".join(told), refresh=False)
+        if step == self.bar.n:  # the evaluation before the first step: not part of its pace
+            self.bar.unpause()
         self.bar.update(step - self.bar.n)
 
     def show(self, action: Callable[[SummaryWriter], object]) -> None:

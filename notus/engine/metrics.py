@@ -130,6 +130,11 @@ class Totals:
         """The sums by name, for a checkpoint between two reports."""
         return {name: [list(pair)] for name, pair in self._sums.items()}
 
+    @property
+    def pairs(self) -> int:
+        """The pairs that the means are over: those of steps that were finite."""
+        return int(self._sums.get("logps/chosen", (0.0, 0.0))[1])  # a mean per pair in every run
+
     def means(self) -> dict[str, float]:
         """The exact means since the last call. A metric whose denominator is 0 is left out."""
         sums, self._sums = self._sums, {}
@@ -244,8 +249,9 @@ class Meter:
         return verdict
 
     def report(self) -> dict[str, float]:
-        """Means and speed since the last report, and all tokens so far."""
-        return self._totals.means() | self._speed.report() | {"num_tokens": self._tokens_seen}
+        """Means and speed since the last report, their pairs, and all tokens so far."""
+        counts = {"pairs": self._totals.pairs, "num_tokens": self._tokens_seen}
+        return self._totals.means() | self._speed.report() | counts
 
     def progress(self, done: int) -> Progress:
         """The place of the run after `done` steps, for a checkpoint."""

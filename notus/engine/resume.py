@@ -78,6 +78,9 @@ def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolv
     if all(name in begun or name.startswith(PARTIAL) for name in names):
         return
     advice = "give another output_dir"
+    saves = folder / "checkpoints"
+    if os.path.lexists(saves) and not saves.is_dir():  # training would begin anew, and save nothing
+        raise UserError(f"{saves}: found no folder, expected the run's checkpoints; restore them")
     earlier, _ = recorded_settings(folder, settings, resolve)
     if not _are_settings(earlier, settings):
         raise UserError(f"output_dir: {folder} is not empty and holds no run; {advice}")
@@ -248,7 +251,7 @@ def remove_leftovers(folder: Path) -> None:
     Raises UserError there.
     """
     if dist.get_rank() == 0:
-        for place in (folder, folder / "checkpoints"):
+        for place in (folder, folder / "checkpoints", folder / "final"):
             remove_partial(place)
 
 

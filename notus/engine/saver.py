@@ -44,7 +44,7 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, sync, write_json, write_whole, writing
+from notus.files import partial_path, remove, sync, write_json, write_whole, writing
 from notus.model.hf_config import decoder_config
 from notus.model.host_copies import copy_bytes
 from notus.model.mistral import MistralForCausalLM
@@ -143,7 +143,7 @@ class Saver(AbstractContextManager):
         with agreed(self._group), writing(partial):
             if dist.get_rank() == 0:
                 for left in self.root.glob(partial_path(Path("*")).name):
-                    shutil.rmtree(left)
+                    remove(left)
                 partial.mkdir(parents=True)
                 sync(self.root.parent)
 
@@ -190,7 +190,7 @@ class Saver(AbstractContextManager):
     def _remove(self, old: set[Path]) -> None:
         try:
             for path in old:
-                shutil.rmtree(path)
+                remove(path)
         except OSError as error:
             warn(f"an old checkpoint was not removed: {error}")
 
@@ -200,7 +200,7 @@ class Saver(AbstractContextManager):
         others = [path for path in sorted(partial.iterdir()) if path.name not in files]
         files |= {path.name: _to_disk(path) for path in others}
         write_whole(partial / MANIFEST, render_manifest(files), durable=True)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which was passed over
+        remove(folder)  # a damaged one, which was passed over
         os.rename(partial, folder)
         sync(self.root)
 

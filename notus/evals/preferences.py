@@ -25,7 +25,7 @@ from notus.engine.metrics import all_log_probs, summarize
 from notus.engine.pair_records import describe_pairs, pair_records
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
-from notus.evals.options import NewPath
+from notus.evals.options import NewPath, model_path
 from notus.files import new_folder, write_json, write_whole
 from notus.model.hf_config import read_shape
 from notus.model.weights import load_weights, open_model
@@ -44,8 +44,9 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     styles, dtypes = ("clean", "trl-0.7.4"), ("bfloat16", "float32")
     add = parser.add_argument
-    add("model", help="folder or hub id")
-    add("--reference", help="folder or hub id; without it only the model's log-probs decide")
+    add("model", type=model_path, help="folder, a run's output_dir, or hub id")
+    about = "another of these; without it only the model's log-probs decide"
+    add("--reference", type=model_path, help=about)
     add("--data", nargs="+", required=True, help="files, folders or hub ids")
     add("--split", help="of the data, where it has splits")
     add("--format", help="of the data (default: recognized from the rows)")
@@ -170,15 +171,16 @@ def figures(
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    plot = Figure(figsize=(7, 4), layout="constrained")
-    axes = plot.subplots()
     shown = [row for row in rows if row.kind == "chosen longer by (tokens)"]
-    middles = np.arange(len(shown))
+    plot = Figure(figsize=(7, 1.4 + 0.45 * max(len(shown), 3)), layout="constrained")
+    axes = plot.subplots()
+    places = np.arange(len(shown))
     spans = np.array([[row.accuracy - row.low, row.high - row.accuracy] for row in shown]).T
-    axes.bar(middles, [row.accuracy for row in shown], yerr=spans, capsize=3, color="tab:blue")
-    axes.axhline(0.5, color="black", linewidth=0.8, linestyle="dotted")
-    axes.set_xticks(middles, [f"{row.name}\nn = {row.n:,}" for row in shown], fontsize=8)
-    axes.set(xlabel="tokens by which the chosen response is longer", ylabel="accuracy", ylim=(0, 1))
+    axes.barh(places, [row.accuracy for row in shown], xerr=spans, capsize=3, color="tab:blue")
+    axes.axvline(0.5, color="black", linewidth=0.8, linestyle="dotted")
+    axes.set_yticks(places, [f"{row.name} (n = {row.n:,})" for row in shown])
+    axes.set(ylabel="tokens by which chosen is longer", xlabel="accuracy", xlim=(0, 1.02))
+    axes.invert_yaxis()
     plot.savefig(folder / "accuracy_by_length.png", dpi=120)
 
     plot = Figure(figsize=(10, 4), layout="constrained")

@@ -237,6 +237,8 @@ def _read(
                 log_probs = load(content)["log_probs"]
                 if len(log_probs) == tokens:
                     _tidy(own, own.glob(f"{new.stem}.parts"))  # killed before `_write` did
+                    with suppress(OSError):  # or before the turn ended; the cache may be others'
+                        path.with_suffix(".lock").unlink()
                     return path, log_probs
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             continue

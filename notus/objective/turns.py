@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +19,8 @@ class Turn(AbstractContextManager):
 
     The kernel holds it as a lock (flock) on `path` and frees it with the process. The text in the
     file is for people: JSON with "host" and "pid" of the holder. On a file system without locks, or
-    where another user owns the file, everyone has a turn at once. held: whether the lock is held.
+    where the file cannot be opened (another user's, no space), everyone has a turn at once. held:
+    whether the lock is held.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +59,7 @@ class Turn(AbstractContextManager):
         if self._file < 0:
             try:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            except PermissionError:
+            except OSError:
                 return True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,10 +68,8 @@ class Turn(AbstractContextManager):
         except OSError:
             return True
         self.held = True
-        os.truncate(self._file, 0)
-        os.pwrite(
-            self._file,
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(),
-            0,
-        )
+        about = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        with suppress(OSError):  # no space
+            os.truncate(self._file, 0)
+            os.pwrite(self._file, about.encode(), 0)
         return True

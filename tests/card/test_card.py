@@ -1,5 +1,6 @@
 """The model card: parsed by the hub's own parser, its numbers those of metrics.jsonl."""
 
+import itertools
 import json
 import re
 import shutil
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
+from torch.utils.tensorboard import SummaryWriter
 
 import eval as evaluation_commands
 import train
 from notus.card import card
 from notus.card.card import read_record, write_card
-from notus.card.curves import running_mean
+from notus.card.curves import full_lines, running_mean
 from notus.errors import UserError
+from notus.generate.prompts import Prompt
+from notus.generate.samples import record_samples
 
 
 def short_run(demo: Path, folder: Path, **keys: object) -> Path:
@@ -92,8 +96,8 @@ def test_the_card_that_training_writes(finished):
     assert "base_model" not in data and "datasets" not in data
     last = lines_of(finished)[-1]
     results = {result.metric_name: result.metric_value for result in parsed.data.eval_results}
-    assert results == {name: value for name, value in last.items() if name.startswith("eval_")}
-    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= results.keys()
+    meaningful = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    assert results == {name: last[name] for name in meaningful}
     assert metadata_load(finished / "final/README.md") == data
     assert parsed.data.model_name == "run"
 
@@ -128,19 +132,42 @@ def test_the_code_that_uses_the_model_runs(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_figures_hold_the_curves(finished):
+def test_the_figure_holds_six_panels(finished):
     image = pytest.importorskip("matplotlib.image")
     text = (finished / "final/README.md").read_text()
-    names = {"loss", "rewards", "accuracy", "margin", "displacement"}
-    assert {path.stem for path in (finished / "final/figures").iterdir()} == names
+    assert [path.name for path in (finished / "final/figures").iterdir()] == ["curves.png"]
+    assert text.count("![") == 1 and "(figures/curves.png)" in text
+    pixels = (image.imread(finished / "final/figures/curves.png")[..., :3] * 255).round()
+    height, width, _ = pixels.shape
     blue, orange = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in ("#0072B2", "#D55E00"))
-    for name in names:
-        assert f"![{name}](figures/{name}.png)" in text
-        pixels = (image.imread(finished / f"final/figures/{name}.png")[..., :3] * 255).round()
-        assert pixels.shape == (480, 768, 3)
-        has_orange = bool((pixels == orange).all(-1).any())
-        assert (pixels == blue).all(-1).any()
-        assert has_orange == (name in ("rewards", "displacement"))
+    for row, column in itertools.product(range(2), range(3)):
+        panel = pixels[row * height // 2 :, column * width // 3 :]
+        panel = panel[: height // 2, : width // 3]
+        assert (panel == blue).all(-1).any()
+        # Rewards and log-ratios have two metrics.
+        assert bool((panel == orange).all(-1).any()) == ((row, column) in ((1, 0), (1, 1)))
+
+
+def test_a_partial_step_is_no_cliff():
+    lines = [{"step": n, "pairs": held} for n, held in ((1, 32), (2, 3), (3, 32), (4, 16))]
+    assert [line["step"] for line in full_lines(lines)] == [1, 3, 4]
+    older = [{"step": n} for n in (1, 2)]  # logged before there was `pairs`
+    assert full_lines(older) == older
+
+
+def test_samples_are_the_last_ones(run):
+    assert "## Samples" not in text_of(run)
+    prompts = [Prompt(f"ask {n}", f"ask {n}") for n in range(5)]
+    for step in (2, 4):
+        columns = [[f"{who} {n}, step {step} | ## x" for n in range(5)] for who in "ab"]
+        record_samples(run, SummaryWriter(run / "board"), step, prompts, *columns)
+    settings = json.loads((run / "config.json").read_text())
+    settings["evaluation"]["samples"] = {"max_new_tokens": 7, "temperature": 0.5}
+    edit(run / "config.json", evaluation=settings["evaluation"])
+    found = text_of(run).split("## Samples\n")[1].split("\n## ")[0]
+    assert "after 4 steps: sampled at temperature 0.5, 7 tokens at most" in found
+    assert re.findall(r"\*\*\d\.\*\* ask \d", found) == [f"**{n + 1}.** ask {n}" for n in range(3)]
+    assert "b 2, step 4 \\| \\#\\# x" in found and "step 2" not in found
 
 
 def test_without_matplotlib_the_card_says_what_draws_the_curves(run):
@@ -193,7 +220,7 @@ def test_fine_tuning_has_loss_and_perplexity(demo, tmp_path):
     text = (output / "final/README.md").read_text()
     data = ModelCard(text).data
     results = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert results.keys() == {"eval_loss", "eval_logps/chosen", "eval_perplexity"}
+    assert results.keys() == {"eval_loss", "eval_perplexity"}
     assert "sft" in data.tags and "supervised fine-tuning" in text and "reward" not in text
 
 

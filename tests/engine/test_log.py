@@ -160,17 +160,17 @@ def test_a_pipe_gets_whole_lines_with_the_time_left(capsys, monkeypatch):
     bar = progress(1006, 1000, "step")
     for step, seconds in enumerate((10, 15, 30, 45, 46, 54), start=1):
         now[0] = 100.0 + seconds
-        bar.set_postfix({"loss": f"{1 / step:.2f}"}, refresh=False)
+        bar.set_postfix_str(f"loss {1 / step:.2f}", refresh=False)
         bar.update(1)
     bar.close()
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
-        "step 1,000 of 1,006, 00:00 so far, ? left",
-        "step 1,002 of 1,006, loss=0.50, 00:15 so far, 00:30 left",
-        "step 1,003 of 1,006, loss=0.33, 00:30 so far, 00:30 left",
-        "step 1,004 of 1,006, loss=0.25, 00:45 so far, 00:22 left",
-        "step 1,006 of 1,006, loss=0.17, 00:54 so far, 00:00 left",
+        "step 1,000 of 1,006 in 00:00, ? left",
+        "step 1,002 of 1,006, loss 0.50 in 00:15, 00:30 left",
+        "step 1,003 of 1,006, loss 0.33 in 00:30, 00:30 left",
+        "step 1,004 of 1,006, loss 0.25 in 00:45, 00:22 left",
+        "step 1,006 of 1,006, loss 0.17 in 00:54, 00:00 left",
     ]
 
 
@@ -190,5 +190,46 @@ def test_only_rank_0_prints_lines_with_the_last_metrics(tmp_path, capsys, active
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (2 if active else 0)
     if active:
-        assert lines[0].startswith("step 0 of 2, ")
-        assert lines[1].startswith("step 2 of 2, loss=0.5000, ") and lines[1].endswith(" left")
+        assert lines[0].startswith("step 0 of 2 in ")
+        assert lines[1].startswith("step 2 of 2, loss 0.500 in ") and lines[1].endswith(" left")
+
+
+LINE = {"loss": 0.5312, "rewards/accuracies": 0.96875, "rewards/margins": -12.341}
+
+
+def test_the_last_state_fits_80_columns(tmp_path, capsys, monkeypatch):
+    """The length of Notus, ten hours; in a pipe, and as the bar of a terminal."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (80, 24))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        now[0] = 0.0
+        log = MetricsLog(tmp_path / str(terminal), step=0, total=2889, active=True)
+        now[0] = 36000.0
+        log.write(2000, {**LINE, "pairs": 64})
+        log.close()
+        last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+        assert "loss 0.531 acc 0.97 margin -12.34" in last and "4:26:42" in last
+        assert len(last) <= 80
+
+
+def test_a_partial_step_is_not_shown_and_the_first_evaluation_not_in_the_pace(
+    tmp_path, capsys, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    log = MetricsLog(tmp_path, step=0, total=3, active=True)
+    for step, seconds, loss, pairs in ((1, 20, 0.6, 32), (2, 30, 0.1, 3), (3, 40, 0.4, 16)):
+        if step == 1:
+            now[0] = 100.0
+            log.write(0, {"eval_loss": 0.7})
+        now[0] = 100.0 + seconds
+        log.write(step, {"loss": loss, "pairs": pairs})
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 0 of 3 in 00:00, ? left",
+        "step 1 of 3, loss 0.600 in 00:20, 00:40 left",
+        "step 3 of 3, loss 0.400 in 00:40, 00:00 left",
+    ]
+    assert [line["loss"] for line in lines(tmp_path)[1:]] == [0.6, 0.1, 0.4]

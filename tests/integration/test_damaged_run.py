@@ -99,6 +99,40 @@ def test_a_state_that_is_damaged_too_is_passed_over(run, capfd):
     assert "restored from run/checkpoints/step-00000002/state.json" in again(capfd)
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_checkpoints_that_are_no_folder_are_refused(run, capfd, link):
+    """Before any step: the run would begin anew."""
+    (run / "checkpoints").rename("elsewhere")
+    if link:
+        (run / "checkpoints").symlink_to("nowhere")
+    else:
+        (run / "checkpoints").touch()
+    shutil.rmtree(run / "final")
+    said = again(capfd, code=2)
+    assert "error: run/checkpoints: found no folder, expected the run's checkpoints" in said
+    (run / "checkpoints").unlink()
+    Path("elsewhere").rename(run / "checkpoints")
+    assert "resumed from run/checkpoints/step-00000003" in again(capfd)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_checkpoint_that_is_no_folder_is_replaced(run, capfd, link):
+    """A link is removed, and what it leads to is left alone."""
+    shutil.rmtree(run / "final")
+    newest = run / "checkpoints/step-00000003"
+    newest.rename("elsewhere")
+    if link:
+        newest.symlink_to(Path("elsewhere").resolve())
+        (newest / "state.json").unlink()
+    else:
+        newest.touch()
+    said = again(capfd)
+    assert "passed over the damaged checkpoint step-00000003" in said and "warning" not in said
+    assert checkpoints(run) == ["step-00000002", "step-00000003"]
+    assert not newest.is_symlink() and (newest / "state.json").is_file()
+    assert Path("elsewhere/manifest.json").is_file()
+
+
 def test_a_card_that_a_kill_prevented_is_written(run, capfd):
     """With the end, at the time when the model was written."""
     (run / "final/README.md").unlink()
@@ -178,6 +212,18 @@ def test_a_damaged_model_without_checkpoints_is_left_alone(run, capfd):
     said = again(capfd, code=2)
     assert "run/final is damaged (" in said and "no checkpoint is there to export it from" in said
     assert (run / "final/config.json").is_file()
+
+
+def test_a_manifest_that_a_kill_prevented_is_written(run, capfd):
+    """And what the kill has left half-written in final/ is removed, before its card is written."""
+    manifest = run / "final/manifest.json"
+    written = manifest.read_text()
+    manifest.rename(run / "final/.partial-manifest.json")
+    (run / "final/README.md").rename(run / "final/.partial-README.md")
+    assert "nothing left to do" in again(capfd)
+    assert manifest.read_text() == written and not list(run.rglob(".partial-*"))
+    flip(run / "final" / WEIGHTS, 9999)
+    assert "exported again" in again(capfd)
 
 
 @pytest.mark.parametrize("ending", ["interrupted", "before the settings"])

@@ -92,8 +92,8 @@ def test_a_run_speaks_once_in_plain_lines(machines):
     shown = [int(line.split()[1]) for line in steps]
     assert shown[0] == 0 and shown[-1] == 8 and sorted(set(shown)) == shown
     for step, line in zip(shown[1:], steps[1:], strict=True):
-        assert line.startswith(f"step {step} of 8, loss={losses[step - 1]:.4f}, ")
-        assert re.search(r", \d\d:\d\d so far, \d\d:\d\d left$", line)
+        assert line.startswith(f"step {step} of 8, loss {losses[step - 1]:.3f} acc ")
+        assert re.search(r" in \d\d:\d\d, \d\d:\d\d left$", line)
     lines = [line for line in first[0].splitlines() if line]
     assert len(lines) == len(set(lines)) < 10
     assert f"wrote {output / 'final'}" in lines

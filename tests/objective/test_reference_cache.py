@@ -81,9 +81,11 @@ def test_a_shape_field_that_a_cache_lacks_has_its_default(
     folder, identity, online = setting
     cached_log_probs(folder, folder, identity, online)
     shape = tiny_model.shape
-    later = make_dataclass("Later", [("qk_norm", bool, False)], bases=(type(shape),), frozen=True)
+    later = make_dataclass(
+        "Later", [("sandwich_norm", bool, False)], bases=(type(shape),), frozen=True
+    )
     monkeypatch.setattr(reference_cache, "ModelShape", later)
-    edited = later(**asdict(shape), qk_norm=value)
+    edited = later(**asdict(shape), sandwich_norm=value)
     online.calls.clear()
     other = cache_identity(online.pairs, REFERENCE, edited, torch.float32)
     cached_log_probs(folder, folder, other, online)
@@ -260,9 +262,10 @@ def test_leftovers_of_killed_passes_are_removed(setting, monkeypatch):
     cached_log_probs(folder, folder, identity, online)
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".safetensors"]
     (file,) = folder.glob("*.json")
-    file.with_suffix(".parts").touch()  # killed after the cache was written
+    for suffix in (".parts", ".lock"):  # killed after the cache was written
+        file.with_suffix(suffix).touch()
     cached_log_probs(folder, folder, identity, online)
-    assert not [*folder.glob("*.parts")]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
 def test_progress_is_shown_within_a_part(setting):
@@ -344,6 +347,23 @@ def test_a_stop_while_waiting(setting, monkeypatch):
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("refused", ["open", "pwrite"])
+def test_a_lock_that_cannot_be_made_is_in_nobodys_way(setting, monkeypatch, refused):
+    """There is no room for it, or for the text in it."""
+    folder, identity, online = setting
+    plain = getattr(os, refused)
+
+    def refuse(file, *others):
+        if refused == "pwrite" or str(file).endswith(".lock"):
+            no_space()
+        return plain(file, *others)
+
+    monkeypatch.setattr(turns.os, refused, refuse)
+    found = cached_log_probs(folder, folder, identity, online)
+    assert len(found) == online.pairs.response_starts[-1]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
 def test_without_locks_every_run_computes_its_own(setting, monkeypatch):

@@ -1,0 +1,113 @@
+"""final/: the trained model in Hugging Face's files, with its card, and whether it is sound."""
+
+import os
+
+import torch.distributed as dist
+
+from notus.build import Setup
+from notus.engine import checkpoint, history
+from notus.engine.best import Best
+from notus.engine.log import warn
+from notus.engine.resume import remove_leftovers
+from notus.engine.saver import export_model
+from notus.errors import UserError, agreed
+from notus.files import set_aside, writing
+from notus.model.mistral import MistralForCausalLM
+from notus.model.peft import check_fits, export_adapter, read_adapter
+from notus.model.weights import open_model
+
+
+def holds_final(setup: Setup) -> bool:
+    """Whether final/ holds the run's model; a damaged one is set aside, to be exported again.
+
+    Collective. Raises UserError, on every rank, for a damaged one without a checkpoint.
+    """
+    final = setup.output / "final"
+    sealed = (final / checkpoint.MANIFEST).is_file()  # not after a kill just before that
+    found = [os.path.lexists(final), final_damage(setup), sealed]
+    dist.broadcast_object_list(found, 0)  # a shared file system may show the ranks others
+    there, damage, sealed = found
+    if sealed and not damage:
+        damage = checkpoint.damage(final)
+    if not there or not damage:
+        return there
+    with agreed():
+        if not setup.checkpoint:
+            raise UserError(
+                f"{final} is damaged ({damage}), and no checkpoint is there to export it from; "
+                "restore it, or give it another name to train from the start"
+            )
+        if setup.ranks.first:
+            with writing(final):
+                aside = set_aside(final).name
+            warn(f"{final} is damaged ({damage}): kept as {aside}, and exported again")
+    return False
+
+
+def final_damage(setup: Setup) -> str:
+    """What is wrong with final/, by its files' sizes and headers; "" if nothing is."""
+    final, lora, shape = setup.output / "final", setup.config.model.lora, setup.models.shape
+    if final.is_symlink() or not final.is_dir():
+        return "not a folder"
+    try:
+        if lora is not None:
+            check_fits(read_adapter(final / "adapter"), shape)
+        if (lora is None or lora.merge) and open_model(str(final))[1] != shape:
+            return "its config.json is not this model's"
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def complete_final(setup: Setup) -> None:
+    """Do what a kill prevented after the model was written: manifest, end of the history, card.
+
+    Collective. Raises UserError, on every rank, when that cannot be written.
+    """
+    final = setup.output / "final"
+    with agreed():
+        history.record_end(setup.output, final.stat().st_mtime)
+        remove_leftovers(setup.output)
+        if not os.path.lexists(final / checkpoint.MANIFEST):
+            checkpoint.seal(final)
+    write_model_card(setup)
+
+
+def write_model_card(setup: Setup) -> None:
+    """Write final/README.md, unless it is there. Collective. Raises UserError, on every rank."""
+    from notus.card.card import write_card
+
+    with agreed():
+        if setup.ranks.first and not (setup.output / "final/README.md").is_file():
+            setup.ranks.say(f"wrote {write_card(setup.output)}")
+
+
+def export(setup: Setup, policy: MistralForCausalLM, best: Best | None) -> None:
+    """Write final/: the trained model, or its adapters and, if wanted, their sum with the base.
+
+    The policy then has the weights of the best checkpoint, if it is to be exported from there.
+    Collective. Raises UserError, on every rank, if that is damaged or nothing can be written.
+    """
+    final, lora = setup.output / "final", setup.config.model.lora
+    folder = best.folder(setup.output / "checkpoints") if best else None
+    if folder and setup.config.evaluation.export_best:
+        if problem := checkpoint.damage(folder):
+            raise UserError(
+                f"{problem}: the best checkpoint is damaged, and final/ was not written; "
+                "evaluation.export_best=false writes the last weights"
+            )
+        checkpoint.load_trained(folder, policy)
+        setup.ranks.say(f"the best checkpoint is {folder.name}: {best.record}")
+    if lora is None:
+        export_model(final, policy, setup.models.source)
+    else:
+        merged_here = setup.models.source.parent == setup.output
+        export_adapter(
+            final,
+            policy,
+            lora,
+            base_name=str(setup.models.source) if merged_here else setup.config.model.policy,
+            base=setup.models.source,
+        )
+    with agreed():
+        checkpoint.seal(final)
