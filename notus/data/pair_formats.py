@@ -123,8 +123,9 @@ def convert_question(row: Row, where: str) -> Outcome:
     names = [name for name in QUESTIONS if holds(row.get(name))]
     if not names or (len(names) > 1 and names != ["instruction", "input"]):
         raise UserError(
-            f"{where}: the question is in {' and '.join(names) or 'no column'}; expected one of "
-            f'{", ".join(QUESTIONS)}, or "columns": {{"prompt": ...}} in the source'
+            f"{where}: the question is in {' and '.join(names) or 'no column'}; found the columns "
+            f"{', '.join(row)}; expected one of {', '.join(QUESTIONS)}, or "
+            '"columns": {"prompt": ...} in the source'
         )
     question = "\n".join(read_text(row, name, where) for name in names)
     if isinstance(row.get("chosen"), list | dict):

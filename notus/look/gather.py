@@ -10,6 +10,7 @@ from notus.curation.curate import Curation
 from notus.curation.marks import Marks
 from notus.curation.rated_rows import RATED
 from notus.curation.rows import read_rows
+from notus.data.columns import rename
 from notus.data.formats import find_format
 from notus.data.sources import Source, read_found
 from notus.errors import UserError
@@ -101,6 +102,7 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
         curation = parse_part(given, Curation, folder / MANIFEST)
         source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
     where, row = next(read_rows(source.path, source.split))
+    row = rename(row, source.columns, where) if source.columns else row
     name = find_format(source.format, row, where, rated=True)
     if name in RATED and source.curation is None:
         source = replace(source, curation=Curation(rule=RATED[name].rules[0]))

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("source", help="what training reads, a folder of notus.curation or of eval.py preferences")
     add("--split", help="of the source, where it has splits")
     add("--format", help="of the source (default: recognized from the rows)")
+    add("--columns", metavar="JSON", help='as in a training source, e.g. {"prompt": "Question"}')
+    add("--ignore", nargs="+", metavar="NAME", help="columns and keys of messages to leave out")
     add("--curation", metavar="JSON", help='as in a training source, e.g. {"rule": "rating"}')
     add("--scores", type=Path, metavar="FILE", help="the pairs.jsonl of eval.py preferences")
     add("--rows", type=int, default=2000, help="at most so many in the page (2000)")
@@ -48,7 +50,9 @@ def write_page(options: argparse.Namespace) -> str:
     """Write the page that the options ask for; returns what it holds, in words."""
     most, seed = parse(options.rows, Count, "--rows"), parse(options.seed, Seed, "--seed")
     keys = {"path": options.source, "split": options.split, "format": options.format}
-    source = parse(keys | {"curation": read_curation(options.curation)}, Source)
+    keys |= {"columns": read_option("--columns", options.columns), "ignore": options.ignore}
+    keys["curation"] = read_option("--curation", options.curation)
+    source = parse(keys, Source)
     gathering = gather(source, seed, options.scores)
     selection = Selection(most, seed)
     for record in gathering:
@@ -64,12 +68,12 @@ def write_page(options: argparse.Namespace) -> str:
     return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
 
 
-def read_curation(text: str | None) -> Any:
-    """The value of --curation. Raises UserError if it is not JSON."""
+def read_option(name: str, text: str | None) -> Any:
+    """The value of an option that takes an object. Raises UserError if it is not JSON."""
     try:
         return None if text is None else read_json(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"--curation: not JSON: {error}; expected an object") from None
+        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
 
 
 def page_content(
@@ -91,9 +95,13 @@ def page_content(
 def command_for(source: Source, seed: int) -> str:
     """The command that makes a page of a training source."""
     given = {"--split": source.split, "--format": source.format}
+    if source.columns:
+        given["--columns"] = json.dumps(source.columns, ensure_ascii=False)
     if source.curation:
         settings, defaults = plain(source.curation), plain(Curation())
         changed = {key: value for key, value in settings.items() if value != defaults[key]}
         given |= {"--curation": json.dumps(changed), "--seed": str(seed)}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
+    if source.ignore:
+        options += ["--ignore", *source.ignore]
     return look_command(source.path, *options)

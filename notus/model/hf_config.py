@@ -146,6 +146,8 @@ def read_shape(folder: Path) -> ModelShape:
     path = folder / "config.json"
     config = decoder_config(folder)
     found = _architecture(config)
+    if found is None and (folder / "final/config.json").is_file():
+        raise UserError(f"{folder}: the folder of a run; expected its model, {folder / 'final'}")
     if found not in ARCHITECTURES:
         raise UserError(
             f"{path}: architecture is {found or 'none named'}{_other_kind(config)}, expected one "

@@ -292,3 +292,10 @@ def test_labelled_conversations_pair_up(tmp_path):
 def test_a_question_that_would_be_lost(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, row)
+
+
+def test_a_later_row_without_the_question(tmp_path):
+    answers = {"chosen": "c", "rejected": "d"}
+    message = "in no column; found the columns prompt, chosen, rejected; expected"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, {"question": "a", **answers}, {"prompt": "b", **answers})

@@ -1,6 +1,7 @@
 """What the page shows of rows, and that its counts are those of curation and training."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,22 @@ def test_the_command_of_a_source():
         """--curation '{"rule": "rating", "duplicates": "near"}' --seed 7 --out page.html"""
     )
     assert command_for(Source(path="a"), 7) == "python -m notus.look a --out page.html"
+
+
+@pytest.mark.parametrize("form", [None, "turns"])
+def test_the_command_of_a_source_with_other_columns(tmp_path, form):
+    """The page of a spreadsheet is made by the command that the dry run names."""
+    file = tmp_path / "answers.csv"
+    file.write_text("Question,Good,Bad,functions\nWhy?,So.,No.,f\n", encoding="utf-8")
+    columns = {"prompt": "Question", "chosen": "Good", "rejected": "Bad"}
+    source = Source(path=str(file), format=form, columns=columns, ignore=("functions",))
+    page = tmp_path / "page.html"
+    *options, last = shlex.split(command_for(source, 7))[3:]
+    assert (main([*options, str(page)]), last) == (0, "page.html")
+    (record,) = gather(source, 7, None)
+    assert [text for _, text in record["turns"]] == ["Why?"]
+    texts = [record["responses"][record[side]]["text"] for side in ("chosen", "rejected")]
+    assert [text.strip() for text in texts] == ["So.", "No."]
 
 
 def test_scores_that_are_nan(tmp_path):

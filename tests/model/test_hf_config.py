@@ -53,6 +53,13 @@ def test_a_recorded_shape_is_read_back(tmp_path):
     )
 
 
+def test_the_folder_of_a_run_is_not_its_model(tmp_path):
+    (tmp_path / "final").mkdir()
+    read(tmp_path / "final")
+    with pytest.raises(UserError, match="the folder of a run; expected its model, .*/final$"):
+        read(tmp_path, architectures=...)
+
+
 def test_a_shape_recorded_before_a_field_existed_has_its_default(tmp_path):
     shape = read(tmp_path)
     recorded = asdict(shape)
