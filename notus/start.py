@@ -4,6 +4,7 @@
 output_dir have been found usable. `finish` exports the model and closes the run's records.
 """
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping

@@ -63,8 +63,10 @@ def _score(place: Row, column: str, where: str) -> float | None:
     found = place[column]
     if not isinstance(found, int | float | NoneType):
         reject_column(place, column, where, "a number")
+    if found is None or found != found:  # NaN is pandas' missing number
+        return None
     try:
-        return None if found is None else float(found)
+        return float(found)
     except OverflowError:
         reject_column(place, column, where, "one below 1e308")
 

@@ -143,7 +143,7 @@ def read_found(
             if isinstance(converted, Dropped):
                 outcomes = [(None, converted)]
             elif screen:
-                outcomes = [screen_ready(converted[0], row, screen)]
+                outcomes = [screen_ready(converted[0], name, row, screen)]
             else:
                 outcomes = [(pair, None) for pair in converted]
         finished = [
@@ -160,7 +160,10 @@ def _prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
     for where, row in read_rows(source.path, source.split, source.longest_line):
         ignore = source.ignore or ()
         row = without_columns(row, ignore, reading.ignored) if ignore else row
-        row = rename(row, source.columns, where) if source.columns else row
+        if source.columns:  # whose objects may hold what is ignored
+            row = rename(row, source.columns, where)
+            inside = [name for name in ignore if name not in source.columns]
+            row = without_columns(row, inside, reading.ignored)
         row = without_keys(row, ignore, reading.ignored) if ignore else row
         reading.rows += 1
         reading.columns |= dict.fromkeys(row)
@@ -196,4 +199,4 @@ def _check_use(source: Source, name: str, where: str, responses_only: bool) -> N
     if FORMATS[name].convert is None:
         check_rule(source.path, name, rule)
     elif source.curation:
-        check_ready(source.path, name, rule)
+        check_ready(source.path, name, source.curation)

@@ -81,9 +81,9 @@ def test_a_shape_field_that_a_cache_lacks_has_its_default(
     folder, identity, online = setting
     cached_log_probs(folder, folder, identity, online)
     shape = tiny_model.shape
-    later = make_dataclass("Later", [("qk_norm", bool, False)], bases=(type(shape),), frozen=True)
+    later = make_dataclass("Later", [("later", bool, False)], bases=(type(shape),), frozen=True)
     monkeypatch.setattr(reference_cache, "ModelShape", later)
-    edited = later(**asdict(shape), qk_norm=value)
+    edited = later(**asdict(shape), later=value)
     online.calls.clear()
     other = cache_identity(online.pairs, REFERENCE, edited, torch.float32)
     cached_log_probs(folder, folder, other, online)
@@ -229,6 +229,9 @@ def test_a_cache_without_a_checksum_is_read_and_audited(setting):
     file.write_text(json.dumps(about))
     cached_log_probs(folder, folder, identity, online)
     assert online.calls == [list(range(30)), audit_sample(30).tolist()]
+    file.with_suffix(".safetensors").write_bytes(b"torn")
+    cached_log_probs(folder, folder, identity, online)
+    assert online.calls[2:] == [list(range(30))]
 
 
 @pytest.mark.parametrize("suffixes", [(".safetensors",), (".json",), (".safetensors", ".json")])
