@@ -20,7 +20,7 @@ from notus.errors import UserError
 # The columns of argilla/ultrafeedback-binarized-preferences, Notus's training data.
 TEXTS = ("source", "instruction", "chosen_response", "rejected_response")
 SCORES = ("chosen_avg_rating", "rejected_avg_rating")
-SCORED = ("score_chosen", "score_rejected", "chosen_model")  # beside messages
+SCORED = ("score_chosen", "score_rejected", "chosen_model")  # next to messages
 SCHEMA = pyarrow.schema(
     [(name, pyarrow.string()) for name in TEXTS]
     + [(name, pyarrow.float64()) for name in SCORES]

@@ -65,10 +65,9 @@ def _score(place: Row, column: str, where: str) -> float | None:
         reject_column(place, column, where, "a number")
     if found is None or found != found:  # NaN is pandas' missing number
         return None
-    try:
-        return float(found)
-    except OverflowError:
+    if not abs(found) < 1e308:
         reject_column(place, column, where, "one below 1e308")
+    return float(found)
 
 
 def labels_of(row: Row) -> dict[str, str]:

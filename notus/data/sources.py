@@ -53,7 +53,7 @@ class Source:
 
 @dataclass
 class Reading:
-    """What was seen of a source's rows while they were read, for the log.
+    """Counts and columns of a source's rows, gathered while they are read, for the log.
 
     columns: of any row, in order. ignored: how many rows held what the source ignores, by name.
     """
@@ -180,7 +180,7 @@ def _labelled(rows: Iterator[PlacedRow]) -> Iterator[tuple[PlacedRow, Pair]]:
 def _pair_of(
     choice: Choice | Dropped, prompt: Prompt, where: str
 ) -> tuple[Pair | None, Dropped | None]:
-    """What becomes of a row of rated responses: a pair, or the reason why not."""
+    """The pair of a row of rated responses, or the reason why there is none."""
     if isinstance(choice, Dropped):
         return None, choice
     texts = choice.chosen["response"], choice.rejected["response"]

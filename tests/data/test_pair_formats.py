@@ -313,3 +313,10 @@ def test_a_score_that_is_nan_is_none(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": math.nan}
     pair = load_one(tmp_path, row | {"score_rejected": 2})
     assert (pair.chosen_score, pair.rejected_score) == (None, 2.0)
+
+
+@pytest.mark.parametrize("score", [math.inf, -math.inf, 10**400])
+def test_a_score_that_no_float_holds(tmp_path, score):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": score}
+    with pytest.raises(UserError, match='"score_chosen" is a number; expected one below 1e308'):
+        load(tmp_path, row | {"score_rejected": 2})
