@@ -194,7 +194,11 @@ def spoil(path: Path, kind: str, chance: random.Random, outside: Path) -> list[P
     content = bytearray(path.read_bytes() if path.is_file() else b"")
     place = chance.randrange(max(1, len(content)))
     if kind == "swapped":
-        others = sorted(p for p in path.parent.glob(f"*{path.suffix}") if p.is_file() and p != path)
+        others = sorted(
+            p
+            for p in path.parent.iterdir()
+            if p.is_file() and p.suffix == path.suffix and p != path
+        )
         if others:
             other = chance.choice(others)
             path.write_bytes(other.read_bytes()), other.write_bytes(content)

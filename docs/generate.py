@@ -1,8 +1,8 @@
-"""Writes docs/configuration.md and docs/hardware.md: `python docs/generate.py`.
+"""Writes docs/configuration.md, losses.md and hardware.md: `python docs/generate.py`.
 
 The first is made from notus/config.py: a key's meaning is the comment at its field there, the lines
-above it and the end of its own line. The second is the dry run's report on configs/notus.json, with
-pairs whose lengths follow LENGTHS.
+above it and the end of its own line. The second holds the docstrings of notus/objective/losses.py.
+The third is the dry run's report on configs/notus.json, with pairs whose lengths follow LENGTHS.
 """
 
 import ast
@@ -27,6 +27,7 @@ from notus.dryrun.estimate import UTILISATION, Estimate, fewest_gpus, usable  # 
 from notus.dryrun.memory import parameter_counts  # noqa: E402
 from notus.dryrun.preflight import hours_text  # noqa: E402
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named  # noqa: E402
+from notus.objective import losses  # noqa: E402
 from notus.strict import describe, parse  # noqa: E402
 
 HEAD = """# Configuration
@@ -125,6 +126,55 @@ def configuration() -> str:
     parts.append("\n## Settings that contradict each other\n\nThe messages, with example values:\n")
     parts += rules(CONFLICTS)
     return "\n".join(parts) + "\n"
+
+
+# -------------------------------------------------------------------------------------- the losses
+
+LOSSES = """# Losses
+
+Generated from `notus/objective/losses.py` by `python docs/generate.py`. `loss.name` picks one, the
+options below are keys of `loss`, and an option of another loss is an error. `loss.mix` adds
+several, each with a `weight`:
+`"loss": {{"mix": [{{"name": "sigmoid"}}, {{"name": "sft", "weight": 0.1}}]}}`.
+
+| for | losses |
+|---|---|
+| the published recipes of Zephyr and Notus | `sigmoid` |
+| labels of which a share is wrong | `sigmoid` with `label_smoothing`, `robust` |
+| rewards that must not grow without bound on pairs that are already right | `ipo`, `hinge` |
+| responses of very different lengths | `sigmoid_norm`, `simpo`, `ipo` |
+| no reference model | `simpo`, `orpo` |
+| chosen responses that must not become less likely | `dpop`, `rpo`, `apo_zero`, `nca_pair` |
+| chosen responses that are worse than the policy's own | `apo_down` |
+| responses that another model wrote | `wpo` |
+
+{notation}
+"""
+
+
+def loss_section(name: str) -> str:
+    """A loss's docstring, what it needs, and its options."""
+    entry = losses.LOSSES[name]
+    hints = get_type_hints(entry.function, include_extras=True)
+    lines = [f"## `{name}`", "", inspect.getdoc(entry.function), ""]
+    needs = {
+        "It reads the policy's distribution over the vocabulary at each token.": entry.uses_weights,
+        "A value depends on the step's other pairs, so each step scores them once more before its "
+        "backward pass.": entry.couples_pairs,
+    }
+    lines += [text for text, needed in needs.items() if needed]
+    for option in inspect.signature(entry.function).parameters.values():
+        if option.kind is option.KEYWORD_ONLY:
+            default = json.dumps(option.default)
+            lines.append(f"- `{option.name}`: {describe(hints[option.name])}; default {default}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def losses_page() -> str:
+    """The complete page."""
+    notation = inspect.getdoc(losses).partition("Notation in the docstrings: ")[2]
+    head = LOSSES.format(notation=f"In the formulas {notation}")
+    return "\n".join([head, *map(loss_section, losses.LOSSES)])
 
 
 # ------------------------------------------------------------------------------------ the hardware
@@ -242,4 +292,5 @@ def hardware() -> str:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "configuration.md").write_text(configuration())
+    (ROOT / "docs" / "losses.md").write_text(losses_page())
     (ROOT / "docs" / "hardware.md").write_text(hardware())

@@ -5,9 +5,10 @@ import os
 import torch.distributed as dist
 
 from notus.build import Setup
-from notus.engine import checkpoint
+from notus.engine import checkpoint, history
 from notus.engine.best import Best
 from notus.engine.log import warn
+from notus.engine.resume import remove_leftovers
 from notus.engine.saver import export_model
 from notus.errors import UserError, agreed
 from notus.files import set_aside, writing
@@ -56,6 +57,20 @@ def final_damage(setup: Setup) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def complete_final(setup: Setup) -> None:
+    """Do what a kill prevented after the model was written: manifest, end of the history, card.
+
+    Collective. Raises UserError, on every rank, when that cannot be written.
+    """
+    final = setup.output / "final"
+    with agreed():
+        history.record_end(setup.output, final.stat().st_mtime)
+        remove_leftovers(setup.output)
+        if not os.path.lexists(final / checkpoint.MANIFEST):
+            checkpoint.seal(final)
+    write_model_card(setup)
 
 
 def write_model_card(setup: Setup) -> None:

@@ -4,7 +4,6 @@
 output_dir have been found usable. `finish` exports the model and closes the run's records.
 """
 
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ from notus.engine.signals import Interrupts, Stopped
 from notus.engine.sinks import open_sinks
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
-from notus.final import export, holds_final, write_model_card
+from notus.final import complete_final, export, holds_final, write_model_card
 from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
 from notus.model.hf_config import has_vision
@@ -83,14 +82,8 @@ def open_run(
     setup = find_beginning(setup, lock, options.resume, options.model_only)
     announce(setup)
     if holds_final(setup):
-        final = setup.output / "final"
-        ranks.say(f"{final} holds the model of this run: nothing left to do")
-        with agreed():
-            history.record_end(setup.output, final.stat().st_mtime)
-            resuming.remove_leftovers(setup.output)
-            if not os.path.lexists(final / checkpoint.MANIFEST):  # after a kill just before that
-                checkpoint.seal(final)
-        write_model_card(setup)
+        ranks.say(f"{setup.output / 'final'} holds the model of this run: nothing left to do")
+        complete_final(setup)
         return None
     if config.model.lora is None:
         distributed.check_host_memory(count_parameters(setup.models.shape), ranks)

@@ -28,6 +28,7 @@ from notus.curation.marks import fingerprint
 from notus.data.formats import FORMATS, find_format
 from notus.engine.flops import gpu_named
 from notus.errors import UserError
+from notus.objective.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +51,15 @@ def test_the_configuration_page_is_generated():
     written = (ROOT / "docs/configuration.md").read_text()
     assert written == script("generate").configuration(), "run python docs/generate.py"
     assert not re.findall(r"^.*\|\s+\|$", written, re.M)  # a key without a meaning
+
+
+def test_the_page_of_losses_is_generated():
+    written = (ROOT / "docs/losses.md").read_text()
+    assert written == script("generate").losses_page(), "run python docs/generate.py"
+    assert re.findall(r"^## `(.+)`$", written, re.M) == list(LOSSES)
+    advised = re.findall(r"^\|.*\| (`.*) \|$", written, re.M)
+    names = {name for line in advised for name in re.findall(r"`(\w+)`", line)}
+    assert len(advised) == 8 and names - {"label_smoothing"} <= set(LOSSES)
 
 
 def test_the_hardware_page_is_generated():

@@ -180,7 +180,8 @@ def check_rule(path: str, name: str, rule: str | None) -> None:
     if rule is None:
         raise UserError(
             f"{path}: the rows hold ratings and no pairs yet; "
-            f'give the source "curation": {{"rule": "{rules[0]}"}}'
+            f'give the source "curation": {{"rule": "{rules[0]}"}} '
+            f"(eval.py preferences: --rule {rules[0]})"
         )
     if rule not in rules:
         expected = " or ".join(f'"{known}"' for known in rules)

@@ -165,11 +165,11 @@ class MetricsLog:
             shown = {shown_name(name): value for name, value in metrics.items()}
             self.show(lambda board: [board.add_scalar(n, v, step) for n, v in shown.items()])
             self._to_sinks(lambda sink: sink.scalars(step, metrics))
-        shown = [f"{name} {metrics[key]:{form}}" for name, key, form in SHOWN if key in metrics]
+        told = [f"{name} {metrics[key]:{form}}" for name, key, form in SHOWN if key in metrics]
         # Less than half of a step, at an epoch's end, would look like a change of the model.
-        if shown and 2 * metrics.get("pairs", self.most) >= self.most:
+        if told and 2 * metrics.get("pairs", self.most) >= self.most:
             self.most = max(self.most, metrics.get("pairs", 0))
-            self.bar.set_postfix_str(" ".join(shown), refresh=False)
+            self.bar.set_postfix_str(" ".join(told), refresh=False)
         if step == self.bar.n:  # the evaluation before the first step: not part of its pace
             self.bar.unpause()
         self.bar.update(step - self.bar.n)

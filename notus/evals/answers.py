@@ -34,7 +34,7 @@ from notus.engine.log import progress
 from notus.errors import UserError, agreed
 from notus.evals import benchmarks
 from notus.evals.benchmarks import Answered
-from notus.evals.options import BATCH_SIZES, NewPath, add_decoding_options, at_least
+from notus.evals.options import BATCH_SIZES, NewPath, add_decoding_options, at_least, model_path
 from notus.files import new_folder, read_object, write_json, write_whole
 from notus.generate.answering import answer, decoder, open_answerer
 from notus.generate.decoding import import_vllm, transformers_backend, vllm_backend
@@ -70,7 +70,8 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     own, formats = ", ".join(HUB_FILES), ("template", "published")
     suffixes = ".json for alpaca_eval, else .jsonl"
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
+    about = "a Hugging Face folder, a run's output_dir, or a hub id"
+    add("model", metavar="MODEL", type=model_path, help=about)
     add("--prompts", required=True, help=f"{own}, or a file: theirs, or rows {PROMPT_ROWS}")
     add("--out", required=True, type=Path, action=NewPath, help=suffixes)
     several = "draws for each prompt; --prompts may then be preferences of any format too"
@@ -162,6 +163,8 @@ def start(options: argparse.Namespace) -> Ranks:
     """
     if options.backend == "vllm":
         import_vllm()
+        if options.device != "auto":
+            raise UserError("--device: vLLM finds its own; leave it out")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
                 "--backend vllm: started by torchrun with several processes; expected one, because "
@@ -173,7 +176,7 @@ def start(options: argparse.Namespace) -> Ranks:
             "--tensor-parallel: does nothing with --backend transformers; leave it out, or start "
             "one process per GPU with torchrun, and they share the prompts"
         )
-    return distributed.start()
+    return distributed.start(options.device)
 
 
 def check_options(

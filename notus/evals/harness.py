@@ -18,7 +18,7 @@ import torch
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.evals.leaderboard import read_results, report_lm_eval
-from notus.evals.options import add_json_option, at_least
+from notus.evals.options import add_json_option, at_least, model_path
 from notus.evals.published import LEADERBOARD_TASKS
 from notus.files import write_whole
 from notus.model.weights import open_model
@@ -30,7 +30,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     about = "run lm-evaluation-harness with the few-shot counts of Notus's table"
     parser = commands.add_parser("harness", help=about, description=about)
     add, dtypes, out = parser.add_argument, ("bfloat16", "float16", "float32"), "runs/lm_eval"
-    add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
+    about = "a Hugging Face folder, a run's output_dir, or a hub id"
+    add("model", metavar="MODEL", type=model_path, help=about)
     add("--tasks", default="openllm", help="comma-separated names (default: the table's seven)")
     add("--tasks-dir", type=Path, help="a folder of your own task files (YAML), for --tasks")
     add("--out", type=Path, default=Path(out), help=f"results go to OUT/MODEL (default: {out})")

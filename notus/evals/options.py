@@ -21,6 +21,12 @@ class NewPath(argparse.Action):
         setattr(options, self.dest, path)
 
 
+def model_path(text: str) -> str:
+    """A model's folder or hub id, for argparse; a run's output_dir becomes its final/."""
+    final = Path(text) / "final"
+    return str(final) if final.is_dir() and (Path(text) / "metrics.jsonl").is_file() else text
+
+
 def at_least(minimum: int, kind: type = int) -> Callable[[str], Any]:
     """A converter for argparse: finite numbers of a type, from `minimum` on."""
 
@@ -56,6 +62,7 @@ def add_decoding_options(
     add("--seed", type=at_least(0), default=0, help="(default: %(default)s)")
     add("--batch-size", type=at_least(1), help=f"prompts at a time (default: {sizes})")
     add("--dtype", choices=dtypes, default="auto", help=stored)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

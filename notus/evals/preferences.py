@@ -25,7 +25,7 @@ from notus.engine.metrics import all_log_probs, summarize
 from notus.engine.pair_records import describe_pairs, pair_records
 from notus.errors import UserError, agreed
 from notus.evals.accuracy import Row, section_scores, table
-from notus.evals.options import NewPath
+from notus.evals.options import NewPath, model_path
 from notus.files import new_folder, write_json, write_whole
 from notus.model.hf_config import read_shape
 from notus.model.weights import load_weights, open_model
@@ -44,8 +44,9 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     styles, dtypes = ("clean", "trl-0.7.4"), ("bfloat16", "float32")
     add = parser.add_argument
-    add("model", help="folder or hub id")
-    add("--reference", help="folder or hub id; without it only the model's log-probs decide")
+    add("model", type=model_path, help="folder, a run's output_dir, or hub id")
+    about = "another of these; without it only the model's log-probs decide"
+    add("--reference", type=model_path, help=about)
     add("--data", nargs="+", required=True, help="files, folders or hub ids")
     add("--split", help="of the data, where it has splits")
     add("--format", help="of the data (default: recognized from the rows)")

@@ -123,11 +123,13 @@ def _check(row: Mapping[str, Any], where: str) -> None:
     if "sha256" not in row:
         raise UserError(f'{where}: no "sha256", so an earlier version wrote it: evaluate again')
     for key, kind in (("sha256", str), ("right", bool), ("set", str), ("source", str)):
-        if not isinstance(row.get(key, kind()), kind):
-            raise UserError(f"{where}: {key} is {row[key]!r:.60}; expected {kind.__name__}")
+        found = row.get(key, kind() if key in ("set", "source") else None)
+        if not isinstance(found, kind):
+            raise UserError(f"{where}: {key} is {found!r:.60}; expected {kind.__name__}")
     for key in ("margin", "loss", "chosen_tokens", "rejected_tokens"):
         value = row.get(key, 0 if key == "loss" else None)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 1e300:  # nor nan, nor an integer that no float holds
             raise UserError(f"{where}: {key} is {json.dumps(value):.60}; expected a finite number")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from notus.engine import distributed
 from notus.errors import agreed
 from notus.evals.answers import default_name
-from notus.evals.options import BATCH_SIZES, NewPath, add_decoding_options
+from notus.evals.options import BATCH_SIZES, NewPath, add_decoding_options, model_path
 from notus.files import write_whole
 from notus.generate.answering import open_answerer, respond_all
 from notus.generate.prompts import PROMPT_ROWS, check_template, read_prompt_set
@@ -26,8 +26,9 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "Markdown. Under torchrun the GPUs share the prompts.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a Hugging Face folder or hub id")
-    add("--reference", required=True, metavar="REF", help="another of the same")
+    about = "a Hugging Face folder, a run's output_dir, or a hub id"
+    add("model", metavar="MODEL", type=model_path, help=about)
+    add("--reference", required=True, type=model_path, metavar="REF", help="another of the same")
     add("--prompts", required=True, help=f"a file: rows {PROMPT_ROWS}, or a benchmark's questions")
     add("--out", type=Path, action=NewPath, metavar="FILE", help="(default: standard output)")
     add("--system-prompt", help="a system turn for conversations without one")
@@ -37,7 +38,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def answer_both(options: argparse.Namespace) -> None:
     """Answer all prompts with both models and write or print the page. Collective."""
-    ranks = distributed.start()
+    ranks = distributed.start(options.device)
     with agreed():
         prompts, _ = read_prompt_set(options.prompts)
         folders = {}

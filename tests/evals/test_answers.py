@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -102,16 +103,18 @@ def test_alpaca_eval_s_file(other, instructions, tmp_path):
     ]
 
 
-def test_own_prompts_keep_their_rows(demo, tmp_path):
+def test_own_prompts_keep_their_rows_and_a_run_is_its_final_model(demo, tmp_path):
+    shutil.copytree(demo / "sft", tmp_path / "my-run/final")
+    (tmp_path / "my-run/metrics.jsonl").touch()
     file, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
     file.write_text('{"prompt": "Once", "id": 7}\n')
-    assert generate(demo / "sft", file, out) == 0
+    assert generate(tmp_path / "my-run", file, out, "--device", "cpu") == 0
     (row,) = rows_of(out)
     assert row | {"response": "?"} == {
         "prompt": "Once",
         "id": 7,
         "response": "?",
-        "generator": "sft",
+        "generator": "my-run",
     }
 
 

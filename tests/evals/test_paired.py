@@ -184,9 +184,12 @@ def test_mistakes_name_the_file(tmp_path, capsys):
     for key, value, message in [
         ("sha256", None, 'eval_pairs.jsonl:1: no "sha256", so an earlier version wrote it'),
         ("right", 1, "right is 1; expected bool"),
+        ("right", None, "right is None; expected bool"),
         ("source", 3, "source is 3; expected str"),
         ("loss", None, "loss is null; expected a finite number"),
         ("margin", True, "margin is true; expected a finite number"),
+        ("margin", math.nan, "margin is NaN; expected a finite number"),
+        ("chosen_tokens", 10**400, "chosen_tokens is 1000000000"),
     ]:
         (row,) = records([1.0])
         row = row | {key: value}

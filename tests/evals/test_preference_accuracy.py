@@ -131,6 +131,14 @@ def test_another_vocabulary_is_refused(demo, data, tiny_folder, tmp_path, capsys
     assert "has a vocabulary of 61 tokens, the policy" in capsys.readouterr().err
 
 
+def test_rated_rows_are_told_the_option(demo, data, tmp_path, capsys):
+    words = [
+        w for w in arguments(demo, data, tmp_path / "out") if w not in ("--rule", "mean-rating")
+    ]
+    assert command.main(words) == 2
+    assert "(eval.py preferences: --rule mean-rating)" in capsys.readouterr().err
+
+
 def test_figures(tmp_path):
     pytest.importorskip("matplotlib")
     from notus.evals.preferences import figures

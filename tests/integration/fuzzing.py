@@ -255,6 +255,11 @@ def write_place(demo: Path, place: Path) -> None:
     lines = ({"step": step, **evaluation} for step in (0, 100, 200))
     (place / "run/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (place / "run/config.json").write_text(json.dumps(config))
+    lengths = {"chosen_tokens": 3, "rejected_tokens": 4}
+    record = {"set": "s", "source": "web", "right": True, "margin": 0.5, "loss": 0.4} | lengths
+    pairs = ({"sha256": digit, **record} for digit in "123")
+    (place / "run/eval_pairs.jsonl").write_text("".join(f"{json.dumps(p)}\n" for p in pairs))
+    shutil.copytree(place / "run", place / "other")
 
 
 def dry_run(*overrides: str) -> Callable[[], int]:
@@ -296,6 +301,7 @@ TARGETS = {
     "lm_eval": Target("results.json", spoil_json, score("score", "lm_eval", "results.json")),
     "metrics": Target("run/metrics.jsonl", spoil_lines, score("compare", "run")),
     "a run's settings": Target("run/config.json", spoil_json, score("compare", "run")),
+    "a run's pairs": Target("run/eval_pairs.jsonl", spoil_lines, score("compare", "other", "run")),
 }
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from faults import wait_in_step
+from notus.curation.curate import Curation
+from notus.data.preferences import Source, load_preferences
 from ranks import kill, run_ranks, start, train_each, wait_for, wait_for_words
 from runs import base_config, checkpoints, metrics, stored
 
@@ -16,16 +18,24 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def config(demo, tmp_path_factory) -> str:
-    """The file of a run of six steps, the best of which is not the last."""
+    """The file of a run of six steps, the last of which is the worst on swapped pairs."""
     settings = base_config(demo)
     (source,) = settings["data"]["train"]
-    held_out = source | {"path": str(demo / "heldout.jsonl")}
-    settings["data"]["eval"] = {"far": held_out | {"weight": 0.5}, "own": source}
+    folder = tmp_path_factory.mktemp("best")
+    curation = Curation(rule="mean-rating")
+    held_out = Source(path=str(demo / "heldout.jsonl"), curation=curation)
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.rejected, "rejected": pair.chosen}
+        for pair in load_preferences([held_out], seed=0).train
+    ]
+    (folder / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    swapped = {"path": str(folder / "swapped.jsonl"), "weight": 0.5}
+    settings["data"]["eval"] = {"far": swapped, "own": source}
     settings["optimizer"]["learning_rate"] = 1e-2
     settings["train"] = {"pairs_per_step": 12, "epochs": 2, "max_steps": STEPS}
-    settings["evaluation"] = {"every": 2, "best": "eval_far/logps/chosen", "export_best": True}
+    settings["evaluation"] = {"every": 2, "best": "eval_far/loss", "export_best": True}
     settings["checkpoint"] = {"every": 2, "keep": 1}
-    file = tmp_path_factory.mktemp("best") / "config.json"
+    file = folder / "config.json"
     file.write_text(json.dumps(settings))
     return str(file)
 
@@ -46,8 +56,8 @@ def test_killed_and_resumed_it_has_the_same_best(config, ranks, tmp_path):
     code, told = run_ranks(runs[1], log, ranks)
     assert code == 0 and f"after {STEPS - 2} steps" in told
     lines = [line for line in metrics(whole) if "eval_loss" in line]
-    values = {line["step"]: line["eval_far/logps/chosen"] for line in lines if line["step"]}
-    best = max(values, key=values.get)
+    values = {line["step"]: line["eval_far/loss"] for line in lines if line["step"]}
+    best = min(values, key=values.get)
     assert best < STEPS and len(values) == 3
     names = [f"step-{best:08d}", f"step-{STEPS:08d}"]
     assert checkpoints(whole) == checkpoints(killed) == names
@@ -66,5 +76,5 @@ def test_killed_and_resumed_it_has_the_same_best(config, ranks, tmp_path):
     assert f"weights are those after step {best}, the best by eval_far" in " ".join(
         (killed / "final/README.md").read_text().split()
     )
-    (after,) = re.findall(r"^eval_far/logps/chosen +\S+ +(\S+)$", told, re.M)
+    (after,) = re.findall(r"^eval_far/loss +\S+ +(\S+)$", told, re.M)
     assert float(after) == pytest.approx(values[best], abs=1e-4)

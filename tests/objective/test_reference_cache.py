@@ -81,9 +81,11 @@ def test_a_shape_field_that_a_cache_lacks_has_its_default(
     folder, identity, online = setting
     cached_log_probs(folder, folder, identity, online)
     shape = tiny_model.shape
-    later = make_dataclass("Later", [("later", bool, False)], bases=(type(shape),), frozen=True)
+    later = make_dataclass(
+        "Later", [("sandwich_norm", bool, False)], bases=(type(shape),), frozen=True
+    )
     monkeypatch.setattr(reference_cache, "ModelShape", later)
-    edited = later(**asdict(shape), later=value)
+    edited = later(**asdict(shape), sandwich_norm=value)
     online.calls.clear()
     other = cache_identity(online.pairs, REFERENCE, edited, torch.float32)
     cached_log_probs(folder, folder, other, online)
