@@ -45,7 +45,7 @@ def holds_final(setup: Setup) -> bool:
 
 
 def final_damage(setup: Setup) -> str:
-    """What is wrong with final/, by its files' sizes and headers; "" if nothing is."""
+    """The damage of final/, by its files' sizes and headers; "" if nothing is."""
     final, lora, shape = setup.output / "final", setup.config.model.lora, setup.models.shape
     if final.is_symlink() or not final.is_dir():
         return "not a folder"

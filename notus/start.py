@@ -304,7 +304,7 @@ def claim_output_dir(
 
 
 def open_best(setup: Setup) -> Best | None:
-    """What the run knows of its best checkpoint; None without evaluation.best. Collective."""
+    """The record of the run's best checkpoint; None without evaluation.best. Collective."""
     metric = setup.config.evaluation.best
     if metric is None or setup.held_out is None:
         return None

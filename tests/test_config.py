@@ -641,6 +641,7 @@ def test_every_field_is_read() -> None:
         "data/preferences.py",
         "data/sources.py",
         "curation/curate.py",
+        "curation/command.py",
         "model/lora.py",
         "model/peft.py",
     ):

@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 import eval as evaluation_commands
 import train
 from notus.config import load_config
-from notus.curation import curate
+from notus.curation import command
 from notus.curation.marks import fingerprint
 from notus.data.formats import FORMATS, find_format
 from notus.engine.flops import gpu_named
@@ -334,7 +334,7 @@ def small(demo, tmp_path_factory):
     shutil.copy(demo / "preferences.jsonl", folder / "openbmb/UltraFeedback/train.jsonl")
     # Absolute paths, because the recipes' check runs in another folder.
     pairs = folder / "argilla/ultrafeedback-binarized-preferences"
-    assert curate.main([str(demo / "preferences.jsonl"), "--out", str(pairs)]) == 0
+    assert command.main([str(demo / "preferences.jsonl"), "--out", str(pairs)]) == 0
     notus = json.loads((folder / "configs/notus.json").read_text())
     notus["model"]["policy"] = str(folder / notus["model"]["policy"])
     notus["data"]["train"][0]["path"] = str(pairs)

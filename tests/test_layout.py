@@ -17,7 +17,7 @@ ORDER = """
     curation.rows data.messages
     curation.rated_rows curation.ratings curation.decontamination curation.marks curation.report
     data.pairs data.pair_formats data.answer_formats data.formats data.columns
-    curation.records curation.curate
+    curation.curate curation.records curation.command
     data.sources data.preferences
     data.tokenizer data.special_tokens data.token_arrays data.template data.tokenization
     data.planning data.packing data.dataset

@@ -6,6 +6,7 @@ ratings          ratings of responses, and the rules that pick a pair
 decontamination  prompts of benchmarks and repeated prompts
 marks            marks that a person set on rows, and the rows they belong to
 report           counts and figures of a curated set
+curate           the settings, and the rules for a row
 records          the rows that a curation writes
-curate           the rules applied to a set, and the command
+command          the command, which curates a set
 """

@@ -1,5 +1,5 @@
 import sys
 
-from notus.curation.curate import main
+from notus.curation.command import main
 
 sys.exit(main())

@@ -71,9 +71,12 @@ class Marks:
             self._marks[mark.prompt][key] = where, mark
             self._unseen[where] = mark
 
+    def __bool__(self) -> bool:
+        return bool(self._marks)
+
     def find(self, prompt: Prompt, responses: Sequence[Prompt], where: str) -> Mark | None:
         """The mark of a row. Raises UserError if it has several, which differ."""
-        if not (marks := self._marks.get(fingerprint(prompt)) if self._marks else None):
+        if not (marks := self._marks.get(fingerprint(prompt)) if self else None):
             return None
         held = set(map(fingerprint, responses))
         fitting = [placed for key, placed in marks.items() if key <= held]

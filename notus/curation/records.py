@@ -1,6 +1,7 @@
 """The records that a curation writes: of pairs, by the columns of Argilla's set, and of drops."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from notus.errors import UserError
 # The columns of argilla/ultrafeedback-binarized-preferences, Notus's training data.
 TEXTS = ("source", "instruction", "chosen_response", "rejected_response")
 SCORES = ("chosen_avg_rating", "rejected_avg_rating")
-SCORED = ("score_chosen", "score_rejected", "chosen_model")  # beside messages
+SCORED = ("score_chosen", "score_rejected", "chosen_model")  # next to messages
 SCHEMA = pyarrow.schema(
     [(name, pyarrow.string()) for name in TEXTS]
     + [(name, pyarrow.float64()) for name in SCORES]
@@ -74,9 +75,11 @@ def row_of_pair(pair: Pair, source: str | None) -> Row:
 
 
 def write_lines(path: Path, records: Iterable[Row]) -> None:
-    """Write JSONL."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+    """Write JSONL. Values that JSON does not have (dates of Parquet) become text."""
+    lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    # Half a surrogate pair may be in a column that no format reads; UTF-8 has none.
+    text = re.sub("[\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], "".join(lines))
+    path.write_text(text, encoding="utf-8")
 
 
 def table_of(pairs: Sequence[Row], path: str) -> pyarrow.Table:

@@ -5,7 +5,7 @@ pairs           the preference pair, its scores and labels
 pair_formats    rows of a chosen and a rejected response become pairs
 answer_formats  rows of one response each
 formats         the table of formats, and how each is recognised
-columns         columns beside a format's own: renamed, left out, added or refused
+columns         columns besides a format's own: renamed, left out, added or refused
 sources         one source's rows become pairs
 preferences     sources are mixed, split and cleaned
 tokenizer       the tokenizer of a model folder

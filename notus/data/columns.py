@@ -1,4 +1,4 @@
-"""The columns of a row beside its format's own: renamed, left out on request, added, or refused.
+"""The columns of a row besides its format's own: renamed, left out on request, added, or refused.
 
 Nothing that may change a prompt or a response is dropped silently. `complete` puts the system
 turn, the tools and the options of the chat template into the pair, whatever its format, and refuses

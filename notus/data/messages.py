@@ -1,4 +1,4 @@
-"""The messages of a conversation and the tools beside them, read from a row and checked.
+"""The messages of a conversation and its tools, read from a row and checked.
 
 A message is {"role", "content"} as text. Every other key (`tool_calls`, `reasoning_content`, ...)
 is kept for the chat template, which has to write what the key holds (template.py).

@@ -3,6 +3,7 @@
 A converter takes a row and its origin; it returns a list of one pair, or the reason for none.
 """
 
+from math import isfinite
 from os.path import commonprefix
 from typing import Any
 
@@ -196,8 +197,8 @@ def convert_strength(columns: tuple[str, str, str, str], row: Row, where: str) -
     else:
         asked = helpsteer_turns(row, prompt, where)
     found = row.get(strength)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        reject_column(row, strength, where, "a number")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
+        reject_column(row, strength, where, "a finite number")
     if found == 0:
         return TIED
     scores = [max(0.0, -float(found)), max(0.0, float(found))]
@@ -210,7 +211,7 @@ def convert_saferlhf(label: str, row: Row, where: str) -> Outcome:
     if isinstance(better, bool) or better not in (0, 1):
         reject_column(row, label, where, "0 or 1")
     responses = [read_text(row, f"response_{i}", where) for i in (0, 1)]
-    return _one_of_two(read_text(row, "prompt", where), responses, better, where, [])
+    return _one_of_two(read_text(row, "prompt", where), responses, int(better), where, [])
 
 
 def convert_halos(row: Row, where: str) -> Outcome:
@@ -223,4 +224,6 @@ def convert_halos(row: Row, where: str) -> Outcome:
     rewards = [row.get(f"reward_{name}") for name in "AB"]
     if not all(isinstance(reward, int | float) for reward in rewards):
         rewards = []
-    return _one_of_two(prompt, outputs, 1 - label, where, [float(reward) for reward in rewards])
+    return _one_of_two(
+        prompt, outputs, 1 - int(label), where, [float(reward) for reward in rewards]
+    )

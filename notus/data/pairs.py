@@ -63,10 +63,11 @@ def _score(place: Row, column: str, where: str) -> float | None:
     found = place[column]
     if not isinstance(found, int | float | NoneType):
         reject_column(place, column, where, "a number")
-    try:
-        return None if found is None else float(found)
-    except OverflowError:
+    if found is None or found != found:  # NaN is pandas' missing number
+        return None
+    if not abs(found) < 1e308:
         reject_column(place, column, where, "one below 1e308")
+    return float(found)
 
 
 def labels_of(row: Row) -> dict[str, str]:

@@ -53,7 +53,7 @@ class Source:
 
 @dataclass
 class Reading:
-    """What was seen of a source's rows while they were read, for the log.
+    """Counts and columns of a source's rows, gathered while they are read, for the log.
 
     columns: of any row, in order. ignored: how many rows held what the source ignores, by name.
     """
@@ -143,7 +143,7 @@ def read_found(
             if isinstance(converted, Dropped):
                 outcomes = [(None, converted)]
             elif screen:
-                outcomes = [screen_ready(converted[0], row, screen)]
+                outcomes = [screen_ready(converted[0], name, row, screen)]
             else:
                 outcomes = [(pair, None) for pair in converted]
         finished = [
@@ -160,7 +160,10 @@ def _prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
     for where, row in read_rows(source.path, source.split, source.longest_line):
         ignore = source.ignore or ()
         row = without_columns(row, ignore, reading.ignored) if ignore else row
-        row = rename(row, source.columns, where) if source.columns else row
+        if source.columns:  # whose objects may hold what is ignored
+            row = rename(row, source.columns, where)
+            inside = [name for name in ignore if name not in source.columns]
+            row = without_columns(row, inside, reading.ignored)
         row = without_keys(row, ignore, reading.ignored) if ignore else row
         reading.rows += 1
         reading.columns |= dict.fromkeys(row)
@@ -177,7 +180,7 @@ def _labelled(rows: Iterator[PlacedRow]) -> Iterator[tuple[PlacedRow, Pair]]:
 def _pair_of(
     choice: Choice | Dropped, prompt: Prompt, where: str
 ) -> tuple[Pair | None, Dropped | None]:
-    """What becomes of a row of rated responses: a pair, or the reason why not."""
+    """The pair of a row of rated responses, or the reason why there is none."""
     if isinstance(choice, Dropped):
         return None, choice
     texts = choice.chosen["response"], choice.rejected["response"]
@@ -196,4 +199,4 @@ def _check_use(source: Source, name: str, where: str, responses_only: bool) -> N
     if FORMATS[name].convert is None:
         check_rule(source.path, name, rule)
     elif source.curation:
-        check_ready(source.path, name, rule)
+        check_ready(source.path, name, source.curation)

@@ -34,7 +34,7 @@ QK_NORMS = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}  # where shape
 
 
 class Adapters(NamedTuple):
-    """What the adapters of one block add to and take from its activations, in numbers per token."""
+    """The change of one block's activations by its adapters, in numbers per token."""
 
     results: int  # of the products with A and with B
     thin: int  # of these, with A: what B multiplies

@@ -39,7 +39,7 @@ def _changing_columns(source: Source) -> Iterator[str]:
     """The first row of a local source whose columns are not those of its first row."""
     if not Path(source.path).expanduser().exists():
         return  # a data set on the hub has the same columns in every row
-    rows = read_rows(source.path, source.split)
+    rows = read_rows(source.path, source.split, source.longest_line)
     where, first = next(rows)
     for place, row in rows:
         if row.keys() != first.keys():

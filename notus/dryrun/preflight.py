@@ -70,7 +70,8 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(models.tokenizer)
         ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
         if config.train.objective == "dpo":  # the page shows pairs
-            commands = [command_for(source, config.train.seed) for source in config.data.train]
+            seed = config.train.seed if config.data.seed is None else config.data.seed
+            commands = [command_for(source, seed) for source in config.data.train]
             ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
         rows = data["train"].rows
         for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):

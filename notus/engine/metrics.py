@@ -99,7 +99,9 @@ def summarize(scored: PairLogProbs, loss: Loss) -> dict[str, float]:
     sums = pair_metrics(loss(scored), scored, loss)
     metrics = {name: float(top / bottom) for name, (top, bottom) in sums.items()}
     if not loss.uses_rejected:  # the loss is the negative log-likelihood per token
-        metrics["perplexity"] = math.exp(metrics["loss"])
+        loss_per_token = metrics["loss"]
+        # math.exp raises an error where a float has no room.
+        metrics["perplexity"] = math.inf if loss_per_token > 709 else math.exp(loss_per_token)
     return metrics
 
 

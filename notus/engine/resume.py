@@ -79,7 +79,7 @@ def check_output_dir(folder: Path, settings: Plain, resume: str, resolve: Resolv
         return
     advice = "give another output_dir"
     saves = folder / "checkpoints"
-    if os.path.lexists(saves) and not saves.is_dir():  # training would begin anew, and save nothing
+    if os.path.lexists(saves) and not saves.is_dir():  # training would restart, and save nothing
         raise UserError(f"{saves}: found no folder, expected the run's checkpoints; restore them")
     earlier, _ = recorded_settings(folder, settings, resolve)
     if not _are_settings(earlier, settings):
@@ -109,7 +109,7 @@ def recorded_settings(folder: Path, settings: Plain, resolve: Resolve) -> tuple[
 
 
 def restore_settings(folder: Path, settings: Plain, resolve: Resolve) -> None:
-    """Write damaged settings of a run anew, on rank 0 only. Raises UserError there."""
+    """Restore damaged settings of a run, on rank 0 only. Raises UserError there."""
     if dist.get_rank() == 0 and folder.exists():
         earlier, place = recorded_settings(folder, settings, resolve)
         if place:

@@ -1,6 +1,6 @@
 """A page to look at pairs, sort, filter and mark them: `python -m notus.look`.
 
-gather     what SOURCE stands for, and the records of its rows
+gather     the rows that SOURCE names, and their records
 record     a row -> what the page shows of it, and its numbers
 scores     what a model says of pairs
 selection  the rows that a page holds

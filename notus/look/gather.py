@@ -1,4 +1,4 @@
-"""What SOURCE stands for, and the records of its rows."""
+"""The rows that SOURCE names, and their records."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,9 +84,9 @@ class Gathering:
 
 
 def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
-    """The records that `source` stands for.
+    """The records of the rows that `source` names.
 
-    A folder of notus.curation stands for the rows that it was made of, under its settings; one of
+    A folder of notus.curation names the rows that it was made of, under its settings; one of
     `eval.py preferences` for its pairs with their scores. Rated rows without a curation get the
     rule that fits them. Raises UserError if a manifest, the scores or the first row is malformed.
     """

@@ -79,7 +79,7 @@ def read_option(name: str, text: str | None) -> Any:
 def page_content(
     gathering: Gathering, records: Sequence[Any], count: int, chosen: str
 ) -> dict[str, Any]:
-    """What the page holds; see page.js."""
+    """The data of the page; see page.js."""
     rule = gathering.source.curation and gathering.source.curation.rule
     return {
         "source": gathering.source.path,

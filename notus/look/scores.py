@@ -1,4 +1,4 @@
-"""What a model says of pairs: the pairs.jsonl of `eval.py preferences`, found again by texts."""
+"""A model's log-probs of pairs, from the pairs.jsonl of `eval.py preferences`, found by texts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -188,7 +188,7 @@ def _architecture(config: dict[str, Any]) -> Any:
 
 
 def _other_kind(config: Any) -> str:
-    """What a model that is not read has and the decoder has not, in words; "" if it is unknown."""
+    """The parts of an unsupported model that the decoder lacks, in words; "" if unknown."""
     entries = config if isinstance(config, dict) else {}
     kinds = dict.fromkeys(kind for entry, kind in OTHER_KINDS.items() if entries.get(entry))
     return f" ({' and '.join(kinds)})" if kinds else ""

@@ -68,7 +68,7 @@ def _attention_factor(yarn: Yarn) -> float:
 
 
 class Rope(NamedTuple):
-    """What depends on the slots' positions: float32 tables, the same in all layers."""
+    """The tables that depend on the slots' positions: float32, the same in all layers."""
 
     cos: Tensor  # [T, 1, H]
     sin: Tensor  # [T, 1, H]

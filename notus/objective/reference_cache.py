@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -200,7 +201,8 @@ def _agreed_on_files(path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{path}: cannot be read or written ({error.strerror})") from None
+            place = error.filename or path
+            raise UserError(f"{place}: cannot be read or written ({error.strerror})") from None
 
 
 def _key(identity: Mapping[str, Any]) -> str:
@@ -240,7 +242,14 @@ def _read(
                     with suppress(OSError):  # or before the turn ended; the cache may be others'
                         path.with_suffix(".lock").unlink()
                     return path, log_probs
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        except (
+            FileNotFoundError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):
             continue
     for path in sorted(unusable):
         say(f"{path}: incomplete or damaged; its log-probs are computed again")

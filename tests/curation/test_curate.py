@@ -1,3 +1,4 @@
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -13,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from notus.curation import report as curation_report
-from notus.curation.curate import Curation, Screen, curate, curate_row, main
+from notus.curation.command import curate, main
+from notus.curation.curate import Curation, Screen, curate_row
 from notus.curation.decontamination import Dropped
 from notus.curation.rated_rows import read_ultrafeedback
 from notus.curation.rows import read_rows
@@ -444,7 +446,7 @@ def test_an_interrupted_run_leaves_nothing(place, run, monkeypatch):
         raise KeyboardInterrupt
 
     before = sorted(os.listdir(place))
-    monkeypatch.setattr("notus.curation.curate.write_report", interrupt)
+    monkeypatch.setattr("notus.curation.command.write_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("raw.jsonl", "--out", "out")
     assert sorted(os.listdir(place)) == before
@@ -456,11 +458,11 @@ def test_two_runs_into_one_folder_do_not_mix(place, run, monkeypatch):
     codes = []
 
     def other_first(*arguments):
-        monkeypatch.setattr("notus.curation.curate.write_report", write_report)
+        monkeypatch.setattr("notus.curation.command.write_report", write_report)
         codes.append(run("raw.jsonl", "--out", "out", "--seed", "7")[0])
         write_report(*arguments)
 
-    monkeypatch.setattr("notus.curation.curate.write_report", other_first)
+    monkeypatch.setattr("notus.curation.command.write_report", other_first)
     code, said = run("raw.jsonl", "--out", "out")
     assert (codes, code) == ([0], 2) and "out: cannot be written" in said
     manifest = json.loads((place / "out" / "manifest.json").read_text())
@@ -599,3 +601,27 @@ def test_prompts_of_several_turns_are_written_as_messages(place, run):
     write(place / "tools.jsonl", [{**rows[0], "tools": [{"name": "w"}]}])
     code, said = run("tools.jsonl", "--out", "two")
     assert code == 2 and "tools.jsonl:1: the row has tools or options" in said
+
+
+def test_ready_pairs_keep_what_json_does_not_have(tmp_path):
+    day, half = datetime.datetime(2024, 2, 29, 12), "\ud800"
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"made": day}]), tmp_path / "a.parquet"
+    )
+    (tmp_path / "b.jsonl").write_text(json.dumps(row | {"id": half}) + "\n")
+    for name, other in (("a.parquet", {"made": "2024-02-29 12:00:00"}), ("b.jsonl", {"id": half})):
+        out = tmp_path / f"out-{name}"
+        assert main([str(tmp_path / name), "--out", str(out)]) == 0
+        assert json.loads((out / "train.jsonl").read_text()) == row | other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--agree"], ["--min-margin", "1"], ["--min-chosen", "1"], ["--rejected", "lowest"]],
+)
+def test_ready_pairs_have_no_options_of_rated_ones(tmp_path, capsys, options):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")
+    assert main([str(file), "--out", str(out), *options]) == 2 and not out.exists()
+    assert 'do nothing for rows in the format "preference"' in capsys.readouterr().err

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from notus.curation import report as curation_report
-from notus.curation.curate import Curation, main
+from notus.curation.command import main
+from notus.curation.curate import Curation
 from notus.curation.marks import fingerprint
 from notus.data.preferences import Source, load_preferences
 from notus.errors import UserError
@@ -144,3 +145,20 @@ def test_marks_of_ready_pairs(tmp_path):
     write(tmp_path / "rows.jsonl", rows[:3])
     with pytest.raises(UserError, match="marks.jsonl:4: no row has this prompt"):
         load_preferences([source], seed=0)
+
+
+def test_a_mark_on_a_conversation_has_the_rows_system_turn(tmp_path):
+    """As the page, and pairs.jsonl of `eval.py preferences`, show the prompt."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    sides = {
+        side: [{"role": "assistant", "content": text}]
+        for side, text in (("chosen", "a"), ("rejected", "b"))
+    }
+    row = {"system": "Be brief.", "prompt": turns[1:], **sides}
+    marks = write(tmp_path / "marks.jsonl", [a_mark("swap", turns, "a", "b")])
+    rows, out = write(tmp_path / "rows.jsonl", [row]), tmp_path / "out"
+    (pair,) = load_preferences([Source(path=rows, curation=Curation(marks=marks))], seed=0).train
+    assert pair.prompt == turns and pair.chosen == sides["rejected"]
+    assert main([rows, "--out", str(out), "--marks", marks]) == 0
+    written = json.loads((out / "train.jsonl").read_text())
+    assert written["prompt"] == turns and written["chosen"] == sides["rejected"]

@@ -166,3 +166,12 @@ def test_parts_of_text_are_joined_and_others_refused(tmp_path):
 def test_tools_that_are_none(tmp_path, tools):
     with pytest.raises(UserError, match='rows.jsonl:1: "tools" is .*; expected a list'):
         load(tmp_path, {**TURNS, "tools": tools})
+
+
+def test_a_field_next_to_a_renamed_one_can_be_ignored(tmp_path):
+    row = {"about": {"ask": "Why?", "context": "The sky."}, **TEXTS}
+    with pytest.raises(UserError, match='expected "ignore": ..about.context'):
+        load(tmp_path, row, columns={"prompt": "about.ask"})
+    found = load(tmp_path, row, columns={"prompt": "about.ask"}, ignore=("about.context",))
+    assert [pair.prompt for pair in found.train] == ["Why?"]
+    assert any(line.endswith('"about.context" of 1 rows is ignored') for line in found.remarks)

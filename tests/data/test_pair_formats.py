@@ -1,7 +1,9 @@
 """Published sets, each as two rows in its public schema."""
 
+import math
+
 import pytest
-from sources import assistant, load, user
+from sources import assistant, load, load_one, user
 
 from notus.curation.curate import Curation
 from notus.errors import UserError
@@ -254,7 +256,7 @@ def test_a_preference_of_strength_zero_is_none(tmp_path):
     rows, *_ = SETS["nvidia/HelpSteer3"]
     found = load(tmp_path, *rows, {**rows[0], "overall_preference": 0})
     assert found.dropped == {"neither response preferred": 1}
-    with pytest.raises(UserError, match='"overall_preference" is text; expected a number'):
+    with pytest.raises(UserError, match='"overall_preference" is text; expected a finite number'):
         load(tmp_path, {**rows[0], "overall_preference": "3"})
 
 
@@ -299,3 +301,29 @@ def test_a_later_row_without_the_question(tmp_path):
     message = "in no column; found the columns prompt, chosen, rejected; expected"
     with pytest.raises(UserError, match=message):
         load(tmp_path, {"question": "a", **answers}, {"prompt": "b", **answers})
+
+
+def test_a_label_may_be_a_whole_float_as_pandas_writes_it(tmp_path):
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1.0}
+    assert load_one(tmp_path, row, format="saferlhf-better").chosen == [assistant("b")]
+    row = {"prompt": [user("q")], "output_A": [assistant("a")], "output_B": [assistant("b")]}
+    assert load_one(tmp_path, row | {"label": 1.0}).chosen == [assistant("a")]
+
+
+def test_a_missing_strength_prefers_neither_response(tmp_path):
+    row = {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": math.nan}
+    with pytest.raises(UserError, match='"preference_strength" is a number; expected a finite'):
+        load(tmp_path, row)
+
+
+def test_a_score_that_is_nan_is_none(tmp_path):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": math.nan}
+    pair = load_one(tmp_path, row | {"score_rejected": 2})
+    assert (pair.chosen_score, pair.rejected_score) == (None, 2.0)
+
+
+@pytest.mark.parametrize("score", [math.inf, -math.inf, 10**400])
+def test_a_score_that_no_float_holds(tmp_path, score):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": score}
+    with pytest.raises(UserError, match='"score_chosen" is a number; expected one below 1e308'):
+        load(tmp_path, row | {"score_rejected": 2})

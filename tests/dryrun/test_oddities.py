@@ -4,6 +4,7 @@ import pytest
 
 from notus.data.preferences import Source, load_preferences
 from notus.dryrun.oddities import oddities
+from notus.errors import UserError
 
 TEXT = {"prompt": "Where is Rome?", "chosen": "In Italy.", "rejected": "In Spain."}
 CHAT = {
@@ -49,3 +50,11 @@ def test_columns_that_change(tmp_path):
     assert line == (
         "pairs.jsonl:3 has other columns than pairs.jsonl:1: added source_id, missing id"
     )
+
+
+def test_a_line_as_long_as_the_source_allows(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(f"{json.dumps(TEXT)}\n")
+    source = Source(path=str(file), longest_line=len(json.dumps(TEXT)) - 1)
+    with pytest.raises(UserError, match="longest_line"):
+        list(oddities([source], [], has_template=False))

@@ -14,7 +14,14 @@ from conftest import random_pairs
 from notus.data.planning import Division
 from notus.engine import flops
 from notus.engine.flops import Speed, Work, forward_flops, model_flops
-from notus.engine.metrics import Totals, evaluate, judge_step, nonfinite_pairs, pair_metrics
+from notus.engine.metrics import (
+    Totals,
+    evaluate,
+    judge_step,
+    nonfinite_pairs,
+    pair_metrics,
+    summarize,
+)
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
 
@@ -111,6 +118,15 @@ def test_metrics_of_supervised_fine_tuning():
     found = pair_metrics(torch.tensor([3.0, 2.7]), pairs, build_loss({"name": "sft"}))
     found = {name: [float(value) for value in pair] for name, pair in found.items()}
     assert found == {"loss": [17.0, 6.0], "logps/chosen": [-17.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"), [(3.0, math.exp(3.0)), (800.0, math.inf), (math.inf, math.inf)]
+)
+def test_a_perplexity_that_no_float_holds_is_infinite(loss, perplexity):
+    unread = [math.nan]
+    pairs = log_probs([-4 * loss], unread, unread, unread, [(4, 0)])
+    assert summarize(pairs, build_loss({"name": "sft"}))["perplexity"] == perplexity
 
 
 def test_means_do_not_depend_on_the_division():

@@ -6,7 +6,7 @@ import random
 import pytest
 from chat_stub import ASPECTS, Raw, completion, rating_of, right, score_of, serving
 
-from notus.curation.curate import main as curate
+from notus.curation.command import main as curate
 from notus.feedback import judge as module
 from notus.feedback import server as server_module
 from notus.feedback.judge import main

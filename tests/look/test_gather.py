@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from notus.curation import report as curation_report
+from notus.curation.command import main as curate
 from notus.curation.curate import Curation
-from notus.curation.curate import main as curate
 from notus.curation.marks import fingerprint
 from notus.data.preferences import Source, load_preferences
 from notus.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 
 from browser import CHROMIUM, Browser
 from notus.curation import report as curation_report
-from notus.curation.curate import main as curate
+from notus.curation.command import main as curate
 from notus.curation.marks import fingerprint
 from notus.look.look import main
 from notus.look.page import make_page

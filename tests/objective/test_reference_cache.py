@@ -231,6 +231,9 @@ def test_a_cache_without_a_checksum_is_read_and_audited(setting):
     file.write_text(json.dumps(about))
     cached_log_probs(folder, folder, identity, online)
     assert online.calls == [list(range(30)), audit_sample(30).tolist()]
+    file.with_suffix(".safetensors").write_bytes(b"torn")
+    cached_log_probs(folder, folder, identity, online)
+    assert online.calls[2:] == [list(range(30))]
 
 
 @pytest.mark.parametrize("suffixes", [(".safetensors",), (".json",), (".safetensors", ".json")])
