@@ -188,11 +188,9 @@ def _ready_records(name: str, rows: Iterator[PlacedRow], screen: Screen) -> _Fou
             prompt = whole_text(pair.prompt)
             found.dropped.append(record_of_dropped(prompt, source, left_out, where))
         else:
+            completed = complete(pair, name, row, where)  # refuses what training would lose
             found.pairs.append(record_of_ready(pair, source))
-            swapped = pair is not read
-            found.rows.append(
-                row_of_pair(complete(pair, name, row, where), source) if swapped else row
-            )
+            found.rows.append(row if pair is read else row_of_pair(completed, source))
     return found
 
 

@@ -5,14 +5,16 @@ Everything is checked as at the start of a run, on the CPU and without the model
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from notus.build import build_plan, find_models, load_data, make_loss, settings_now, settings_of
 from notus.config import Config
 from notus.console import wrap
+from notus.data.dataset import Dataset
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.data.tokenizer import load_tokenizer
@@ -65,17 +67,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     with agreed():
         models = find_models(config, weights=False)
     data = load_data(config, models, ranks)
-    if ranks.first:
-        style, unit = config.data.tokenization, config.train.unit
-        tokenizer = load_tokenizer(models.tokenizer)
-        ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
-        if config.train.objective == "dpo":  # the page shows pairs
-            seed = config.train.seed if config.data.seed is None else config.data.seed
-            commands = [command_for(source, seed) for source in config.data.train]
-            ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
-        rows = data["train"].rows
-        for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
-            ranks.say(wrap(f"warning: {line}\n"))
+    with agreed():
+        if ranks.first:
+            show_data(config, ranks, data, load_tokenizer(models.tokenizer))
     refusal = refusal_of(config, ranks, options)
     pairs, held_out = data["train"].pairs, data["eval"].pairs if "eval" in data else None
     plan = build_plan(config, pairs, gpus)
@@ -85,6 +79,24 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     if refusal:
         ranks.say(wrap(f"\nWOULD NOT START: {refusal}"))
     return 0 if not refusal and (gpu is None or estimate.fits(gpu)) else 1
+
+
+def show_data(
+    config: Config,
+    ranks: Ranks,
+    data: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Print what was read and tokenized, how to look at it, and what is odd about it."""
+    style, unit = config.data.tokenization, config.train.unit
+    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
+    if config.train.objective == "dpo":  # the page shows pairs
+        seed = config.train.seed if config.data.seed is None else config.data.seed
+        commands = [command_for(source, seed) for source in config.data.train]
+        ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
+    rows = data["train"].rows
+    for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
+        ranks.say(wrap(f"warning: {line}\n"))
 
 
 def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str:
