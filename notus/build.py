@@ -339,7 +339,9 @@ def build_references(
             flat = cached_log_probs(
                 reference_folder(setup),
                 setup.output / "reference",
-                cache_identity(pairs, identity, model.shape, compute_dtype),
+                cache_identity(
+                    pairs, identity, model.shape, compute_dtype, setup.rows.prefix_sharing
+                ),
                 reference,
                 show=partial(progress, unit="reference: pair", delay=5.0) if ranks.first else None,
                 say=ranks.say,

@@ -407,7 +407,10 @@ def call(words: list[str]) -> int:
     if arguments[0] == "-m":
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", arguments[1:])
-            patch.delitem(sys.modules, arguments[1], raising=False)  # imported by another test
+            if arguments[1] in sys.modules:  # imported by another test, and put back for it
+                parent, _, name = arguments[1].rpartition(".")
+                patch.setattr(sys.modules[parent], name, sys.modules[arguments[1]])
+                patch.delitem(sys.modules, arguments[1])
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         return ended.value.code
     script, *arguments = arguments

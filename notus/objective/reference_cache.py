@@ -51,14 +51,20 @@ def cache_identity(
     reference: Mapping[str, str],
     shape: ModelShape,
     compute_dtype: torch.dtype,
+    prefix_sharing: bool = True,
 ) -> dict[str, Any]:
-    """The inputs of log-probs: caches of one identity are equal up to rounding."""
-    return {
+    """The inputs of log-probs: caches of one identity are equal up to rounding.
+
+    Without prefix sharing the roundings are others: a policy with the reference's weights would not
+    start at rewards of exactly 0 if it read another run's log-probs with it.
+    """
+    identity = {
         "reference_sha256": reference["sha256"],
         "reference_shape": asdict(shape),
         "tokens_sha256": pairs.fingerprint(),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
+    return identity if prefix_sharing else identity | {"prefix_sharing": False}
 
 
 def cached_log_probs(

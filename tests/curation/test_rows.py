@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from notus.curation import rows as curation_rows
 from notus.curation.rows import read_rows
 from notus.errors import UserError
 
@@ -147,11 +148,11 @@ def test_a_line_may_be_so_long(tmp_path):
 
 @pytest.mark.parametrize("content", [b"\n", b"[", b" "])
 def test_a_gz_file_does_not_grow_beyond_reason(tmp_path, monkeypatch, content):
-    monkeypatch.setattr("notus.curation.rows.LOOKED_AT", 2**16)
+    monkeypatch.setattr(curation_rows, "LOOKED_AT", 2**16)
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress(content * 2**20))  # 1000 times as large as the file
     with pytest.raises(UserError, match="rows.jsonl.gz: grows to more than 200 times its size"):
         list(read_rows(str(file)))
-    monkeypatch.setattr("notus.curation.rows.LOOKED_AT", 2**21)
+    monkeypatch.setattr(curation_rows, "LOOKED_AT", 2**21)
     with pytest.raises(UserError, match="holds no rows|not JSON|cannot be read"):
         list(read_rows(str(file)))

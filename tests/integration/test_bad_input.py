@@ -333,6 +333,10 @@ def test_sample_prompts_are_checked_before_training(place, capfd, row, words):
 # Models
 
 
+def longrope() -> None:
+    edit("policy/config.json", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
+
+
 def yarn() -> None:
     edit("policy/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
 
@@ -386,14 +390,15 @@ def yarn() -> None:
             lambda: edit("policy/config.json", rope_parameters=[1]),
             ("policy/config.json: the rope settings are [1], expected an object",),
         ),
-        (yarn, ("policy/config.json: rope scaling 'yarn' found, expected none or 'llama3'",)),
+        (longrope, ("config.json: rope scaling 'longrope' found, expected none, 'llama3' or",)),
+        (yarn, ("policy/config.json: yarn.factor: missing, expected a number above 0",)),
         (
             lambda: edit("policy/config.json", tie_word_embeddings="no"),
             ('policy/config.json: tie_word_embeddings: found "no", expected true or false',),
         ),
         (
             lambda: edit("policy/config.json", quantization_config={"quant_method": "gptq"}),
-            ("policy/config.json: quantization_config found, expected weights in float32",),
+            ("policy/config.json: quantization_config found (gptq), expected weights in float32",),
         ),
         (WEIGHTS.unlink, ("policy: no model.safetensors or", "expected safetensors weights")),
         (

@@ -67,6 +67,7 @@ def test_another_reference_token_or_dtype_is_another_cache(setting, tiny_model):
         cache_identity(pairs, {"sha256": "1" * 64}, shape, torch.float32),
         cache_identity(changed, REFERENCE, shape, torch.float32),
         cache_identity(pairs, REFERENCE, shape, torch.bfloat16),
+        cache_identity(pairs, REFERENCE, shape, torch.float32, prefix_sharing=False),
         cache_identity(pairs, REFERENCE, replace(shape, rope_theta=5e5), torch.float32),
     ):
         online.calls.clear()
