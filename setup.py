@@ -38,7 +38,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "matplotlib", "peft"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "peft"],
         "eval": ["lm-eval[hf]>=0.4.13"],
         "vllm": ["vllm"],
         "report": ["matplotlib"],
