@@ -1,6 +1,6 @@
 """Kills, damaged files and full disks: what they do to a run that the same command resumes.
 
-    python -m benchmarks.chaos                 # all cases: over half an hour on two CPU cores
+    python -m benchmarks.chaos                 # all cases: about 20 minutes on two quiet CPU cores
     python -m benchmarks.chaos --case damage-17  # one of them, with what it printed
 
 A tiny model trains in forks of this process. Each case is judged against the same run undisturbed:
