@@ -56,7 +56,7 @@ class Ended(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a run has left, without TensorBoard's files."""
+    """The files that a run has left, without TensorBoard's."""
 
     names: set[str]
     bits: dict[str, str]  # SHA-256 of each file of tensors
@@ -126,7 +126,7 @@ def _arm(killer: Killer) -> count:
 
 
 def record(place: Path) -> Record:
-    """What the run in `place` and its reference cache have left; links to folders are followed."""
+    """The files of the run in `place` and of its reference cache; links to folders are followed."""
     walk = [(Path(at), names) for at, _, names in os.walk(place, followlinks=True)]
     files = [
         at / name
@@ -151,7 +151,7 @@ def record(place: Path) -> Record:
 
 
 def misbehaved(ended: Ended) -> str:
-    """What is wrong with a start that nobody killed; "" if nothing is."""
+    """The fault of a start that nobody killed; "" if it has none."""
     errors = [line for line in ended.told.splitlines() if line.startswith("error: ")]
     if "Traceback" in ended.told:
         return "a traceback"

@@ -47,10 +47,12 @@ def test_lines_warnings_and_progress_that_are_refused_are_lost(number, monkeypat
 
 
 def test_a_closed_stream(monkeypatch):
-    monkeypatch.setattr(console, "_register", lambda: None)
+    registered = []
+    monkeypatch.setattr(console, "_register", lambda: registered.append(True))
     stream = io.StringIO()
     stream.close()
     console.emit("text", stream)
+    assert registered
 
 
 def test_what_is_refused_does_not_fail_again_at_the_end(tmp_path, monkeypatch):

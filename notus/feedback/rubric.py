@@ -1,4 +1,4 @@
-"""What a language model is asked about responses, and how its answer is read.
+"""The questions to a language model about responses, and the reading of its answers.
 
 The aspects and scales are UltraFeedback's (https://arxiv.org/abs/2310.01377, appendix); the wording
 is this project's own.

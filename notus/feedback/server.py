@@ -153,6 +153,6 @@ def _retry_after(header: str | None) -> float | None:
 
 
 def _words(error: HfHubHTTPError) -> str:
-    """What the server says, else the status, on one line."""
+    """The server's message, or else the status, on one line."""
     text = error.server_message or error.response.text or str(error)
     return " ".join(text.split())[:200]

@@ -243,7 +243,7 @@ function showMark() {
     button.disabled = current === null || !fits(current, button.dataset.mark);
   }
   $("note").disabled = $("all").disabled = current === null;
-  $("all").textContent = `Mark all ${order.length.toLocaleString("en")} shown alike`;
+  $("all").textContent = `Mark all ${order.length.toLocaleString("en")} shown the same`;
   if (document.activeElement !== $("note")) $("note").value = mark?.note ?? "";
   $("save").textContent = `Save ${counted(marks.size, "mark")}`;
 }

@@ -20,7 +20,7 @@ def test_a_part_of_the_sweep(tmp_path):
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """What looks like a run."""
+    """A folder that looks like a run."""
     (tmp_path / "run/final").mkdir(parents=True)
     (tmp_path / "run/final/model.safetensors").write_bytes(b"weights")
     lines = [{"step": step, "loss": 0.5, "perf/seconds": 0.1} for step in (1, 2)]

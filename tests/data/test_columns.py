@@ -1,4 +1,4 @@
-"""Columns beside a format's own: used, renamed, left out on request, or refused."""
+"""Columns other than a format's own: used, renamed, left out on request, or refused."""
 
 import json
 

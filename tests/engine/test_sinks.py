@@ -37,7 +37,7 @@ def log_run(folder: Path, names: tuple[str, ...], **about: object) -> None:
 
 
 def written(folder: Path) -> dict[str, dict[int, float]]:
-    """What metrics.jsonl holds, under the sinks' names: values by step."""
+    """The values of metrics.jsonl by step, under the sinks' names."""
     found: dict[str, dict[int, float]] = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         step = line.pop("step")

@@ -45,7 +45,7 @@ def run(ended, tmp_path, monkeypatch) -> Path:
 
 
 def again(capfd, *overrides: str, code: int = 0) -> str:
-    """What the same command prints; its exit code must be `code`."""
+    """The output of the same command; its exit code must be `code`."""
     capfd.readouterr()
     assert train.main(["config.json", *overrides]) == code
     return "".join(capfd.readouterr())
@@ -101,7 +101,7 @@ def test_a_state_that_is_damaged_too_is_passed_over(run, capfd):
 
 @pytest.mark.parametrize("link", [False, True])
 def test_checkpoints_that_are_no_folder_are_refused(run, capfd, link):
-    """Before any step: the run would begin anew."""
+    """Before any step: the run would start from its first step."""
     (run / "checkpoints").rename("elsewhere")
     if link:
         (run / "checkpoints").symlink_to("nowhere")

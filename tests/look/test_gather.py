@@ -1,4 +1,4 @@
-"""What the page shows of rows, and that its counts are those of curation and training."""
+"""The page's records of rows, and its counts, which are those of curation and training."""
 
 import json
 import shlex
