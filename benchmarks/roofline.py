@@ -1,21 +1,13 @@
-"""Limits: how fast a step can be at most on this machine, and how its cost grows.
+"""The limit: how fast a step can be at most on this machine.
 
     python -m benchmarks.roofline                 # on a GPU: Mistral-7B, and 8 of its layers
     python -m benchmarks.roofline --model toy     # on a CPU, seconds
     python -m benchmarks.roofline --model A B --tflops 790 --gigabytes-per-second 4300
-    python -m benchmarks.roofline --curves        # how cost grows, counted; seconds
 
 Two rates are measured: a large matrix product in the compute dtype, and a copy of memory. FLOPs
 are counted by notus/engine/flops.py. For each length profile the table gives the FLOPs that a pair
 needs and the least time that they and the bytes of everything between the products take; the MFU
 follows. It is a ceiling: nothing overlaps, and nothing waits.
-
---curves prints two tables that no other load on the machine can change:
-
-    padding           slots by real tokens: rows padded to the longest of a random batch, of a
-                      batch grouped by length, and packed here
-    eight GPUs        PROJECTED, not measured: seconds of communication and of computation per
-                      microbatch from volumes and assumed rates
 """
 
 import argparse
@@ -30,8 +22,6 @@ import torch
 
 from benchmarks.head import seconds
 from benchmarks.memory import model_shape
-from notus.data.packing import slots_of
-from notus.data.planning import Plan
 from notus.engine.flops import forward_flops, model_flops, peak_flops
 from notus.files import write_json
 from notus.model.hf_config import ModelShape
@@ -222,89 +212,6 @@ def measure_rates(device: torch.device, size: int | None = None, at_least: float
     return Rates(2 * size**3 / product, 2 * source.nbytes / copying)
 
 
-# -------------------------------------------------------------------------------------- the curves
-
-
-def padded_slots(lengths: np.ndarray, batch: int, grouped: bool) -> int:
-    """Slots of microbatches of `batch` pairs, both sequences padded to the longest of all."""
-    longer = lengths[:, 0] + lengths[:, 1:].max(1)
-    order = np.argsort(longer, kind="stable") if grouped else np.arange(len(longer))
-    return int((2 * batch * longer[order].reshape(-1, batch).max(1)).sum())
-
-
-def packed_slots(lengths: np.ndarray, budget: int, pairs_per_step: int) -> int:
-    """Slots of the rows that train.py would make, over all steps of an epoch."""
-    run = Plan(
-        slots_of(lengths, prefix_sharing=True),
-        pairs_per_step=pairs_per_step,
-        epochs=1,
-        max_steps=None,
-        seed=SEED,
-        shuffle=True,
-        ranks=1,
-        budget=budget,
-    )
-    divisions = [run.division(run.pairs_of(step)) for step in range(run.steps)]
-    return sum(division.slots * len(division.bins) for division in divisions)
-
-
-def padding(pairs: int) -> list[Row]:
-    """Slots by real tokens, of sequences for what pads and of shared prompts for what packs."""
-    found = []
-    for profile in ("uf", "longprompt"):
-        lengths = PROFILES[profile](pairs, np.random.default_rng(SEED))
-        apart, shared = (int(slots_of(lengths, on).sum()) for on in (False, True))
-        ours = packed_slots(lengths, 8192, 64)
-        for batch in (1, 2, 4, 8, 16):
-            random, grouped = (padded_slots(lengths, batch, on) for on in (False, True))
-            found.append(
-                {
-                    "profile": profile,
-                    "pairs_per_microbatch": batch,
-                    "random": random / apart,
-                    "grouped": grouped / apart,
-                    "packed": ours / shared,
-                    "random_by_packed": random / ours,
-                    "grouped_by_packed": grouped / ours,
-                }
-            )
-    return found
-
-
-NVLINK = 370e9  # assumed: bytes/s of one GPU's links within a node in a ring
-REACHED = 500e12  # assumed: FLOP/s of the data sheet's
-
-
-def projection(name: str, ranks: int, slot_counts: Sequence[int]) -> list[Row]:
-    """Communication and computation of one microbatch under FSDP2, PROJECTED.
-
-    Each rank receives (ranks - 1) / ranks of the bfloat16 parameters in the forward and again in
-    the backward pass, and sends as much of the float32 gradients. Kept gathered, a step of n
-    microbatches gathers once. Computation: 3 x forward at REACHED, uf lengths.
-    """
-    shape, found = MODELS[name], []
-    lengths = PROFILES["uf"](4096, np.random.default_rng(SEED))
-    products, attention, head = forward_flops(shape, lengths)
-    per_slot = (3 * (products + attention) + 4 * head) / int(lengths.sum())
-    share = (ranks - 1) / ranks
-    gather, scatter = (width * count_parameters(shape) * share / NVLINK for width in (2, 4))
-    for slots in slot_counts:
-        compute = slots * per_slot / REACHED
-        found.append(
-            {
-                "model": name,
-                "ranks": ranks,
-                "slots": slots,
-                "compute_seconds": compute,
-                "communication_seconds": 2 * gather + scatter,
-                "kept_gathered_seconds": scatter,
-                "hidden": 2 * gather + scatter <= compute,
-                "projected": True,
-            }
-        )
-    return found
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
@@ -336,19 +243,12 @@ def ceilings(
             }
 
 
-def table(title: str, rows: Sequence[Row]) -> str:
-    """Rows with the same keys."""
-    cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    return f"\n{title}\n{text_table(list(rows[0]), cells)}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", nargs="+", choices=list(MODELS), help="default: A B, or toy")
     parser.add_argument("--pairs", type=int, default=64, help="of one optimiser step")
     parser.add_argument("--tflops", type=float, help="of matrix products, instead of measuring")
     parser.add_argument("--gigabytes-per-second", type=float, help="read and written, likewise")
-    parser.add_argument("--curves", action="store_true", help="how cost grows, instead")
     parser.add_argument("--json", type=Path, help="write every value here")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -361,29 +261,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "models": {name: asdict(shape) for name, shape in MODELS.items()},
         "seed": SEED,
     }
-    if options.curves:
-        report["tables"] = {
-            "padding": padding(64 * 40),
-            "eight GPUs, PROJECTED": projection("B", 8, (1024, 2048, 4096, 8192, 16_384)),
-        }
-    else:
-        tflops, gigabytes = options.tflops, options.gigabytes_per_second
-        rates = Rates((tflops or 0.0) * 1e12, (gigabytes or 0.0) * 1e9)
-        if None in (tflops, gigabytes):
-            measured = measure_rates(device)
-            rates = Rates(rates.matmul or measured.matmul, rates.copy or measured.copy)
-        report |= {"matmul_flops": rates.matmul, "copy_bytes_per_second": rates.copy}
-        title = (
-            f"{report['device']}: matrix products {rates.matmul / 1e12:.4g} TFLOP/s, copies "
-            f"{rates.copy / 1e9:.4g} GB/s"
-        )
-        width = 2 if cuda or tflops is not None else 4
-        models = options.model or (["A", "B"] if cuda else ["toy"])
-        report["tables"] = {title: list(ceilings(models, rates, peak, width, options.pairs))}
+    tflops, gigabytes = options.tflops, options.gigabytes_per_second
+    rates = Rates((tflops or 0.0) * 1e12, (gigabytes or 0.0) * 1e9)
+    if None in (tflops, gigabytes):
+        measured = measure_rates(device)
+        rates = Rates(rates.matmul or measured.matmul, rates.copy or measured.copy)
+    width = 2 if cuda or tflops is not None else 4
+    models = options.model or (["A", "B"] if cuda else ["toy"])
+    rows = list(ceilings(models, rates, peak, width, options.pairs))
+    title = (
+        f"{report['device']}: matrix products {rates.matmul / 1e12:.4g} TFLOP/s, copies "
+        f"{rates.copy / 1e9:.4g} GB/s"
+    )
+    report |= {"matmul_flops": rates.matmul, "copy_bytes_per_second": rates.copy}
+    report["tables"] = {title: rows}
     if options.json is not None:
         write_json(options.json, report)
-    for title, rows in report["tables"].items():
-        print(table(title, rows))
+    cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    print(f"\n{title}\n{text_table(list(rows[0]), cells)}")
     return 0
 
 
