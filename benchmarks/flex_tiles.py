@@ -22,7 +22,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from benchmarks.head import environment, seconds
-from benchmarks.train_speed import random_pairs
+from benchmarks.speed_case import random_pairs
 from notus.data.packing import Microbatch, pack, slots_of
 from notus.files import write_json
 from notus.model import attention

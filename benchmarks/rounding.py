@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.memory import pretended_ranks
 from benchmarks.roofline import MODELS
-from benchmarks.train_speed import TINY, hf_config, random_pairs
+from benchmarks.speed_case import TINY, hf_config, random_pairs
 from notus.data.packing import Rows
 from notus.data.token_arrays import TokenizedPairs
 from notus.files import write_json

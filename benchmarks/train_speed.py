@@ -40,452 +40,47 @@ DPOConfig, and train.py's overrides.
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from benchmarks.head import environment
-from benchmarks.memory import model_shape
-from benchmarks.roofline import (
-    MAX_LENGTH,
-    MODELS,
-    PROFILES,
-    SEED,
-    Processed,
-    hardware_flops,
-    measure_rates,
-    packed,
-    padded,
+from benchmarks.roofline import PROFILES, SEED
+from benchmarks.speed_case import (
+    PARITY_STEPS,
+    SHAPES,
+    Case,
+    random_pairs,
+    real_pairs,
+    write_pairs,
+    write_policy,
 )
-from benchmarks.trace import summarize_trace
-from notus.config import Source
-from notus.data.packing import slots_of
-from notus.data.preferences import load_preferences
-from notus.data.tokenization import TokenizedPairs, tokenize_pairs
-from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
-from notus.demo import CHAT_TEMPLATE
+from benchmarks.speed_runs import RUNNERS, Settings
+from notus.data.tokenization import TokenizedPairs
 from notus.dryrun.memory import OPTIMIZER_STATES
-from notus.engine.flops import model_flops, peak_flops, peak_memory_bytes
 from notus.errors import UserError
 from notus.files import write_json
-from notus.model.hf_config import ModelShape
-from notus.model.mistral import MistralForCausalLM, count_parameters
+from notus.model.mistral import count_parameters
 from notus.tables import text_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "numpy")
-PARITY_STEPS = 2
 # Relative differences at parity. The norm in bfloat16: notus rounds the gradients of every
 # microbatch to bfloat16, TRL sums float32 gradients under autocast.
 TOLERANCES = {
     "float32": {"log_probs": 1e-4, "loss": 1e-3, "grad_norm": 1e-3},
     "bfloat16": {"log_probs": 2e-2, "loss": 1e-2, "grad_norm": 3e-2},
 }
-TINY = model_shape(layers=2, hidden=64, inner=192, heads=4, vocabulary=512)
-SHAPES = MODELS | {"tiny": TINY}
-FIRST_TOKEN = 3  # random tokens begin here: after padding and the ends of sequences
-
-Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What both sides train. steps: warm and timed ones together."""
-
-    model: str
-    steps: int
-    warm: int
-    pairs_per_step: int
-    dtype: str
-    optimizer: str
-    learning_rate: float
-
-
-# ------------------------------------------------------------------------------- what is trained
-
-
-def hf_config(shape: ModelShape) -> MistralConfig:
-    """The shape as transformers' configuration."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    names += ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "sliding_window")
-    same = {name: getattr(shape, name) for name in names}
-    return MistralConfig(pad_token_id=None, architectures=["MistralForCausalLM"], **same)
-
-
-def write_policy(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
-    """A random model as a Hugging Face folder, with a tokenizer of few words.
-
-    Weights are normal with deviation 0.02, as transformers initialises them; norms are 1.
-    """
-    folder.mkdir(parents=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(SEED)
-    with torch.device("meta"):
-        tensors = MistralForCausalLM(shape).state_dict()
-    for name, weight in tensors.items():
-        if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(weight.shape, dtype=dtype)
-        else:
-            drawn = torch.empty(weight.shape, dtype=dtype, device=device)
-            tensors[name] = drawn.normal_(0.0, 0.02, generator=generator).cpu()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    hf_config(shape).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
-def random_pairs(profile: str, count: int, vocabulary: int) -> TokenizedPairs:
-    """Pairs of uniform random tokens in the lengths of a profile, from SEED."""
-    rng = np.random.default_rng(SEED)
-    lengths = PROFILES[profile](count, rng)
-    tokens = rng.integers(FIRST_TOKEN, vocabulary, int(lengths.sum())).astype(np.int32)
-    return TokenizedPairs(tokens, np.zeros(len(tokens), bool), lengths)
-
-
-def real_pairs(
-    path: str, form: str | None, tokenizer: str, count: int, seed: int
-) -> TokenizedPairs:
-    """`count` pairs drawn from a preference file, as train.py tokenizes them.
-
-    form: a name from notus/data/formats.py. tokenizer: a folder, or a sentencepiece model, to
-    which a chat template is given. Raises UserError where there are too few.
-    """
-    if Path(tokenizer).is_dir():
-        loaded = load_tokenizer(Path(tokenizer))
-    else:
-        loaded = PreTrainedTokenizerFast(
-            tokenizer_object=sentencepiece_backend(Path(tokenizer)),
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-        )
-        loaded.chat_template = CHAT_TEMPLATE
-    rows = load_preferences([Source(path=path, format=form)], seed=seed).train
-    pairs = tokenize_pairs(
-        rows,
-        loaded,
-        style="clean",
-        truncation="pair",
-        max_length=MAX_LENGTH,
-        max_prompt_length=MAX_LENGTH // 2,
-        system_prompt=None,
-    ).pairs
-    if len(pairs) < count:
-        raise UserError(f"--pairs {path}: {len(pairs)} usable pairs, expected at least {count}")
-    return pairs.select(np.random.default_rng(seed).permutation(len(pairs))[:count])
-
-
-def write_pairs(path: Path, pairs: TokenizedPairs) -> None:
-    """Tokens and lengths for the processes that train."""
-    arrays = {"tokens": pairs.tokens, "lengths": pairs.lengths}
-    save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-
-
-def read_pairs(path: Path) -> TokenizedPairs:
-    """What `write_pairs` wrote."""
-    arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
-    return TokenizedPairs(
-        arrays["tokens"], np.zeros(len(arrays["tokens"]), bool), arrays["lengths"]
-    )
-
-
-def grouped_order(lengths: np.ndarray, case: Case) -> np.ndarray:
-    """An order in which each step's pairs have similar lengths: int64 [pairs].
-
-    Within the warm steps, and within the timed ones, pairs are sorted by their longer sequence and
-    cut into steps, which come in random order. transformers' group_by_length sorts 50 steps at once
-    and begins with the longest; in few steps that would measure long pairs alone.
-    """
-    longer = lengths[:, 0] + lengths[:, 1:].max(1)
-    rng = np.random.default_rng(SEED)
-    border = case.warm * case.pairs_per_step
-    order: list[np.ndarray] = []
-    for part in (np.arange(border), np.arange(border, len(lengths))):
-        ranked = part[np.argsort(-longer[part], kind="stable")]
-        steps = ranked.reshape(-1, case.pairs_per_step)
-        order.extend(steps[rng.permutation(len(steps))])
-    return np.concatenate(order)
-
-
-# ------------------------------------------------------------------------------- one measured run
-
-
-def clock() -> tuple[float, float]:
-    """Wall clock and this process's processor time, in seconds."""
-    return time.perf_counter(), time.process_time()
-
-
-def timed(function: Callable[..., Any], found: dict[str, Any]) -> Callable[..., Any]:
-    """A function that notes down how long it takes, as that of the reference pass."""
-
-    def call(*arguments: Any) -> Any:
-        began = clock()
-        result = function(*arguments)
-        wall, processor = (now - then for now, then in zip(clock(), began, strict=True))
-        found.update(reference_seconds=wall, reference_cpu_seconds=processor)
-        return result
-
-    return call
-
-
-def notus_overrides(case: Case, settings: Settings, work: Path) -> list[str]:
-    """train.py's command line after the configuration file."""
-    values = {
-        "model.policy": str(work / "policy"),
-        "model.compute_dtype": case.dtype,
-        "data.train": [{"path": str(work / "rows.jsonl")}],
-        "data.shuffle": False,
-        "optimizer.name": case.optimizer,
-        "optimizer.learning_rate": case.learning_rate,
-        "schedule.name": "constant",
-        "schedule.warmup_ratio": 0.0,
-        "train.pairs_per_step": case.pairs_per_step,
-        "train.max_steps": case.steps,
-        "checkpoint.every": None,
-        "output_dir": str(work / "notus"),
-    }
-    return [f"{key}={json.dumps(value)}" for key, value in (values | settings).items()]
-
-
-def run_notus(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str, Any]:
-    """Train with train.py's own `main`; what it took, and what it logged.
-
-    trace: profile the third step, which is not timed.
-    """
-    import train
-    from notus import build, start
-    from notus.engine.log import MetricsLog
-
-    pairs = read_pairs(work / "pairs.safetensors")
-    marks, found = [], {}
-    loop, write = train.train, MetricsLog.write
-    saver = MagicMock()  # nothing is saved
-    saver.return_value.__exit__.return_value = saver.return_value.wait.return_value = None
-
-    def timed_write(log: MetricsLog, step: int, metrics: Mapping[str, float]) -> None:
-        write(log, step, metrics)
-        marks.append(clock())  # step 0 too, before the first one begins
-
-    def train_and_stop(run: Any, *others: Any) -> bool:
-        if case.steps == PARITY_STEPS:
-            scored = train.score(run.policy, run.pairs, range(case.pairs_per_step), run.rows)
-            flat = scored.double().cpu()
-            counts = torch.from_numpy(pairs.lengths[: case.pairs_per_step, 1:].reshape(-1))
-            found["log_probs"] = torch.segment_reduce(flat, "sum", lengths=counts).tolist()
-        divisions = [run.plan.division(run.plan.pairs_of(step)) for step in range(case.steps)]
-        found["rows"] = [[len(d.bins), d.slots] for d in divisions]
-        loop(run, *others)
-        return False  # as a signal would end it: nothing is exported
-
-    # Rows that only name the pairs: what they become is given.
-    rows = [
-        {"prompt": f"{i} ?", "chosen": f"{i} !", "rejected": f"{i} ."} for i in range(len(pairs))
-    ]
-    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = SimpleNamespace(pairs=pairs, kept=[SimpleNamespace(where="")] * len(pairs), counts={})
-    replaced = (
-        (build, "load_data", lambda *arguments: {"train": data}),
-        (build, "build_references", timed(build.build_references, found)),
-        (train, "train", train_and_stop),
-        (MetricsLog, "write", timed_write),
-        (start, "Saver", saver),
-        (start, "hash_weights", lambda path, folder: {"path": path, "sha256": "random"}),
-    )
-    with ExitStack() as stack:
-        for module, name, value in replaced:
-            stack.enter_context(patch.object(module, name, value))
-        (work / "config.json").write_text("{}")
-        words = [str(work / "config.json"), *notus_overrides(case, settings, work)]
-        code = train.main(words + ["--profile", "1"] * trace)
-    if code != 0:
-        raise UserError(f"train.py ended with code {code}")
-    lines = (work / "notus" / "metrics.jsonl").read_text().splitlines()
-    logged = [line for line in map(json.loads, lines) if "loss" in line]
-    if trace:
-        found["trace"] = summarize_trace(work / "notus/profile/trace-0.json.gz")
-    slots = sum(rows * slots for rows, slots in found["rows"][case.warm :])
-    return found | {
-        "marks": marks,
-        "processed": asdict(packed(pairs.lengths[case.warm * case.pairs_per_step :], slots)),
-        "loss": [line["loss"] for line in logged],
-        "grad_norm": [line["grad_norm"] for line in logged],
-    }
-
-
-def run_trl(case: Case, settings: Settings, work: Path, trace: bool) -> dict[str, Any]:
-    """Train with DPOTrainer; settings: "grouped", "weights" (a dtype), else DPOConfig's.
-
-    trace: ignored.
-    """
-    from datasets import Dataset, disable_progress_bars
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    disable_progress_bars()
-    settings = dict(settings)
-    grouped, weights = settings.pop("grouped", True), settings.pop("weights", "float32")
-    attention = settings.pop("attn_implementation", "sdpa")
-    pairs = read_pairs(work / "pairs.safetensors")
-    order = np.arange(len(pairs))
-    if grouped and case.steps > PARITY_STEPS:
-        order = grouped_order(pairs.lengths, case)
-    columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    for index in order:
-        for column, part in zip(columns.values(), pairs.parts(index), strict=True):
-            column.append(pairs.tokens[part].tolist())
-    marks, batches, found = [], [], {}
-
-    class TimedTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, *arguments: Any) -> Any:
-            return timed(super()._precompute_ref_logps, found)(*arguments)
-
-        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-            batches.append(list(inputs["input_ids"].shape))
-            return super()._compute_loss(model, inputs, return_outputs)
-
-    class Marks(TrainerCallback):
-        def on_train_begin(self, *arguments: Any, **options: Any) -> None:
-            marks.append(clock())
-
-        def on_log(self, *arguments: Any, **options: Any) -> None:
-            if len(marks) <= case.steps:  # not the summary at the end
-                marks.append(clock())
-
-    cuda = torch.cuda.is_available()
-    microbatch = min(settings.pop("per_device_train_batch_size", 8), case.pairs_per_step)
-    optimizers = {"adamw": "adamw_torch_fused" if cuda else "adamw_torch", "rmsprop": "rmsprop"}
-    arguments = {
-        "output_dir": str(work / "trl"),
-        "max_length": MAX_LENGTH,
-        "max_steps": case.steps,
-        "per_device_train_batch_size": microbatch,
-        "gradient_accumulation_steps": case.pairs_per_step // microbatch,
-        "train_sampling_strategy": "sequential",
-        "precompute_ref_log_probs": True,
-        "gradient_checkpointing": False,
-        "optim": optimizers[case.optimizer],
-        "learning_rate": case.learning_rate,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "bf16": case.dtype == "bfloat16",
-        "use_cpu": not cuda,
-        "remove_unused_columns": False,
-        "model_init_kwargs": {"dtype": weights, "attn_implementation": attention},
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    trainer = TimedTrainer(
-        model=str(work / "policy"),
-        args=DPOConfig(**(arguments | settings)),
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(work / "policy"),
-        callbacks=[Marks()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if case.steps == PARITY_STEPS:
-        both = [trainer.train_dataset[f"ref_{side}_logps"] for side in ("chosen", "rejected")]
-        rows = zip(*(column[: case.pairs_per_step] for column in both), strict=True)
-        found["log_probs"] = [float(value) for row in rows for value in row]
-    trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    per_step = case.pairs_per_step // microbatch
-    scored = float(pairs.lengths[case.warm * case.pairs_per_step :, 1:].sum())
-    return found | {
-        "marks": marks,
-        "processed": asdict(padded(batches[case.warm * per_step :], scored)),
-        "loss": [entry["loss"] for entry in logged],
-        "grad_norm": [entry["grad_norm"] for entry in logged],
-        "arguments": arguments | settings,
-    }
-
-
-RUNNERS = {"trl": run_trl, "notus": run_notus}
-
-
-def summarize(
-    case: Case, system: str, settings: Settings, pairs: TokenizedPairs, run: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Step times and rates over the timed steps, from what a runner returned."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = {"peak_memory_bytes": peak_memory_bytes(device)}  # before anything else is allocated
-    if device.type == "cuda":
-        peak["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-    marks = np.array(run["marks"])[case.warm :]
-    wall, processor = np.diff(marks, axis=0).T
-    lengths = pairs.lengths[case.warm * case.pairs_per_step :]
-    shape, total = SHAPES[case.model], float(wall.sum())
-    model = model_flops(shape, lengths)
-    hardware = hardware_flops(
-        shape,
-        Processed(**run["processed"]),
-        recomputed_blocks=(
-            settings.get("parallel.activation_checkpointing") == "full"
-            or settings.get("gradient_checkpointing", False)
-        ),
-        online_reference=(
-            settings.get("reference.log_probs") == "online"
-            or not settings.get("precompute_ref_log_probs", True)
-        ),
-    )
-    matmul, sheet = measure_rates(device).matmul, peak_flops(device)
-    quarters = statistics.quantiles(wall, n=4) if len(wall) > 1 else [wall[0]] * 3
-    return peak | {
-        "step_seconds": wall.tolist(),
-        "step_cpu_seconds": processor.tolist(),
-        "median_seconds": statistics.median(wall),
-        "iqr_seconds": quarters[2] - quarters[0],
-        "pairs_per_second": len(lengths) / total,
-        "cpu_pairs_per_second": len(lengths) / float(processor.sum()),
-        "real_tokens_per_second": int(slots_of(lengths, prefix_sharing=False).sum()) / total,
-        "processed_tokens_per_second": run["processed"]["slots"] / total,
-        "matmul_flops": matmul,
-        "mfu": None if sheet is None else model / total / sheet,
-        "hfu": None if sheet is None else hardware / total / sheet,
-        "mfu_of_matmul": model / total / matmul,
-        "hfu_of_matmul": hardware / total / matmul,
-    }
-
-
-def work_on(task: Path) -> None:
-    """One run, as a process of its own: reads its task, writes the result beside it."""
-    asked = json.loads(task.read_text())
-    case, side, settings = Case(**asked["case"]), asked["system"], asked["settings"]
-    work = task.parent
-    if not torch.cuda.is_available():
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run = RUNNERS[side](case, settings, work, asked["trace"])
-    pairs = read_pairs(work / "pairs.safetensors")
-    result = {"system": side, "settings": settings, "memory_at_start_bytes": began} | run
-    write_json(task.with_suffix(".result"), result | summarize(case, side, settings, pairs, run))
 
 
 def start(
@@ -509,7 +104,7 @@ def start(
     if not torch.cuda.is_available():
         threads = str(options.threads)
         variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "benchmarks.train_speed", "--task", str(task)]
+    command = [sys.executable, "-m", "benchmarks.speed_runs", str(task)]
     with log.open("wb") as handle:
         done = subprocess.run(
             command, cwd=REPOSITORY, env=variables, stdout=handle, stderr=subprocess.STDOUT
@@ -521,9 +116,6 @@ def start(
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     words = "\n".join([*said[-3:], f"all that it printed: {kept}"])
     return {"system": side, "settings": settings, "failed": words}
-
-
-# ---------------------------------------------------------------------------------- the comparison
 
 
 def compare_start(ours: Mapping[str, Any], theirs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -674,7 +266,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trl", nargs="+", type=assignment, default=[], metavar="KEY=VALUE")
     parser.add_argument("--notus", nargs="+", type=assignment, default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, default=Path("train_speed.json"), help="the report")
-    parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     whole = options.model == "B"
     if options.sides is None:
@@ -692,9 +283,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.task is not None:
-        work_on(options.task)
-        return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     case = Case(

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import train_speed
-from benchmarks.train_speed import Case, check_memory, compare_start, grouped_order, ratios, verdict
+from benchmarks import speed_runs, train_speed
+from benchmarks.speed_case import (
+    PARITY_STEPS,
+    TINY,
+    Case,
+    grouped_order,
+    random_pairs,
+    write_policy,
+)
+from benchmarks.train_speed import check_memory, compare_start, ratios, verdict
 from notus.errors import UserError
 from ranks import call
 
@@ -17,8 +26,8 @@ CASE = Case("tiny", 4, 1, 2, "float32", "adamw", 1e-5)
 
 def forked(command, stdout, **_):
     """In place of subprocess.run of a module's `main`."""
-    assert command[1:4] == ["-m", "benchmarks.train_speed", "--task"]
-    code, _ = call(train_speed.main, command[3:], log=Path(stdout.name))
+    assert command[1:3] == ["-m", "benchmarks.speed_runs"]
+    code, _ = call(speed_runs.main, Path(command[3]), log=Path(stdout.name))
     return subprocess.CompletedProcess(command, code)
 
 
@@ -35,7 +44,7 @@ def test_ours_alone(tmp_path, monkeypatch, capsys):
     # At the start policy and reference are the same: ln 2.
     assert run["loss"][0] == pytest.approx(np.log(2), abs=1e-6)
     assert 0 < run["trace"]["products"] < run["trace"]["step"]
-    lengths = train_speed.random_pairs("uf", 18, 512).lengths[12:]
+    lengths = random_pairs("uf", 18, 512).lengths[12:]
     assert len(run["step_seconds"]) == 2 and min(run["step_seconds"]) > 0
     assert run["pairs_per_second"] == pytest.approx(6 / sum(run["step_seconds"]))
     unshared = lengths.sum() + lengths[:, 0].sum()
@@ -50,9 +59,9 @@ def test_log_probs_at_parity(tmp_path, monkeypatch):
     """Random weights: ln 512 per token."""
     monkeypatch.setattr(train_speed.subprocess, "run", forked)
     options = train_speed.parse(["--model", "tiny", "--json", str(tmp_path / "speed.json")])
-    pairs = train_speed.random_pairs("uf", 6, 512)
-    train_speed.write_policy(tmp_path / "policy", train_speed.TINY, train_speed.torch.float32)
-    case = Case("tiny", train_speed.PARITY_STEPS, 0, 3, "float32", "adamw", 1e-5)
+    pairs = random_pairs("uf", 6, 512)
+    write_policy(tmp_path / "policy", TINY, torch.float32)
+    case = Case("tiny", PARITY_STEPS, 0, 3, "float32", "adamw", 1e-5)
     found = train_speed.start(case, "notus", {}, tmp_path, pairs, options)
     per_token = np.array(found["log_probs"]).reshape(3, 2) / pairs.lengths[:3, 1:]
     assert per_token == pytest.approx(np.full((3, 2), -np.log(512)), rel=0.05)
@@ -115,7 +124,7 @@ def test_a_gpu_that_cannot_hold_the_model_is_refused():
 
 
 def test_grouped_order_keeps_the_timed_pairs_and_sorts_within():
-    lengths = train_speed.random_pairs("uf", 8, 512).lengths
+    lengths = random_pairs("uf", 8, 512).lengths
     order = grouped_order(lengths, CASE)
     assert sorted(order[:2]) == [0, 1] and sorted(order) == list(range(8))
     longer = (lengths[:, 0] + lengths[:, 1:].max(1))[order[2:]].reshape(3, 2)
