@@ -169,10 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trajectory parity with TRL's DPOTrainer.")
     parser.add_argument("--pairs", required=True, help="a preference file, or: demo")
     parser.add_argument("--tokenizer", default="demo/sft", help="folder or sentencepiece model")
-    parser.add_argument(
-        "--loss", nargs="+", choices=["all", *CASES], default=list(REQUIRED), metavar="NAME",
-        help=f"all, or any of {', '.join(CASES)} (default: {' '.join(REQUIRED)})",
-    )  # fmt: skip
+    about = f"all, or any of {', '.join(CASES)} (default: {' '.join(REQUIRED)})"
+    names = {"nargs": "+", "choices": ["all", *CASES], "metavar": "NAME"}
+    parser.add_argument("--loss", **names, default=list(REQUIRED), help=about)
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
     parser.add_argument("--ranks", type=int, default=1, help="processes of train.py")
     parser.add_argument("--lora", action="store_true", help="train adapters; needs peft")
@@ -214,10 +213,9 @@ def write_model(folder: Path, tokenizer_path: Path) -> None:
     if tokenizer_path.is_dir():
         tokenizer = load_tokenizer(tokenizer_path)
     elif tokenizer_path.is_file():
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=sentencepiece_backend(tokenizer_path), bos_token="<s>",
-            eos_token="</s>", unk_token="<unk>", pad_token="</s>",
-        )  # fmt: skip
+        backend = sentencepiece_backend(tokenizer_path)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     else:
         raise UserError(f"--tokenizer {tokenizer_path}: no such folder or file")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
@@ -340,6 +338,20 @@ class TrimmedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
+def trl_settings(work: Path, **own: Any) -> DPOConfig:
+    """TRL's settings of training and of the evaluation: float32 on the CPU."""
+    return DPOConfig(
+        output_dir=str(work / "trl"),
+        max_length=MAX_LENGTH,
+        bf16=False,
+        use_cpu=True,
+        model_init_kwargs={"dtype": "float32"},
+        report_to="none",
+        disable_tqdm=True,
+        **own,
+    )
+
+
 def train_with_trl(case: Case, work: Path, steps: int, lora: bool) -> Log:
     """What TRL logs at each step, in full precision."""
     peft_config = None
@@ -348,9 +360,8 @@ def train_with_trl(case: Case, work: Path, steps: int, lora: bool) -> Log:
 
         peft_config = PeftConfig.from_pretrained(work / "adapter")
         peft_config.inference_mode = False  # saved adapters are frozen
-    settings = DPOConfig(
-        output_dir=str(work / "trl"),
-        max_length=MAX_LENGTH,
+    settings = trl_settings(
+        work,
         max_steps=steps,
         per_device_train_batch_size=case.pairs_per_microbatch,
         gradient_accumulation_steps=PAIRS_PER_STEP // case.pairs_per_microbatch,
@@ -361,14 +372,9 @@ def train_with_trl(case: Case, work: Path, steps: int, lora: bool) -> Log:
         warmup_steps=0,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=False,
-        use_cpu=True,
         gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "float32"},
         logging_steps=1,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **case.trl,
     )
     rows = [json.loads(line) for line in (work / "pairs.jsonl").read_text().splitlines()]
@@ -423,11 +429,8 @@ def train_with_notus(case: Case, work: Path, steps: int, ranks: int, lora: bool)
         "output_dir": str(output),
     }
     if lora:
-        config["model"]["lora"] = {
-            "rank": LORA.rank,
-            "alpha": LORA.alpha,
-            "target_modules": LORA.target_modules,
-        }
+        same_settings = ("rank", "alpha", "target_modules")
+        config["model"]["lora"] = {name: getattr(LORA, name) for name in same_settings}
     (work / "config.json").write_text(json.dumps(config))
     launcher = [sys.executable]
     if ranks > 1:
@@ -462,21 +465,10 @@ def evaluate(work: Path, path: str, count: int) -> int:
     trained.save_pretrained(work / "trained")
     tokenizer.save_pretrained(work / "trained")
     rows = [json.loads(line) for line in whole]
-    settings = DPOConfig(
-        output_dir=str(work / "trl"),
-        max_length=MAX_LENGTH,
-        per_device_eval_batch_size=EVALUATED_AT_ONCE,
-        beta=0.1,
-        bf16=False,
-        use_cpu=True,
-        model_init_kwargs={"dtype": "float32"},
-        report_to="none",
-        disable_tqdm=True,
-    )
     trainer = TrimmedDPOTrainer(
         model=str(work / "trained"),
         ref_model=MistralForCausalLM.from_pretrained(work / "policy"),
-        args=settings,
+        args=trl_settings(work, per_device_eval_batch_size=EVALUATED_AT_ONCE, beta=0.1),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -491,12 +483,14 @@ def evaluate(work: Path, path: str, count: int) -> int:
         capture_output=True,
     )
     ours = json.loads((work / "evaluation" / "summary.json").read_text())["metrics"]
-    print(f"{len(rows)} pairs, none of them cut\n{'':20}{'TRL':>14}{'notus':>14}{'relative':>10}")
-    worst = 0.0
+    table, worst = [], 0.0
     for name in (key for key in METRICS if key in ours):
-        relative = abs(ours[name] - theirs[f"eval_{name}"]) / max(abs(theirs[f"eval_{name}"]), 1e-8)
-        print(f"{name:20}{theirs[f'eval_{name}']:>14.6f}{ours[name]:>14.6f}{relative:>10.1e}")
+        our, their = ours[name], theirs[f"eval_{name}"]
+        relative = abs(our - their) / max(abs(their), 1e-8)
+        table.append((name, f"{their:.6f}", f"{our:.6f}", f"{relative:.1e}"))
         worst = max(worst, relative)
+    print(f"{len(rows)} pairs, none of them cut")
+    print(text_table(("", "TRL", "notus", "relative"), table))
     return int(worst > TOLERANCE)
 
 
