@@ -23,10 +23,10 @@ from benchmarks.memory import model_shape  # noqa: E402
 from notus.build import build_plan, make_loss  # noqa: E402
 from notus.config import CONFLICTS, INERT, Config, Rule, load_config  # noqa: E402
 from notus.data.tokenization import TokenizedPairs  # noqa: E402
-from notus.dryrun.estimate import UTILISATION, Estimate, fewest_gpus, usable  # noqa: E402
+from notus.dryrun.estimate import UTILISATION, Estimate, usable  # noqa: E402
 from notus.dryrun.memory import parameter_counts  # noqa: E402
-from notus.dryrun.preflight import hours_text  # noqa: E402
-from notus.engine.flops import GIB, GPU, GPUS, gpu_named  # noqa: E402
+from notus.dryrun.report import gpu_row  # noqa: E402
+from notus.engine.flops import GIB, GPUS, gpu_named  # noqa: E402
 from notus.objective import losses  # noqa: E402
 from notus.strict import describe, parse  # noqa: E402
 
@@ -199,7 +199,7 @@ formulae of `notus/dryrun/memory.py`, hours at {share:.0%} of each data sheet's 
 with one reference pass and {evaluations} evaluations of {held_out:,} held-out pairs. No line has
 been measured yet.
 
-| GPU | memory, GiB | one is enough | needed | hours | GPU-hours |
+| GPU | memory | one is enough | needed | hours | GPU-hours |
 |---|--:|---|--:|--:|--:|
 {table}
 
@@ -256,17 +256,6 @@ def notus_estimate() -> Estimate:
     )
 
 
-def hardware_row(estimate: Estimate, gpu: GPU) -> str:
-    """The line of the table for one kind of GPU."""
-    cells = [gpu.name, f"{gpu.memory / GIB:.1f}", "yes" if estimate.fits(gpu) else "no"]
-    if needed := fewest_gpus(estimate, gpu):
-        hours = needed.hours(gpu)
-        cells += [str(needed.gpus), hours_text(hours), hours_text(hours * needed.gpus)]
-    else:
-        cells += ["more", "", ""]
-    return f"| {' | '.join(cells)} |"
-
-
 def hardware() -> str:
     """The complete page."""
     estimate = notus_estimate()
@@ -281,7 +270,7 @@ def hardware() -> str:
         share=UTILISATION[1],
         evaluations=estimate.evaluations,
         held_out=len(estimate.held_out),
-        table="\n".join(hardware_row(estimate, gpu) for gpu in GPUS),
+        table="\n".join(f"| {' | '.join(gpu_row(estimate, gpu))} |" for gpu in GPUS),
         peak=f"{published.memory.peak / GIB:.1f}",
         kept=f"{gathered.memory.peak / GIB:.1f}",
         selective=f"{selective.memory.peak / GIB:.1f}",

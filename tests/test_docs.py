@@ -26,6 +26,7 @@ from notus.config import load_config
 from notus.curation import command
 from notus.curation.marks import fingerprint
 from notus.data.formats import FORMATS, find_format
+from notus.dryrun.report import gpu_row
 from notus.engine.flops import gpu_named
 from notus.errors import UserError
 from notus.objective.losses import LOSSES
@@ -65,7 +66,7 @@ def test_the_page_of_losses_is_generated():
 def test_the_hardware_page_is_generated():
     """One row of the table; for the H200 a single GPU is enough, which is quick to compute."""
     generate = script("generate")
-    row = generate.hardware_row(generate.notus_estimate(), gpu_named("h200"))
+    row = f"| {' | '.join(gpu_row(generate.notus_estimate(), gpu_named('h200')))} |"
     written = (ROOT / "docs/hardware.md").read_text()
     assert row in written.splitlines(), "run python docs/generate.py"
 

@@ -13,7 +13,7 @@ from notus.data.planning import Plan
 from notus.data.token_arrays import TokenizedPairs
 from notus.dryrun.estimate import Estimate, count_rows, fewest_gpus, remedies, usable
 from notus.dryrun.memory import ParameterCounts
-from notus.dryrun.preflight import preflight
+from notus.dryrun.report import report
 from notus.engine.flops import GPUS, gpu_named, gpu_of_device, model_flops
 from notus.errors import UserError
 
@@ -253,7 +253,7 @@ def test_the_published_recipe():
     drawn = np.random.default_rng(0).integers(0, 3, (61_619, 3))
     pairs = some_pairs(np.take_along_axis(sizes.T, drawn, 0))
     estimate = estimate_of(pairs, "train.max_steps=963", "train.epochs=3", gpus=8)
-    text = preflight(estimate, gpu_named("a100-40gb"), None)
+    text = report(estimate, gpu_named("a100-40gb"), None)
     assert "61,619 to train on" in text and "of 64 pairs; 963 per epoch x 3" in text
     assert "FITS on 8 x a100-40gb: the limit is 35.9 GiB" in text
 
@@ -282,6 +282,6 @@ def test_auto_keeps_the_model_gathered_where_a_full_row_fits():
 )
 def test_the_report_says_what_auto_means(gpu, words, line):
     estimate = estimate_of(some_pairs([[500, 500, 500]] * 2), gpus=4)
-    text = preflight(estimate, gpu_named(gpu), None)
+    text = report(estimate, gpu_named(gpu), None)
     assert f"parallel.keep_gathered: {words}" in text
     assert ("gathered model, kept for the step" in text) == line

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import train
 from benchmarks.memory import model_shape
-from notus.dryrun.preflight import size_text
+from notus.dryrun.report import size_text
 from notus.engine.flops import GPUS
 from notus.errors import UserError
 from notus.model import weights
