@@ -1,5 +1,6 @@
 """The model card that is written when a run ends: `python -m notus.card`.
 
+record  a finished run as its folder describes it
 curves  figures of a run's metrics
 card    the page
 """

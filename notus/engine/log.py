@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -116,6 +117,15 @@ def progress(total: int, initial: int, unit: str, delay: float = 0.0) -> tqdm:
         return tqdm(**common, mininterval=0.5, dynamic_ncols=True, bar_format=bar)
     line = "{unit} {n:,} of {total:,}{postfix} in {elapsed}, {remaining} left"
     return tqdm(**common, file=_Lines(), mininterval=15, miniters=1, bar_format=line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, except torn ones, which a full disk or a power cut leaves."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError):
+            lines.append(dict(json.loads(line)))
+    return lines
 
 
 class MetricsLog:

@@ -1,7 +1,6 @@
 """The end of a run, printed: held-out metrics and answers before and after training."""
 
 import gc
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from notus.config import Config
 from notus.engine.best import best_step
 from notus.engine.distributed import Ranks
+from notus.engine.log import read_metrics
 from notus.errors import agreed
 from notus.generate.answering import respond_all
 from notus.generate.prompts import Prompt, read_prompt_set
@@ -85,8 +85,7 @@ def held_out_rows(metrics: Path, step: int | None = None) -> list[tuple[str, flo
     """
     if not metrics.is_file():  # a run resumed elsewhere after its last step logs nothing
         return []
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    evaluated = [line for line in lines if "eval_loss" in line]
+    evaluated = [line for line in read_metrics(metrics) if "eval_loss" in line]
     if not evaluated:
         return []
     first, last = evaluated[0], evaluated[-1]

@@ -16,8 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 import eval as evaluation_commands
 import train
 from notus.card import card
-from notus.card.card import read_record, write_card
+from notus.card.card import write_card
 from notus.card.curves import full_lines, running_mean
+from notus.card.record import read_record, shown_text
 from notus.errors import UserError
 from notus.generate.prompts import Prompt
 from notus.generate.samples import record_samples
@@ -262,12 +263,12 @@ def test_hours_of_a_run_that_was_killed_once(run):
 )
 def test_words_of_a_command_have_no_absolute_path(word, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert card.shown_text(word.format(here=Path.cwd()) if "{here}" in word else word) == told
+    assert shown_text(word.format(here=Path.cwd()) if "{here}" in word else word) == told
 
 
 def test_below_the_root_a_path_is_its_last_part(monkeypatch):
     monkeypatch.chdir("/")
-    assert card.shown_text("/home/anna/c.json") == "c.json"
+    assert shown_text("/home/anna/c.json") == "c.json"
 
 
 def test_no_path_of_the_machine_is_published(run, tmp_path):
