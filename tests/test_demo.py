@@ -1,9 +1,9 @@
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from lines import read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus import demo
@@ -21,17 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def mean_rating(completion: dict) -> float:
     ratings = [int(a["Rating"]) for a in completion["annotations"].values()]
     return sum(ratings) / len(ratings)
 
 
 def test_rows_have_the_raw_ultrafeedback_schema(folder: Path) -> None:
-    rows = read_jsonl(folder / "preferences.jsonl")
+    rows = read_lines(folder / "preferences.jsonl")
     assert len(rows) == 48
     for row in rows:
         assert set(row) == {
@@ -177,7 +173,7 @@ def test_the_policy_is_trained_as_the_configuration_says(folder: Path) -> None:
     assert config.train.objective == "sft" and not config.data.shuffle
     paths = (config.model.policy, config.data.train[0].path, config.data.eval[0].path)
     assert paths == ("demo/init", "demo/sft.jsonl", "demo/heldout.jsonl")
-    assert len(read_jsonl(folder / "sft.jsonl")) == 48
+    assert len(read_lines(folder / "sft.jsonl")) == 48
 
 
 def test_default_policy_has_about_a_million_parameters() -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from lines import write_lines
 from torch.distributed.run import get_args_parser
 
 import eval as evaluation_commands
@@ -317,10 +318,6 @@ def shrink(configuration: dict) -> dict:
     }
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def small(demo, tmp_path_factory):
     """A folder in which the documents' paths and hub ids are small models and data."""
@@ -345,14 +342,14 @@ def small(demo, tmp_path_factory):
     rated = json.loads((demo / "preferences.jsonl").read_text().splitlines()[0])
     key = {"prompt": fingerprint(rated["instruction"])}
     key |= {"responses": [fingerprint(rated["completions"][0]["response"])]}
-    write_rows(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
+    write_lines(folder / "marks.jsonl", [key | {"mark": "drop"}])  # a person saves it
 
     shutil.copytree(demo / "sft", folder / "smollm2-135m")
     (folder / "trl-lib/ultrafeedback_binarized").mkdir(parents=True)
     for split in ("train", "test"):
         turns = [{"role": "user", "content": f"Say {split}."}]
         answers = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
-        write_rows(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
+        write_lines(folder / f"trl-lib/ultrafeedback_binarized/{split}.jsonl", [answers] * 3)
 
     rated = [json.loads(line) for line in (demo / "preferences.jsonl").open()]
     with (folder / "answers.csv").open("w", newline="") as file:
@@ -365,12 +362,12 @@ def small(demo, tmp_path_factory):
             answers = [[{"role": "assistant", "content": text}] for text in (good, f"{bad} ")]
             asked = [{"role": "user", "content": row["instruction"]}]
             chats.append({"prompt": asked, "chosen": answers[0], "rejected": answers[1]})
-    write_rows(folder / "chats.jsonl", chats)
-    write_rows(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
-    write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
-    write_rows(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])
+    write_lines(folder / "chats.jsonl", chats)
+    write_lines(folder / "truthful_qa.jsonl", [{"question": "What happens if you eat seeds?"}])
+    write_lines(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "Say a."}]}])
+    write_lines(folder / "alpaca_eval.jsonl", [{"instruction": "Say a.", "dataset": "own"}])
     turns = {"category": "writing", "turns": ["Say a.", "Again."]}
-    write_rows(folder / "mt_bench.jsonl", [{"question_id": 81} | turns])
+    write_lines(folder / "mt_bench.jsonl", [{"question_id": 81} | turns])
     answers = {
         "generator_1": "text_davinci_003",
         "output_1": "a",
@@ -384,7 +381,7 @@ def small(demo, tmp_path_factory):
         for q in range(81, 161)
         for turn in (1, 2)
     ]
-    write_rows(folder / "gpt-4_single.jsonl", judged)
+    write_lines(folder / "gpt-4_single.jsonl", judged)
     (folder / "data/mt_bench/model_answer").mkdir(parents=True)  # FastChat's
     results = {
         "results": {"arc_challenge": {"acc_norm,none": 0.5}},

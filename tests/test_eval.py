@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lines import write_lines
 
 import eval as command_line
 from notus.evals.published import DPO_RUNS, METRICS
@@ -121,7 +122,7 @@ def test_compare_says_what_differs_and_by_how_much(tmp_path, capsys):
             (2889, published.end, 0.74),
         ]
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "metrics.jsonl", rows)
     config = {"data": {"eval": {"holdout": 2000}}, "loss": {"name": "sigmoid", "beta": 0.01}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     kept = tmp_path / "kept.json"

@@ -4,6 +4,7 @@ import pytest
 
 import train
 from notus.masking import mask_text, mask_word, masked, masked_keys
+from runs import base_config
 
 HF = "hf_" + "aB3" * 11
 
@@ -60,19 +61,12 @@ def test_no_file_of_a_run_holds_a_secret(demo, tmp_path, monkeypatch, capfd):
     """Neither the settings, the history, the checkpoints nor the card; and the run resumes."""
     monkeypatch.chdir(tmp_path)
     prompt = f"data.system_prompt=Log in with {HF}."
-    source = {"path": str(demo / "preferences.jsonl"), "curation": {"rule": "mean-rating"}}
-    config = {
-        "model": {"policy": str(demo / "sft"), "compute_dtype": "float32"},
-        "data": {"train": [source]},
-        "parallel": {"activation_checkpointing": "none"},
-        "train": {"max_steps": 1, "pairs_per_step": 4},
-        "output_dir": "out",
-    }
+    config = base_config(demo) | {"train": {"max_steps": 1, "pairs_per_step": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("sys.argv", ["train.py", "config.json", prompt])
+    monkeypatch.setattr("sys.argv", ["train.py", "config.json", prompt, "output_dir=out"])
     monkeypatch.setattr("notus.card.card.find_spec", lambda name: None)  # no figures
     for end in ("wrote out/final", "nothing left to do"):
-        assert train.main(["config.json", prompt]) == 0
+        assert train.main(["config.json", prompt, "output_dir=out"]) == 0
         printed = capfd.readouterr()
         assert end in printed.out
         warning = "data.system_prompt: looks like a secret, and is recorded as ***"

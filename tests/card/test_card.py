@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
+from lines import write_lines
 from torch.utils.tensorboard import SummaryWriter
 
 import eval as evaluation_commands
@@ -22,26 +23,16 @@ from notus.card.record import read_record, shown_text
 from notus.errors import UserError
 from notus.generate.prompts import Prompt
 from notus.generate.samples import record_samples
+from runs import base_config, metrics
 
 
 def short_run(demo: Path, folder: Path, **keys: object) -> Path:
     """Train for a few steps with nine pairs held out; the run's folder."""
-    source = {"path": str(demo / "preferences.jsonl"), "curation": {"rule": "mean-rating"}}
-    config = {
-        "model": {"policy": str(demo / "sft"), "compute_dtype": "float32"},
-        "data": {
-            "train": [source],
-            "eval": {"holdout": 9},
-            "max_length": 96,
-            "max_prompt_length": 48,
-            "tokens_per_microbatch": 512,
-        },
-        "optimizer": {"learning_rate": 1e-3},
-        "train": {"pairs_per_step": 24, "epochs": 2, **keys},
-        "parallel": {"device": "cpu", "activation_checkpointing": "none"},
-        "evaluation": {"every": 2},
-        "output_dir": str(folder / "run"),
-    }
+    config = base_config(demo)
+    config["data"]["eval"] = {"holdout": 9}
+    config["train"] |= {"epochs": 2, **keys}
+    config["evaluation"] = {"every": 2}
+    config["output_dir"] = str(folder / "run")
     (folder / "config.json").write_text(json.dumps(config))
     assert train.main([str(folder / "config.json")]) == 0
     return folder / "run"
@@ -60,10 +51,6 @@ def run(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "find_spec", lambda name: None)
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
-
-
-def lines_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def edit(file: Path, **changes) -> None:
@@ -95,7 +82,7 @@ def test_the_card_that_training_writes(finished):
     assert "dpo" in data["tags"] and data["license"] == "unknown"
     # Policy and data are local: the hub would refuse their paths.
     assert "base_model" not in data and "datasets" not in data
-    last = lines_of(finished)[-1]
+    last = metrics(finished)[-1]
     results = {result.metric_name: result.metric_value for result in parsed.data.eval_results}
     meaningful = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
     assert results == {name: last[name] for name in meaningful}
@@ -105,13 +92,13 @@ def test_the_card_that_training_writes(finished):
 
 def test_tables_show_the_numbers_of_the_log(finished):
     text = (finished / "final/README.md").read_text()
-    first, *_, last = (line for line in lines_of(finished) if "eval_loss" in line)
+    first, *_, last = (line for line in metrics(finished) if "eval_loss" in line)
     rows = table_rows(text)
     for name, value in last.items():
         if name.startswith("eval_"):
             assert rows[name] == [f"{first[name]:.4f}", f"{value:.4f}"]
     record = read_record(finished)
-    assert f"{record.count('train')}pairs: 4 steps, {lines_of(finished)[-1]['epoch']:g} ep" in text
+    assert f"{record.count('train')}pairs: 4 steps, {metrics(finished)[-1]['epoch']:g} ep" in text
     assert rows["torch"] == [version("torch")] and rows["processes"][0].startswith("1 x CPU")
     state = json.loads(next(finished.glob("checkpoints/*/state.json")).read_text())
     assert f"tokens: `{state['common']['tokens_sha256']}`" in text
@@ -370,9 +357,9 @@ def test_results_of_evaluators_are_shown_with_the_published_ones(run, tmp_path):
 def test_what_a_card_cannot_be_made_of(run, tmp_path, capsys):
     assert card.main([str(tmp_path / "nothing")]) == 2
     assert "nothing/metrics.jsonl: no such file; expected the output_dir" in capsys.readouterr().err
-    evaluations = [line for line in lines_of(run) if line["step"] == 0]
+    evaluations = [line for line in metrics(run) if line["step"] == 0]
     whole = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    write_lines(run / "metrics.jsonl", evaluations)
     with pytest.raises(UserError, match="metrics.jsonl: no training step is logged there"):
         write_card(run)
     (run / "metrics.jsonl").write_text(whole)

@@ -1,7 +1,8 @@
 """Sources of preference data, written to files by tests."""
 
-import json
 from dataclasses import dataclass
+
+from lines import write_lines
 
 from notus.curation.curate import Curation
 from notus.data.preferences import load_preferences
@@ -31,8 +32,7 @@ def assistant(content):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(write_lines(path, rows))
 
 
 def load(tmp_path, *rows, **options):

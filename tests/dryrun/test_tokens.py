@@ -17,6 +17,7 @@ from notus.dryrun.tokens import (
     telling_pairs,
     token_report,
 )
+from runs import base_config
 
 
 def tokens_of(*pairs):
@@ -220,21 +221,9 @@ def test_report_of_responses_without_pairs(tokenizer):
         assert word not in report, word
 
 
-@pytest.fixture
-def config(demo, tmp_path):
-    """A configuration over the demo's data."""
-    source = {"path": str(demo / "preferences.jsonl"), "curation": {"rule": "mean-rating"}}
-    entries = {
-        "model": {"policy": str(demo / "sft"), "compute_dtype": "float32"},
-        "data": {"train": [source], "eval": {"holdout": 5}, "max_length": 96},
-        "output_dir": str(tmp_path / "out"),
-    }
-    entries["data"]["max_prompt_length"] = 48
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    return tmp_path / "config.json"
-
-
-def test_dry_run_prints_it(config, capsys):
-    assert train.main([str(config), "--dry-run"]) == 0
+def test_dry_run_prints_it(demo, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(base_config(demo)))
+    assert train.main([str(config), 'data.eval={"holdout": 5}', "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "leakage: " in said and "\033" not in said

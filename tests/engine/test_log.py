@@ -6,9 +6,11 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from lines import read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from notus.engine.log import LinesFile, MetricsLog, progress
+from runs import metrics
 
 INF, NAN = float("inf"), float("nan")
 
@@ -20,13 +22,9 @@ def write(folder, steps, *, step=0, active=True):
     log.close()
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_log_writes_lines_and_events(tmp_path):
     write(tmp_path, [0, 2, 4])
-    assert lines(tmp_path) == [
+    assert metrics(tmp_path) == [
         {"step": 0, "loss": 1.0, "rewards/margins": 0.0},
         {"step": 2, "loss": 1 / 3, "rewards/margins": 2.0},
         {"step": 4, "loss": 1 / 5, "rewards/margins": 4.0},
@@ -42,7 +40,7 @@ def test_resumed_log_replaces_later_steps(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # torn when the run was killed
     write(tmp_path, [3, 4, 5], step=2)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
@@ -66,7 +64,7 @@ def test_lines_of_a_file(tmp_path, capsys):
     with path.open("ab") as handle:
         handle.write(b'{"step": 4, "lo')
     assert LinesFile(path, 2).last == 2
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = read_lines(path)
     assert kept == [
         {"step": 1, "loss": 0.5, "pairs": [1]},
         {"step": 2, "loss": None, "pairs": [1]},
@@ -133,7 +131,7 @@ def test_a_full_disk_costs_whole_lines_and_is_reported_once(tmp_path, capsys):
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith(f"warning: {file.path}: No space left on device; ")
     file.add({"step": 5})
-    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    lines = read_lines(file.path)
     assert [line["step"] for line in lines] == [0, 1, 5]
 
 
@@ -232,4 +230,4 @@ def test_a_partial_step_is_not_shown_and_the_first_evaluation_not_in_the_pace(
         "step 1 of 3, loss 0.600 in 00:20, 00:40 left",
         "step 3 of 3, loss 0.400 in 00:40, 00:00 left",
     ]
-    assert [line["loss"] for line in lines(tmp_path)[1:]] == [0.6, 0.1, 0.4]
+    assert [line["loss"] for line in metrics(tmp_path)[1:]] == [0.6, 0.1, 0.4]

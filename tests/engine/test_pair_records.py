@@ -5,17 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from lines import read_lines
 
 import train
 from notus.engine import pair_records
 from notus.objective.loss import build_loss
 from notus.objective.losses import PairLogProbs, Sums
+from runs import base_config
 
 RULES = {"mean": "mean-rating", "overall": "overall-score"}
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +21,20 @@ def run(demo, tmp_path_factory):
     """A run of one step with two named evaluation sets."""
     folder = tmp_path_factory.mktemp("recorded")
 
-    def source(name, rule):
-        return {"path": str(demo / f"{name}.jsonl"), "curation": {"rule": rule}}
-
-    config = {
-        "model": {"policy": str(demo / "sft"), "compute_dtype": "float32"},
-        "data": {
-            "train": [source("preferences", "mean-rating")],
-            "eval": {name: source("heldout", rule) for name, rule in RULES.items()},
-            "tokens_per_microbatch": 1024,
-        },
-        "loss": {"name": "ipo", "beta": 0.3},
-        "optimizer": {"learning_rate": 1e-3},
-        "train": {"pairs_per_step": 24, "max_steps": 1},
-        "parallel": {"activation_checkpointing": "none", "device": "cpu"},
-        "checkpoint": {"every": None},
-        "output_dir": str(folder / "run"),
+    held_out = str(demo / "heldout.jsonl")
+    config = base_config(demo) | {"loss": {"name": "ipo", "beta": 0.3}}
+    config["data"]["eval"] = {
+        name: {"path": held_out, "curation": {"rule": rule}} for name, rule in RULES.items()
     }
+    config["train"]["max_steps"] = 1
+    config["output_dir"] = str(folder / "run")
     (folder / "config.json").write_text(json.dumps(config))
     assert train.main([str(folder / "config.json")]) == 0
     return folder / "run"
 
 
 def test_the_records_means_are_the_logged_metrics(run):
-    records, logged = lines(run / "eval_pairs.jsonl"), lines(run / "metrics.jsonl")[-1]
+    records, logged = read_lines(run / "eval_pairs.jsonl"), read_lines(run / "metrics.jsonl")[-1]
     assert logged["step"] == 1
     for prefix, chosen in [
         ("eval_", records),
@@ -64,7 +52,7 @@ def test_the_records_means_are_the_logged_metrics(run):
 
 def test_a_pair_is_the_same_in_both_sets_if_its_tokens_are(run):
     by_set = {name: {} for name in RULES}
-    for record in lines(run / "eval_pairs.jsonl"):
+    for record in read_lines(run / "eval_pairs.jsonl"):
         by_set[record["set"]][record["where"]] = record
     one, other = by_set.values()
     assert one.keys() == other.keys()

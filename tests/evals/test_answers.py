@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from lines import read_lines, write_lines
 
 import eval as command
 from notus.data.tokenizer import load_tokenizer
@@ -34,9 +35,7 @@ INSTRUCTIONS = [
 
 @pytest.fixture
 def questions(tmp_path):
-    file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    return file
+    return write_lines(tmp_path / "questions.jsonl", QUESTIONS)
 
 
 @pytest.fixture
@@ -52,10 +51,6 @@ def generate(model, prompts, out, *more):
     return command.main([*given, *sizes, *more])
 
 
-def rows_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_both_turns_are_those_of_fastchat_s_loop(other, questions, tmp_path):
     """Against the loop of gen_model_answer: one question at a time, the seed set once for it."""
     out = tmp_path / "model_answer" / "notus.jsonl"
@@ -63,7 +58,7 @@ def test_both_turns_are_those_of_fastchat_s_loop(other, questions, tmp_path):
     assert generate(other, questions, out, "--batch-size", "2") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     tokenizer = load_tokenizer(other)
-    rows = rows_of(out)
+    rows = read_lines(out)
     assert [row["question_id"] for row in rows] == [81, 90, 130]
     temperatures = {81: 0.0, 90: 0.7, 130: 0.1}
     for row in rows:
@@ -109,7 +104,7 @@ def test_own_prompts_keep_their_rows_and_a_run_is_its_final_model(demo, tmp_path
     file, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
     file.write_text('{"prompt": "Once", "id": 7}\n')
     assert generate(tmp_path / "my-run", file, out, "--device", "cpu") == 0
-    (row,) = rows_of(out)
+    (row,) = read_lines(out)
     assert row | {"response": "?"} == {
         "prompt": "Once",
         "id": 7,
@@ -254,7 +249,7 @@ def test_samples_are_draws_of_generate_each_with_its_recorded_seed(other, demo, 
     file.write_text("\n".join([*lines, lines[0]]))
     more = ("--samples", "3", "--temperature", "0.9", "--top-p", "0.95", "--seed", "5")
     assert generate(other, file, out, *more, "--batch-size", "4") == 0
-    rows = rows_of(out)
+    rows = read_lines(out)
     assert [row["prompt"] for row in rows] == [json.loads(line)["instruction"] for line in lines]
     assert rows[0].keys() == {"source", "prompt", "responses", "seeds", "generator"}
     assert {row["source"] for row in rows} == {"notus_demo"}
@@ -280,9 +275,9 @@ def test_a_prompt_s_samples_do_not_depend_on_the_other_prompts(other, tmp_path):
     found = {}
     for name, (some, samples, size) in files.items():
         file, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-out.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+        write_lines(file, some)
         assert generate(other, file, out, "--samples", samples, "--batch-size", size) == 0
-        found[name] = {row["id"]: row for row in rows_of(out)}
+        found[name] = {row["id"]: row for row in read_lines(out)}
     for number, row in found["few"].items():
         whole = found["all"][number]
         assert row["responses"] == whole["responses"][:2] and row["seeds"] == whole["seeds"][:2]

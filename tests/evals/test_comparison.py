@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from lines import write_lines
 
 from notus.errors import UserError
 from notus.evals.comparison import (
@@ -86,7 +87,7 @@ def test_recipes_are_compared_key_by_key():
 def test_evaluations_are_the_lines_that_have_them(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": 0} | NAMES, {"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6} | NAMES]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(file, rows)
     assert list(read_evaluations(file)) == [2]
     for broken, message in [
         ({"step": 2, "eval_loss": 0.5}, "metrics.jsonl:1: eval_rewards/accuracies is None"),

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from lines import write_lines
 
 import eval as command_line
 from notus.errors import UserError
@@ -49,7 +50,7 @@ def tasks_dir(tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "documents.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
+    write_lines(data, DOCUMENTS)
     for name in ("sums", "winogrande"):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
     (folder / "absent.yaml").write_text(TASK.format(name="absent", data=folder / "no.jsonl"))

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from lines import write_lines
 
 import eval as command_line
 from notus.errors import UserError
@@ -41,7 +42,7 @@ def write_run(folder, rows, settings=SETTINGS, losses=(0.6, 0.4, 0.5), **changes
     settings = settings | changes | {"output_dir": str(folder)}
     (folder / "config.json").write_text(json.dumps(settings))
     lines = [evaluation(10 * i, loss) for i, loss in enumerate((9.0, *losses))]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / "metrics.jsonl", lines)
     if rows:
         write_pairs(folder / "eval_pairs.jsonl", rows)
     return folder
@@ -49,7 +50,7 @@ def write_run(folder, rows, settings=SETTINGS, losses=(0.6, 0.4, 0.5), **changes
 
 def write_pairs(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(file, rows)
 
 
 def compare(capsys, *arguments):

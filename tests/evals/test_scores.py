@@ -5,6 +5,7 @@ import math
 import statistics
 
 import pytest
+from lines import write_lines
 
 from notus.errors import UserError
 from notus.evals.leaderboard import averages, leaderboard_results, read_results, result_files
@@ -16,12 +17,6 @@ from notus.evals.scores import (
     read_questions,
     win_rate,
 )
-
-
-def lines(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
 
 # ------------------------------------------------------------------------------------ AlpacaEval
 
@@ -65,7 +60,7 @@ def test_graded_preferences_are_averaged():
 
 def test_a_preference_of_0_is_a_draw(tmp_path):
     """Old annotations have it; AlpacaEval replaces it with 1.5 to this day."""
-    _, found, rows = read_annotations(lines(tmp_path / "a.jsonl", annotations([0, 2, None])))
+    _, found, rows = read_annotations(write_lines(tmp_path / "a.jsonl", annotations([0, 2, None])))
     assert (found.win_rate, found.draws, found.total, rows) == (75, 1, 2, 3)
 
 
@@ -91,7 +86,7 @@ def test_a_preference_of_0_is_a_draw(tmp_path):
 )
 def test_wrong_annotations_are_named(rows, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        read_annotations(lines(tmp_path / "a.jsonl", rows))
+        read_annotations(write_lines(tmp_path / "a.jsonl", rows))
 
 
 def test_a_file_cut_off_is_no_result(tmp_path):
@@ -128,13 +123,15 @@ def test_mt_bench_means_leave_out_what_could_not_be_parsed(tmp_path):
             return -1
         return 4 if MT_BENCH_TURNS[number, turn] == "math" else 8.0
 
-    file = lines(tmp_path / "gpt-4_single.jsonl", judgments(score_of) + judgments(lambda n, t: t))
+    file = write_lines(
+        tmp_path / "gpt-4_single.jsonl", judgments(score_of) + judgments(lambda n, t: t)
+    )
     with pytest.raises(
         UserError, match="single.jsonl:161: question_id 81, turn 1 of mine is judged twice"
     ):
         mt_bench_scores(file, MT_BENCH_TURNS)
     rows = judgments(score_of) + judgments(lambda n, t: 6 + t, model="other")
-    found, other = mt_bench_scores(lines(file, rows), MT_BENCH_TURNS)
+    found, other = mt_bench_scores(write_lines(file, rows), MT_BENCH_TURNS)
     assert found.score == pytest.approx((18 * 4 + 140 * 8) / 158)
     assert found.turns == pytest.approx([(9 * 4 + 70 * 8) / 79] * 2)
     assert found.categories["math"] == 4 and found.categories["humanities"] == 8
@@ -178,7 +175,7 @@ def test_mt_bench_standard_error_is_that_of_question_means():
     ],
 )
 def test_wrong_judgments_are_named(change, message, tmp_path):
-    file = lines(tmp_path / "j.jsonl", change(judgments(lambda n, t: 5)))
+    file = write_lines(tmp_path / "j.jsonl", change(judgments(lambda n, t: 5)))
     with pytest.raises(UserError, match=message):
         mt_bench_scores(file, MT_BENCH_TURNS)
 
@@ -188,16 +185,16 @@ def test_questions_of_ones_own(tmp_path):
         {"question_id": 1, "category": "law", "turns": ["a"]},
         {"question_id": 2, "category": "tax", "turns": ["a", "b"]},
     ]
-    questions = read_questions(lines(tmp_path / "q.jsonl", rows))
+    questions = read_questions(write_lines(tmp_path / "q.jsonl", rows))
     assert questions == {(1, 1): "law", (2, 1): "tax", (2, 2): "tax"}
     rows = [
         {"question_id": number, "model": "mine", "score": score, "turn": turn, "judge": ["gpt-4"]}
         for number, turn, score in [(1, 1, 2), (2, 1, 4), (2, 2, 9)]
     ]
-    [found] = mt_bench_scores(lines(tmp_path / "j.jsonl", rows), questions)
+    [found] = mt_bench_scores(write_lines(tmp_path / "j.jsonl", rows), questions)
     assert (found.score, found.turns, found.judge) == (5, (3, 9), "gpt-4")
     assert found.categories == {"law": 2, "tax": 6.5}
-    lines(tmp_path / "q.jsonl", [{"question_id": 1, "category": "law", "turns": ["a"]}] * 2)
+    write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "category": "law", "turns": ["a"]}] * 2)
     with pytest.raises(UserError, match="q.jsonl:2: question_id 1 is also that of .*q.jsonl:1"):
         read_questions(tmp_path / "q.jsonl")
 

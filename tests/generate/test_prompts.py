@@ -1,8 +1,7 @@
 """Prompt files of three forms, and the text that the published answers were written to."""
 
-import json
-
 import pytest
+from lines import write_lines
 
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
@@ -14,9 +13,7 @@ INSTRUCTION = {"dataset": "koala", "instruction": "Why?", "output": "davinci's",
 
 
 def write(folder, *rows):
-    file = folder / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(write_lines(folder / "prompts.jsonl", rows))
 
 
 @pytest.mark.parametrize(

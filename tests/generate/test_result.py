@@ -2,6 +2,8 @@
 
 import json
 
+from lines import write_lines
+
 from notus.generate.prompts import Prompt
 from notus.generate.result import held_out_rows, side_by_side
 from notus.tables import text_table
@@ -28,7 +30,7 @@ def test_before_and_after_takes_first_and_last_evaluation(tmp_path):
     names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
     lines = [{"step": step} | {f"eval_{name}": float(step) for name in names} for step in (0, 5, 9)]
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 10}]))
+    write_lines(file, [*lines, {"step": 10}])
     rows = held_out_rows(file)
     assert [row[1:] for row in rows] == [(0.0, 9.0)] * 5
     assert text_table(("", "before", "after"), rows, digits=4).splitlines()[1].split() == [

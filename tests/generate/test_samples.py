@@ -6,6 +6,7 @@ import pytest
 import sample_ranks
 import torch
 import transformers
+from lines import read_lines
 from torch.utils.tensorboard import SummaryWriter
 
 import eval as command
@@ -150,11 +151,11 @@ def test_a_sharded_model_answers_as_one(other, demo, tmp_path):
         for rank in range(2):
             assert json.loads((tmp_path / f"{count}-{rank}.json").read_text()) == expected
     # The command, its prompts shared by both ranks.
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "out.jsonl")
     one = tmp_path / "one.jsonl"
     given = ["generate", str(other), "--prompts", str(demo / "prompts.jsonl"), "--out", str(one)]
     assert command.main([*given, "--max-new-tokens", "4", "--name", "out"]) == 0
-    assert rows == [json.loads(line) for line in one.read_text().splitlines()]
+    assert rows == read_lines(one)
 
 
 def test_markdown_shows_texts_as_they_are():

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from lines import write_lines
 
 from faults import wait_in_step
 from notus.curation.curate import Curation
@@ -28,7 +29,7 @@ def config(demo, tmp_path_factory) -> str:
         {"prompt": pair.prompt, "chosen": pair.rejected, "rejected": pair.chosen}
         for pair in load_preferences([held_out], seed=0).train
     ]
-    (folder / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "swapped.jsonl", rows)
     swapped = {"path": str(folder / "swapped.jsonl"), "weight": 0.5}
     settings["data"]["eval"] = {"far": swapped, "own": source}
     settings["optimizer"]["learning_rate"] = 1e-2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lines import read_lines
 
 from faults import disk_full, slow_disk, small_files, spoil_pair, spoil_steps, wait_in_step
 from notus.config import load_config
@@ -179,7 +180,7 @@ def test_a_step_that_is_not_finite_is_skipped(config, spoilt, tmp_path):
     code, told = run_ranks([config, *keys], tmp_path / "log", 2, fault)
     assert code == 0, told
     # The pair comes once in each of the two epochs.
-    records = [json.loads(line) for line in (output / "nonfinite.jsonl").read_text().splitlines()]
+    records = read_lines(output / "nonfinite.jsonl")
     lines = metrics(output)
     assert [record["step"] for record in records] == [m["step"] for m in lines if m["nonfinite"]]
     assert len(records) == 2 and len(lines) == 6

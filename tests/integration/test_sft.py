@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from lines import write_lines
 
 from notus.config import load_config
 from notus.data.preferences import Source, load_preferences
@@ -214,7 +215,7 @@ def test_a_mix_with_sft_has_the_weighted_sum_of_gradients(folder):
 def tokens_of(rows, demo, folder):
     """What train.py would train on: the tokens and lengths of a file of these rows."""
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     source = Source(path=str(path))
     found = load_preferences([source], seed=0, responses_only=True)
     assert not found.dropped, found.dropped

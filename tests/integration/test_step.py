@@ -1,11 +1,11 @@
 """Three steps of train.py against a loop written out with transformers' model and torch alone."""
 
-import json
 import math
 
 import pytest
 import torch
 import transformers
+from lines import read_lines, write_lines
 
 from notus.config import load_config
 from notus.data.tokenizer import load_tokenizer
@@ -59,9 +59,9 @@ def by_hand(demo, config, per_step):
 
 def test_the_loss_of_all_lower_pairs_is_the_sum_over_its_pairs(demo, other, tmp_path):
     """One step over 8 rows of four responses: 24 pairs, read from the raw rows here."""
-    rows = [json.loads(line) for line in (demo / "preferences.jsonl").read_text().splitlines()][:8]
+    rows = read_lines(demo / "preferences.jsonl")[:8]
     raw = tmp_path / "raw.jsonl"
-    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(raw, rows)
     settings = base_config(demo)
     curation = {"rule": "mean-rating", "rejected": "all-lower"}
     settings["data"]["train"] = [{"path": str(raw), "curation": curation}]

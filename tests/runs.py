@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lines import read_lines
 from safetensors.torch import load_file
 
 from notus.config import Config
@@ -82,7 +83,7 @@ def pairs_of_step(
 
 def metrics(output: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(output / "metrics.jsonl")
 
 
 def steps_logged(output: Path) -> int:
