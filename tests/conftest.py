@@ -22,6 +22,14 @@ from notus.model.hf_config import read_shape
 from notus.model.mistral import MistralForCausalLM
 
 VOCABULARY = 61
+TINY = {  # transformers' names for the sizes of a tiny decoder
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def interpreter_works() -> bool:
@@ -59,16 +67,7 @@ def tiny_folder(tmp_path_factory):
     """A random Mistral of two layers as a Hugging Face folder without a tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        sliding_window=16,
-    )
+    config = transformers.MistralConfig(**TINY, initializer_range=0.2, sliding_window=16)
     transformers.MistralForCausalLM(config).save_pretrained(folder)
     return folder
 

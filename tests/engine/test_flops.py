@@ -7,29 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import model_shape
 from conftest import random_pairs
 from notus.data.packing import pack, slots_of
 from notus.engine.flops import Work, forward_flops, hardware_flops, model_flops, peak_flops
-from notus.model.hf_config import ModelShape
 from notus.model.mistral import count_parameters
 from notus.objective.logprobs import token_log_probs
 
-MISTRAL_7B = ModelShape(
-    vocab_size=32_000,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
-)
+MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
 
 
 def mean_pair_flops(prompt, chosen, rejected):

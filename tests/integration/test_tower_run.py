@@ -7,6 +7,7 @@ import torch
 import transformers
 from towers import YARN, write_tower
 
+from conftest import TINY
 from runs import base_config, run, stored
 
 
@@ -14,12 +15,7 @@ def test_two_ranks_train_it_resume_and_write_a_text_model(demo, tmp_path):
     tower, output, again = (tmp_path / name for name in ("tower", "run", "again"))
     words = json.loads((demo / "sft/config.json").read_text())
     decoder = transformers.Ministral3Config(
-        vocab_size=words["vocab_size"],
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY | {"vocab_size": words["vocab_size"]},
         head_dim=8,
         tie_word_embeddings=True,
         rope_parameters=YARN | {"original_max_position_embeddings": 16},

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from towers import write_tower
 
+from conftest import TINY
 from notus.errors import UserError
 from notus.model.hf_config import read_shape
 from notus.model.lora import LoraSettings, adapter_parameters
@@ -227,16 +228,7 @@ def test_another_rank_than_the_file_s_is_refused(tiny_folder, tmp_path):
 def write_base(folder, dtype, **options):
     """A model of several files with a tokenizer's files."""
     torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        **options,
-    )
+    config = transformers.MistralConfig(**TINY, initializer_range=0.2, **options)
     model = transformers.MistralForCausalLM(config).to(dtype)
     model.save_pretrained(folder, max_shard_size="20KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -272,15 +264,7 @@ def test_merged_weights_are_sums_rounded_once(dtype, name, tmp_path):
 
 
 def test_merging_into_a_vision_model_gives_its_text_model(tmp_path):
-    decoder = transformers.MistralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    decoder = transformers.MistralConfig(**TINY, head_dim=8)
     theirs = write_tower(tmp_path / "base", decoder, tie_word_embeddings=False)
     write_adapter(tmp_path / "adapter", tmp_path / "base")
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from towers import YARN, write_tower
 
+from conftest import TINY
 from notus.errors import UserError
 from notus.model.hf_config import decoder_config, has_vision, read_shape
 from notus.model.mistral import MistralForCausalLM
@@ -26,19 +27,10 @@ from notus.model.weights import (
     stored_tensors,
 )
 
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-
 
 def write_model(folder, **options):
     torch.manual_seed(0)
-    config = transformers.MistralConfig(**SIZES, **options)
+    config = transformers.MistralConfig(**TINY, **options)
     model = transformers.MistralForCausalLM(config)
     model.save_pretrained(folder, max_shard_size="20KB")
     return model
@@ -73,7 +65,7 @@ DECODERS = {"mistral": transformers.MistralConfig, "ministral3": transformers.Mi
 def test_the_decoder_of_a_vision_model(kind, tied, names, tmp_path):
     """Loaded by its prefix, tied if no head is stored, whatever the two entries say."""
     rope = {"rope_parameters": YARN} if kind == "ministral3" else {"sliding_window": None}
-    decoder = DECODERS[kind](**SIZES, head_dim=8, **rope)
+    decoder = DECODERS[kind](**TINY, head_dim=8, **rope)
     theirs = write_tower(tmp_path, decoder, tie_word_embeddings=tied)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert sum(name.startswith("vision_tower.") for name in index) > 5
@@ -113,7 +105,7 @@ def test_the_decoder_of_a_vision_model(kind, tied, names, tmp_path):
 
 
 def test_the_dtype_of_fp8_weights_is_refused(tmp_path):
-    write_tower(tmp_path, transformers.MistralConfig(**SIZES, head_dim=8))
+    write_tower(tmp_path, transformers.MistralConfig(**TINY, head_dim=8))
     file = max(tmp_path.glob("*.safetensors"))
     tensors = load_file(file)
     name = min(tensors)
