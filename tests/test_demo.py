@@ -1,4 +1,5 @@
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from notus import demo
 from notus.config import load_config
 from notus.errors import UserError
 from notus.generate.samples import is_right
+from ranks import call, train_each
 
 SMALL = {"rows": 48, "sft_passes": 1, "hidden_size": 16, "vocabulary": 400}
 
@@ -201,8 +203,18 @@ def test_a_training_that_fails_leaves_no_policy(
     assert not (tmp_path / "demo/sft").exists()  # rather none than one that looks trained
 
 
-def test_a_demo_is_written_over_with_the_same_bytes(folder: Path) -> None:
+def test_a_demo_is_written_over_with_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This time train.py runs in a forked process, which starts sooner."""
+
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+        assert command[1] == str(demo.ROOT / "train.py") and env["OMP_NUM_THREADS"] == "1"
+        code, _ = call(train_each, [command[2:]], log=tmp_path / "log")
+        return subprocess.CompletedProcess(command, code)
+
     before = {name: (folder / name).read_bytes() for name in demo.FILES}
+    monkeypatch.setattr(demo.subprocess, "run", run)
     demo.write_demo(folder, **SMALL)
     assert before == {name: (folder / name).read_bytes() for name in demo.FILES}
 
