@@ -19,6 +19,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,9 @@ def model_shape(layers: int, hidden: int, inner: int, heads: int, vocabulary: in
         attention_bias=False,
         mlp_bias=False,
     )
+
+
+MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
 
 
 def load_of(shape: ModelShape, ranks: int, slots: int, device: str, **settings) -> MemorySettings:
@@ -231,7 +235,7 @@ def main() -> int:
         torch.set_num_threads(1)
         shape, slots = model_shape(4, 256, 896, 8, 512), 512
     else:
-        shape, slots = model_shape(options.layers, 4096, 14_336, 32, 32_000), options.slots
+        shape, slots = replace(MISTRAL_7B, num_hidden_layers=options.layers), options.slots
     print(f"{count_parameters(shape):,} parameters, rows of {slots:,} slots, {device}; MiB")
     names = ("predicted", "measured", "reserved")
     print(

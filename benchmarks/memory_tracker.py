@@ -28,6 +28,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.memory import (
+    MISTRAL_7B,
     PAIRS,
     load_of,
     measured_peak,
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=names, choices=names, help="lora: AdamW")
     parser.add_argument("--lines", action="store_true", help="what the peaks consist of")
     options = parser.parse_args()
-    shape, unit = model_shape(options.layers, 4096, 14_336, 32, 32_000), 2**30
+    shape, unit = replace(MISTRAL_7B, num_hidden_layers=options.layers), 2**30
     slots, device, last = options.slots, "cuda", "on GPU"
     if options.toy:
         torch.set_num_threads(1)

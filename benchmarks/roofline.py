@@ -13,7 +13,7 @@ follows. It is a ceiling: nothing overlaps, and nothing waits.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.head import seconds
-from benchmarks.memory import model_shape
+from benchmarks.memory import MISTRAL_7B, model_shape
 from notus.engine.flops import forward_flops, model_flops, peak_flops
 from notus.files import write_json
 from notus.model.hf_config import ModelShape
@@ -29,8 +29,8 @@ from notus.model.mistral import count_parameters
 from notus.tables import text_table
 
 MODELS = {
-    "A": model_shape(layers=8, hidden=4096, inner=14_336, heads=32, vocabulary=32_000),
-    "B": model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000),
+    "A": replace(MISTRAL_7B, num_hidden_layers=8),
+    "B": MISTRAL_7B,
     "toy": model_shape(layers=4, hidden=256, inner=896, heads=8, vocabulary=32_000),
 }
 MAX_LENGTH = 1024

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.memory import model_shape  # noqa: E402
+from benchmarks.memory import MISTRAL_7B  # noqa: E402
 from notus.build import build_plan, make_loss  # noqa: E402
 from notus.config import CONFLICTS, INERT, Config, Rule, load_config  # noqa: E402
 from notus.data.tokenization import TokenizedPairs  # noqa: E402
@@ -239,15 +239,14 @@ def ultrafeedback_like(count: int, longest: int) -> TokenizedPairs:
 def notus_estimate() -> Estimate:
     """The published recipe on one GPU."""
     config = load_config(ROOT / "configs" / "notus.json")
-    shape = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
     pairs = ultrafeedback_like(PAIRS, config.data.max_length)
     held_out = ultrafeedback_like(config.data.eval.holdout, config.data.max_length)
     plan = build_plan(config, pairs, 1)
     return Estimate(
         config=config,
         gpus=1,
-        shape=shape,
-        counts=parameter_counts(shape, None),
+        shape=MISTRAL_7B,
+        counts=parameter_counts(MISTRAL_7B, None),
         loss=make_loss(config),
         reference_is_base=False,
         pairs=pairs,

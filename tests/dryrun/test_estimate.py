@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.memory import model_shape
+from benchmarks.memory import MISTRAL_7B
 from notus.build import build_plan, make_loss
 from notus.config import load_config
 from notus.data.packing import slots_of
@@ -18,7 +18,6 @@ from notus.engine.flops import GPUS, gpu_named, gpu_of_device, model_flops
 from notus.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
 PARAMETERS = 7_241_732_096
 BLOCK = 218_112_000
 

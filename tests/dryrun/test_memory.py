@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.memory import load_of, measured_peak, model_shape
+from benchmarks.memory import MISTRAL_7B, load_of, measured_peak, model_shape
 from notus.dryrun.estimate import usable
 from notus.dryrun.memory import (
     TRITON_CHUNK_ROWS,
@@ -22,7 +22,6 @@ from notus.model import mistral as decoder
 from notus.model.lora import LoraSettings, add_adapters
 from notus.model.mistral import Block, rope_tables
 
-MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
 PARAMETERS = 7_241_732_096
 BLOCK = 218_112_000
 SMALL = model_shape(layers=4, hidden=256, inner=896, heads=8, vocabulary=512)

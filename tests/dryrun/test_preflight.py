@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import train
-from benchmarks.memory import model_shape
+from benchmarks.memory import MISTRAL_7B
 from notus.dryrun.report import size_text
 from notus.engine.flops import GPUS
 from notus.errors import UserError
@@ -17,7 +17,6 @@ from notus.model import weights
 from notus.model.weights import open_model
 
 ROOT = Path(__file__).parents[2]
-MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
 
 
 @pytest.fixture

@@ -7,14 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory import model_shape
+from benchmarks.memory import MISTRAL_7B
 from conftest import random_pairs
 from notus.data.packing import pack, slots_of
 from notus.engine.flops import Work, forward_flops, hardware_flops, model_flops, peak_flops
 from notus.model.mistral import count_parameters
 from notus.objective.logprobs import token_log_probs
-
-MISTRAL_7B = model_shape(layers=32, hidden=4096, inner=14_336, heads=32, vocabulary=32_000)
 
 
 def mean_pair_flops(prompt, chosen, rejected):
