@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from notus.data.formats import Pair
+from notus.evals.statistics import wilson
 
 # RewardBench's sections: a section's accuracy weighs its subsets by these counts, and the total is
 # the mean over sections (allenai/reward-bench, constants.py; math-prm counts twice its rows).
@@ -42,15 +43,6 @@ class Row(NamedTuple):
     high: float
     margin: float
     longer_wins: float
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927), 95 % by default; n at least 1."""
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Of shares 0 and 1 an end is the share itself, which rounding may pass.
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def table(pairs: Sequence[Pair], margin: np.ndarray, lengths: np.ndarray) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Tests of paired results: McNemar's exact test, and a paired bootstrap of mean differences."""
+"""Wilson's interval of a share, McNemar's exact test, and a paired bootstrap of mean values."""
 
 import math
 
@@ -6,6 +6,15 @@ import numpy as np
 
 RESAMPLES = 10_000
 CHUNK = 2**20  # indices drawn at a time
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927), 95 % by default; n at least 1."""
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Of shares 0 and 1 an end is the share itself, which rounding may pass.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def mcnemar(first_only: int, second_only: int) -> float:

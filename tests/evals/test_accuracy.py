@@ -4,19 +4,7 @@ import numpy as np
 import pytest
 
 from notus.data.formats import Pair
-from notus.evals.accuracy import SECTIONS, Row, section_scores, table, wilson
-
-
-def test_wilson_interval_of_a_textbook():
-    """8 of 10: 0.4902 to 0.9433 (e.g. Newcombe 1998's formula worked by hand); bounds stay in."""
-    assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
-    assert wilson(0, 5) == pytest.approx((0.0, 0.43448), abs=1e-5)
-    assert wilson(5, 5) == pytest.approx((0.56552, 1.0), abs=1e-5)
-
-
-@pytest.mark.parametrize("n", [3, 4, 10, 31, 1000])
-def test_wilson_interval_holds_the_share(n):
-    assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
+from notus.evals.accuracy import SECTIONS, Row, section_scores, table
 
 
 def test_table_by_hand():

@@ -1,4 +1,4 @@
-"""Paired tests against sums written out with fractions, closed forms and simulated truth."""
+"""Statistics against sums written out with fractions, closed forms and simulated truth."""
 
 import math
 from fractions import Fraction
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from notus.evals import statistics
-from notus.evals.statistics import bootstrap_interval, mcnemar
+from notus.evals.statistics import bootstrap_interval, mcnemar, wilson
 
 
 def binomial_tail(successes: int, trials: int) -> Fraction:
@@ -18,6 +18,18 @@ def binomial_tail(successes: int, trials: int) -> Fraction:
         (math.comb(trials, k) * half**k * half ** (trials - k) for k in range(successes + 1)),
         Fraction(0),
     )
+
+
+def test_wilson_interval_of_a_textbook():
+    """8 of 10: 0.4902 to 0.9433 (e.g. Newcombe 1998's formula worked by hand); bounds stay in."""
+    assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    assert wilson(0, 5) == pytest.approx((0.0, 0.43448), abs=1e-5)
+    assert wilson(5, 5) == pytest.approx((0.56552, 1.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 4, 10, 31, 1000])
+def test_wilson_interval_holds_the_share(n):
+    assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
 
 
 @pytest.mark.parametrize("first, second", [(0, 0), (3, 3), (1, 9), (9, 1), (0, 5), (12, 30)])
