@@ -124,12 +124,7 @@ def generate(options: argparse.Namespace) -> None:
     share = batches([len(ids) for ids in encoded], size)[ranks.rank :: ranks.count]
     left = [[index for index in batch if index not in done] for batch in share]
     temperatures = [benchmarks.temperature_of(p, kind, options.temperature) for p in prompts]
-    if options.samples:
-        draws = range(options.samples)
-        once = prompts[:: options.samples]
-        seeds = [benchmarks.draw_seed(p, draw, options.seed) for p in once for draw in draws]
-    else:
-        seeds = [benchmarks.seed_of(index, kind, options.seed) for index in range(len(prompts))]
+    seeds = benchmarks.seeds_of(prompts, kind, options.samples, options.seed)
     show = progress(sum(map(len, left)), 0, "prompt") if ranks.first else nullcontext()
     with agreed(), show as bar:
         for indices in filter(None, left):
@@ -147,10 +142,7 @@ def generate(options: argparse.Namespace) -> None:
     record = {"model": options.model} | settings | {"seeds": seeds, "versions": versions}
     settings_file = options.out.with_name(f"{options.out.name}.settings.json")
     write_whole(settings_file, json.dumps(record) + "\n", durable=True)
-    if options.samples:
-        text = benchmarks.samples_text(prompts, answers, seeds, options.name)
-    else:
-        text = benchmarks.answers_text(kind, prompts, answers, options.name)
+    text = benchmarks.answers_text(kind, prompts, answers, seeds, options.name)
     write_whole(options.out, text, durable=True)
     shutil.rmtree(partial_folder)
     print(f"wrote {len(prompts)} answers of {options.name} to {options.out}")

@@ -29,14 +29,20 @@ class Answered(NamedTuple):
 
 
 def answers_text(
-    kind: str, prompts: Sequence[Prompt], answers: Sequence[Answered], name: str
+    kind: str,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answered],
+    seeds: Sequence[int],
+    name: str,
 ) -> str:
     """The file of a model's answers.
 
     AlpacaEval's model_outputs.json is a list of objects, FastChat's model_answer file has a line
-    for each question, sorted by id. For other prompts: JSON lines, each prompt's row with
-    "response" and "generator" added.
+    for each question, sorted by id. For "samples" see `_samples_text`. For other prompts: JSON
+    lines, each prompt's row with "response" and "generator" added.
     """
+    if kind == "samples":
+        return _samples_text(prompts, answers, seeds, name)
     rows = [_row(kind, *answered, name) for answered in zip(prompts, answers, strict=True)]
     if kind == "alpaca_eval":
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
@@ -69,12 +75,18 @@ def temperature_of(prompt: Prompt, kind: str, override: float | None) -> float:
     return MT_BENCH_TEMPERATURES.get(category, OTHER_TEMPERATURE)
 
 
-def seed_of(index: int, kind: str, seed: int) -> int:
-    """The seed of a prompt's random stream. FastChat uses the same one for every question."""
-    return seed if kind == "mt_bench" else seed + index
+def seeds_of(prompts: Sequence[Prompt], kind: str, draws: int | None, seed: int) -> list[int]:
+    """The seed of each prompt's random stream.
+
+    draws: how often each prompt comes in a row, for the kind "samples" (see `_draw_seed`).
+    FastChat uses the same seed for every question.
+    """
+    if kind == "samples":
+        return [_draw_seed(prompt, i % draws, seed) for i, prompt in enumerate(prompts)]
+    return [seed if kind == "mt_bench" else seed + i for i in range(len(prompts))]
 
 
-def draw_seed(prompt: Prompt, draw: int, seed: int) -> int:
+def _draw_seed(prompt: Prompt, draw: int, seed: int) -> int:
     """The seed of one of several draws for a prompt, below 2**48.
 
     It depends on nothing else, so that the other prompts of the file, their order and the number of
@@ -84,7 +96,7 @@ def draw_seed(prompt: Prompt, draw: int, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def samples_text(
+def _samples_text(
     prompts: Sequence[Prompt], answers: Sequence[Answered], seeds: Sequence[int], name: str
 ) -> str:
     """JSON lines: the row of each prompt with its K "responses", their "seeds" and "generator".
