@@ -62,6 +62,14 @@ def group():
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def no_curves():
+    """Model cards without figures, as without matplotlib: drawing takes longer than a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("notus.card.card.find_spec", lambda name: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random Mistral of two layers as a Hugging Face folder without a tokenizer."""

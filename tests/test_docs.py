@@ -424,7 +424,7 @@ def test_exceptions_are_documented_commands():
 
 
 @pytest.fixture(scope="module")
-def trained(small):
+def trained(small, no_curves):
     """The folder with the runs that the documents' other commands need."""
     before = Path.cwd()
     os.chdir(small)

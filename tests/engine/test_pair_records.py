@@ -17,7 +17,7 @@ RULES = {"mean": "mean-rating", "overall": "overall-score"}
 
 
 @pytest.fixture(scope="module")
-def run(demo, tmp_path_factory):
+def run(demo, tmp_path_factory, no_curves):
     """A run of one step with two named evaluation sets."""
     folder = tmp_path_factory.mktemp("recorded")
 
