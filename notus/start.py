@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +34,7 @@ from notus.engine.signals import Interrupts, Stopped
 from notus.engine.sinks import open_sinks
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
+from notus.files import Plain
 from notus.final import complete_final, export, holds_final, write_model_card
 from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
@@ -45,8 +45,6 @@ from notus.model.peft import merge
 from notus.model.weights import hash_weights, load_weights
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.reference import Reference, check_start
-
-Plain = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

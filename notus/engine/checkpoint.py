@@ -22,7 +22,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ from torch.optim import Optimizer
 
 from notus.engine.metrics import Progress
 from notus.errors import UserError
-from notus.files import write_whole, writing
+from notus.files import Plain, write_whole, writing
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import Shape, check_shapes, header_shapes, read_rows
 
@@ -40,8 +39,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 # Prefixes of the files with trained parameters: those of a complete model, or next to a frozen base
 MODEL, ADAPTER = "model", "adapter"
-
-Plain = dict[str, Any]
 
 
 def checkpoint_name(step: int) -> str:

@@ -16,11 +16,10 @@ from notus.data.token_arrays import TokenizedPairs
 from notus.engine import checkpoint, lock
 from notus.engine.log import warn
 from notus.errors import UserError
-from notus.files import PARTIAL, read_object, remove_partial, write_json, writing
+from notus.files import PARTIAL, Plain, read_object, remove_partial, write_json, writing
 from notus.model.hf_config import ModelShape
 from notus.strict import show
 
-Plain = dict[str, Any]
 Resolve = Callable[[Plain], Plain]
 
 SETTINGS = "config.json"

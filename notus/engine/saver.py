@@ -30,7 +30,6 @@ from notus.engine.checkpoint import (
     MANIFEST,
     MODEL,
     STATE,
-    Plain,
     Progress,
     checkpoint_name,
     checkpoints,
@@ -44,7 +43,7 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, remove, sync, write_json, write_whole, writing
+from notus.files import Plain, partial_path, remove, sync, write_json, write_whole, writing
 from notus.model.hf_config import decoder_config
 from notus.model.host_copies import copy_bytes
 from notus.model.mistral import MistralForCausalLM
