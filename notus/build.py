@@ -343,7 +343,7 @@ def build_references(
                     pairs, identity, model.shape, compute_dtype, setup.rows.prefix_sharing
                 ),
                 reference,
-                show=partial(progress, unit="reference: pair", delay=5.0) if ranks.first else None,
+                show=partial(progress, unit="reference: pair", delay=5.0, disable=not ranks.first),
                 say=ranks.say,
                 after_part=setup.interrupts.obey_stop,
             )

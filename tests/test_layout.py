@@ -26,7 +26,8 @@ ORDER = """
     model.attention model.hf_config model.rope model.mistral model.host_copies model.weights
     model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
-    objective.reference objective.turns objective.reference_cache
+    objective.reference objective.turns objective.cache_files
+    objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.sinks engine.log engine.pair_records engine.signals engine.lock engine.host_memory
     engine.checkpoint engine.best engine.saver engine.resume engine.history engine.profiling
