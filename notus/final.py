@@ -66,10 +66,11 @@ def complete_final(setup: Setup) -> None:
     """
     final = setup.output / "final"
     with agreed():
-        history.record_end(setup.output, final.stat().st_mtime)
-        remove_leftovers(setup.output)
-        if not os.path.lexists(final / checkpoint.MANIFEST):
-            checkpoint.seal(final)
+        if setup.ranks.first:
+            history.record_end(setup.output, final.stat().st_mtime)
+            remove_leftovers(setup.output)
+            if not os.path.lexists(final / checkpoint.MANIFEST):
+                checkpoint.seal(final)
     write_model_card(setup)
 
 
@@ -110,4 +111,5 @@ def export(setup: Setup, policy: MistralForCausalLM, best: Best | None) -> None:
             base=setup.models.source,
         )
     with agreed():
-        checkpoint.seal(final)
+        if setup.ranks.first:
+            checkpoint.seal(final)

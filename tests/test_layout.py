@@ -34,7 +34,7 @@ ORDER = """
     engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
-    build
+    models build run_folder
     evals
     look
     feedback.responses feedback.rubric feedback.server feedback.record feedback
@@ -56,7 +56,9 @@ READ_CONFIG = (
     "dryrun",
     "card",
     "generate",
+    "models",
     "build",
+    "run_folder",
     "final",
     "start",
     "train",

@@ -215,15 +215,14 @@ def sha256(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Add a manifest of an exported model's weights, the adapters' too, on rank 0 only.
+    """Add a manifest of an exported model's weights, the adapters' too.
 
     Other files are the user's to edit. Raises UserError when it cannot be written.
     """
-    if dist.get_rank() == 0:
-        with writing(folder):
-            weights = sorted(folder.rglob("*.safetensors"))
-            files = {path.relative_to(folder).as_posix(): entry(path) for path in weights}
-            write_whole(folder / MANIFEST, render_manifest(files), durable=True)
+    with writing(folder):
+        weights = sorted(folder.rglob("*.safetensors"))
+        files = {path.relative_to(folder).as_posix(): entry(path) for path in weights}
+        write_whole(folder / MANIFEST, render_manifest(files), durable=True)
 
 
 def entry(path: Path) -> Plain:

@@ -108,8 +108,8 @@ def recorded_settings(folder: Path, settings: Plain, resolve: Resolve) -> tuple[
 
 
 def restore_settings(folder: Path, settings: Plain, resolve: Resolve) -> None:
-    """Restore damaged settings of a run, on rank 0 only. Raises UserError there."""
-    if dist.get_rank() == 0 and folder.exists():
+    """Restore damaged settings of a run. Raises UserError when that cannot be written."""
+    if folder.exists():
         earlier, place = recorded_settings(folder, settings, resolve)
         if place:
             write_settings(folder, earlier, None)
@@ -238,29 +238,26 @@ def recorded_start(folder: Path, given: Path | None) -> Plain | None:
 
 
 def make_output_dir(folder: Path) -> None:
-    """Create output_dir, on rank 0 only. Raises UserError there when it cannot."""
-    if dist.get_rank() == 0:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    """Create output_dir. Raises UserError when the file system refuses."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what kills have left half-written in output_dir, on rank 0 only; it holds the lock.
+    """Remove what kills have left half-written in output_dir, for the holder of the lock.
 
-    Raises UserError there.
+    Raises UserError when the file system refuses.
     """
-    if dist.get_rank() == 0:
-        for place in (folder, folder / "checkpoints", folder / "final"):
-            remove_partial(place)
+    for place in (folder, folder / "checkpoints", folder / "final"):
+        remove_partial(place)
 
 
 def write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
-    """Write START, if there is one, and the settings, on rank 0 only. Raises UserError there."""
-    if dist.get_rank() == 0:
-        with writing(folder):
-            if start is not None:
-                write_json(folder / START, start, durable=True)
-            write_json(folder / SETTINGS, settings, durable=True)
+    """Write START, if there is one, and the settings. Raises UserError."""
+    with writing(folder):
+        if start is not None:
+            write_json(folder / START, start, durable=True)
+        write_json(folder / SETTINGS, settings, durable=True)
 
 
 def check_shared(folder: Path) -> None:
