@@ -14,7 +14,7 @@ lock          one run per output_dir
 host_memory   the host's free memory
 checkpoint    the files of a checkpoint: finding, checking, loading
 best          the best checkpoint, by a metric of held-out pairs
-saver         saving in the background, and the export of the model
+saver         saving in the background
 resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run
 profiling     a trace of some steps
