@@ -17,10 +17,11 @@ from notus.build import Setup
 from notus.config import Config, to_dict
 from notus.data.packing import pack_division
 from notus.data.planning import idle_text
-from notus.engine import checkpoint, distributed, history
+from notus.engine import checkpoint, history
 from notus.engine.best import Best
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Speed
+from notus.engine.host_memory import check_host_memory
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
@@ -81,7 +82,7 @@ def open_run(
         complete_final(setup)
         return None
     if config.model.lora is None:
-        distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
+        check_host_memory(count_parameters(setup.models.shape), ranks)
     setup = merge_adapter(setup, lock)
     facts = state_facts(setup)
     if setup.checkpoint:
@@ -282,29 +283,20 @@ def open_meter(run: Run) -> Meter:
 
 def open_log(run: Run) -> MetricsLog:
     """The run's log files and progress bar. Collective. Raises UserError on every rank."""
-    first, done = run.ranks.first, run.progress.step
-    settings, config, sinks = run.facts["settings"], run.config, []
+    log, settings, first = run.config.log, run.facts["settings"], run.ranks.first
+    options = {"project": log.project, "name": log.name, "tags": log.tags or ()}
+    to = log.to or ()
     with agreed():
-        if first and config.log.has_service:
-            sinks = open_sinks(
-                config.log.to,
-                run.output,
-                project=config.log.project,
-                name=config.log.name,
-                tags=config.log.tags or (),
-                settings=settings,
-            )
-        log = MetricsLog(
+        return MetricsLog(
             run.output,
-            step=done,
+            step=run.progress.step,
             total=run.plan.steps,
             active=first,
-            every=config.log.every,
-            tensorboard="tensorboard" in (config.log.to or ()),
-            sinks=sinks,
+            every=log.every,
+            tensorboard="tensorboard" in to,
+            sinks=open_sinks(to, run.output, **options, settings=settings) if first else [],
             settings=settings,
         )
-    return log
 
 
 def finish(run: Run, finished: bool, unsaved: str | None) -> None:

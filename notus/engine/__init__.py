@@ -11,7 +11,7 @@ log           metrics.jsonl, TensorBoard, progress on the console
 pair_records  the result of each held-out pair
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
-host_memory   the host's free memory
+host_memory   the host's memory
 checkpoint    the files of a checkpoint: finding, checking, loading
 best          the best checkpoint, by a metric of held-out pairs
 saver         saving in the background
