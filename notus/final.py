@@ -153,7 +153,7 @@ def _export_adapters(setup: Setup, policy: MistralForCausalLM) -> None:
         if setup.ranks.first:
             for left in setup.output.glob(f"{PARTIAL}*-{final.name}"):  # of a killed export
                 shutil.rmtree(left, ignore_errors=True)
-            with writing(final), new_folder(final) as partial:
+            with new_folder(final) as partial:
                 save_adapter(partial / "adapter", tensors, lora, base_name)
                 copy_tokenizer(base, partial / "adapter")
                 if lora.merge:

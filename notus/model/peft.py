@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.errors import UserError
-from notus.files import new_folder, read_object, write_json, writing
+from notus.files import new_folder, read_object, write_json
 from notus.model.hf_config import INDEX, ModelShape, Size, decoder_config, has_vision
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
@@ -199,9 +199,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     files. Not collective: one process calls it. Raises UserError when either folder is unusable,
     the adapter was made for another base, or `out` cannot be written.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give a folder that does not")
-    with writing(out), new_folder(out) as partial:
+    with new_folder(out) as partial:
         write_merged(partial, base, adapter)
 
 
