@@ -247,6 +247,10 @@ class Config:
     output_dir: Text  # relative to the working directory; "~" is the home folder
 
 
+def _curations(config: Config) -> list[Curation]:
+    return [source.curation for source in config.data.train if source.curation]
+
+
 # (key, has it no effect?, why): giving the key is an error, and `to_dict` leaves it out.
 # `{0}` in the words is the configuration.
 Rule = tuple[str, Callable[[Config], bool], str]
@@ -282,20 +286,16 @@ CONFLICTS: tuple[Rule, ...] = (
      lambda c: c.model.lora is not None and c.reference.sync_every is not None,
      "found with reference.sync_every {0.reference.sync_every}, expected only one of them: the "
      "reference is the base without adapters, which cannot follow the policy"),
-    ("data.train",
-     lambda c: any(source.curation == Curation() for source in c.data.train),
+    ("data.train", lambda c: Curation() in _curations(c),
      "found a curation that does nothing, expected a rule, or prompts to leave out"),
     ("data.train",
-     lambda c: any(s.curation and not s.curation.rule and s.curation.rejected != "random"
-                   for s in c.data.train),
+     lambda c: any(not x.rule and x.rejected != "random" for x in _curations(c)),
      'found a curation with "rejected" and no "rule", expected both, or neither'),
-    ("data.train",
-     lambda c: any(s.curation and not s.curation.rule and s.curation.decides for s in c.data.train),
+    ("data.train", lambda c: any(not x.rule and x.decides for x in _curations(c)),
      'found a curation with "min_margin", "min_chosen" or "agree" and no "rule", expected both, or '
      "neither"),
     ("data.train",
-     lambda c: any(s.curation and not s.curation.decontaminate and s.curation.match != "n-grams"
-                   for s in c.data.train),
+     lambda c: any(not x.decontaminate and x.match != "n-grams" for x in _curations(c)),
      'found a curation with "match" and no "decontaminate", expected both, or neither'),
     ("loss",
      lambda c: c.train.objective == "sft" and (c.loss.mix is not None or bool(c.loss.options)),
