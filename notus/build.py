@@ -158,6 +158,10 @@ class Setup:
     def output(self) -> Path:
         return Path(self.config.output_dir)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.model.compute_dtype)
+
 
 def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
     """Find and check what the configuration names; its data sets too, with their text. Collective.
@@ -193,14 +197,13 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
 def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForCausalLM:
     """A sharded model without weights: float32 if they will change, else compute_dtype."""
     config, device = setup.config, setup.ranks.device
-    compute_dtype = getattr(torch, config.model.compute_dtype)
     lora = None if frozen else config.model.lora
     constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
         model = MistralForCausalLM(
             shape, config.parallel.kernels, attention_backend(config, shape, device)
         )
-        model.to(compute_dtype if constant or lora else torch.float32)
+        model.to(setup.compute_dtype if constant or lora else torch.float32)
         model.requires_grad_(not frozen)
         if lora:
             add_adapters(model, lora)
@@ -208,7 +211,7 @@ def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForC
         model,
         setup.mesh,
         device,
-        compute_dtype=compute_dtype,
+        compute_dtype=setup.compute_dtype,
         activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
         compile_blocks=compiles(config, device),
         cpu_offload=config.parallel.cpu_offload,
@@ -232,17 +235,17 @@ def build_references(
     policy: MistralForCausalLM,
     identity: dict[str, str] | None,
     after_part: Callable[[], object],
-) -> tuple[list[Reference], MistralForCausalLM]:
-    """The reference over the training and the held-out pairs, and the model that it is.
+) -> tuple[dict[str, Reference], MistralForCausalLM]:
+    """The reference over the data sets "train" and, if pairs are held out, "eval"; and its model.
 
     identity: the reference's, or None for a loss that uses none. `policy` must hold its initial
     weights. It serves as the reference if both are the same folder; its adapters, if it has any,
     are turned off for that. after_part: as for `cached_log_probs`. Collective.
     """
-    config, ranks, models, model = setup.config, setup.ranks, setup.models, policy
-    sets = [setup.pairs] if setup.held_out is None else [setup.pairs, setup.held_out]
+    sets = {"train": setup.pairs} | ({} if setup.held_out is None else {"eval": setup.held_out})
     if identity is None:
-        return [no_reference(pairs, ranks.device) for pairs in sets], policy
+        return {n: no_reference(pairs, setup.ranks.device) for n, pairs in sets.items()}, policy
+    config, models, model = setup.config, setup.models, policy
     online = config.reference.log_probs == "online"
     if not models.reference_is_policy or (online and config.model.lora is None):
         with agreed():
@@ -250,25 +253,30 @@ def build_references(
         model = build_model(setup, shape, frozen=True)
         with agreed():
             load_weights(model, models.reference)
-    compute_dtype = getattr(torch, config.model.compute_dtype)
-    references: list[Reference] = []
-    for pairs in sets:
-        reference = OnlineReference(model, pairs, setup.rows)
-        if not online:
-            flat = cached_log_probs(
-                reference_folder(setup),
-                setup.output / "reference",
-                cache_identity(
-                    pairs, identity, model.shape, compute_dtype, setup.rows.prefix_sharing
-                ),
-                reference,
-                show=partial(progress, unit="reference: pair", delay=5.0, disable=not ranks.first),
-                say=ranks.say,
-                after_part=after_part,
-            )
-            reference = CachedReference(flat, pairs)
-        references.append(reference)
-    return references, model
+    found = {name: OnlineReference(model, pairs, setup.rows) for name, pairs in sets.items()}
+    if not online:
+        found = {n: _cached(setup, each, identity, after_part) for n, each in found.items()}
+    return found, model
+
+
+def _cached(
+    setup: Setup,
+    online: OnlineReference,
+    identity: dict[str, str],
+    after_part: Callable[[], object],
+) -> CachedReference:
+    """What the reference computes, read from disk or computed once and kept there."""
+    pairs, ranks, shared = online.pairs, setup.ranks, setup.rows.prefix_sharing
+    flat = cached_log_probs(
+        reference_folder(setup),
+        setup.output / "reference",
+        cache_identity(pairs, identity, online.model.shape, setup.compute_dtype, shared),
+        online,
+        show=partial(progress, unit="reference: pair", delay=5.0, disable=not ranks.first),
+        say=ranks.say,
+        after_part=after_part,
+    )
+    return CachedReference(flat, pairs)
 
 
 def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:

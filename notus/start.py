@@ -53,7 +53,7 @@ class Run(Setup):
     origins: list[str]  # where each of the pairs comes from, for messages
     policy: MistralForCausalLM
     reference: Reference
-    held_out_reference: Reference  # unused without held-out pairs
+    held_out_reference: Reference | None
     held_out_about: list[Record]  # the held-out pairs' origins, labels and lengths, for records
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
@@ -113,8 +113,8 @@ def open_run(
         interrupts=interrupts,
         origins=[pair.where for pair in data["train"].kept],
         policy=policy,
-        reference=references[0],
-        held_out_reference=references[-1],
+        reference=references["train"],
+        held_out_reference=references.get("eval"),
         held_out_about=describe_pairs(data["eval"]) if "eval" in data else [],
         following=model if config.reference.sync_every else None,
         reference_answers=answers,
@@ -258,7 +258,7 @@ def check_first_batch(run: Run) -> None:
         log_probs = token_log_probs(run.policy, batch, run.loss.uses_weights)
     scored = pair_log_probs(log_probs, run.reference.of_batch(batch), batch.lengths, 1.0)
     with agreed():
-        words = check_start(run.loss, scored, getattr(torch, run.config.model.compute_dtype))
+        words = check_start(run.loss, scored, run.compute_dtype)
     run.ranks.say(f"policy and reference agree on the first pairs: {words}")
 
 
