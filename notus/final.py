@@ -10,7 +10,6 @@ from notus.build import Setup
 from notus.engine import checkpoint, history
 from notus.engine.best import Best
 from notus.engine.log import warn
-from notus.engine.resume import remove_leftovers
 from notus.engine.saver import describe_model
 from notus.errors import UserError, agreed
 from notus.files import PARTIAL, new_folder, partial_path, set_aside, sync, write_json, writing
@@ -23,6 +22,7 @@ from notus.model.peft import (
     write_merged,
 )
 from notus.model.weights import copy_tokenizer, gather_own, open_model, save_tensors
+from notus.run_folder import remove_leftovers
 
 
 def holds_final(setup: Setup) -> bool:

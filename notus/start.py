@@ -26,7 +26,6 @@ from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
 from notus.engine.pair_records import Record, describe_pairs
-from notus.engine.resume import check_checkpoint, what_must_match
 from notus.engine.saver import Saver
 from notus.engine.signals import Interrupts, Stopped
 from notus.engine.sinks import open_sinks
@@ -42,6 +41,7 @@ from notus.model.mistral import MistralForCausalLM, count_parameters
 from notus.model.weights import hash_weights, load_weights
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.reference import Reference, check_start
+from notus.resume import check_checkpoint, what_must_match
 from notus.run_folder import claim_output_dir, find_beginning, merge_adapter
 
 
@@ -86,9 +86,8 @@ def open_run(
     setup = merge_adapter(setup, lock)
     facts = state_facts(setup)
     if setup.checkpoint:
-        common, settings = facts["common"], facts["settings"]
         with agreed():
-            check_checkpoint(setup.checkpoint, common, settings, build.settings_now)
+            check_checkpoint(setup.checkpoint, facts["common"], facts["settings"])
     policy = load_policy(setup)
     claim_output_dir(setup, facts["settings"], lock, data)
 

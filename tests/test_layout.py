@@ -30,11 +30,11 @@ ORDER = """
     objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.sinks engine.log engine.pair_records engine.signals engine.lock engine.host_memory
-    engine.checkpoint engine.best engine.saver engine.resume engine.history engine.profiling
+    engine.checkpoint engine.best engine.saver engine.history engine.profiling
     engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
-    models build run_folder
+    models build resume run_folder
     evals
     look
     feedback.responses feedback.rubric feedback.server feedback.record feedback
@@ -58,6 +58,7 @@ READ_CONFIG = (
     "generate",
     "models",
     "build",
+    "resume",
     "run_folder",
     "final",
     "start",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from notus.build import build_plan, find_models, load_data, make_loss, settings_now, settings_of
+from notus.build import build_plan, find_models, load_data, make_loss, settings_of
 from notus.config import Config
 from notus.console import wrap
 from notus.data.dataset import Dataset
@@ -33,11 +33,12 @@ from notus.dryrun.estimate import (
 from notus.dryrun.memory import MODES
 from notus.dryrun.oddities import oddities
 from notus.dryrun.tokens import token_report
-from notus.engine import checkpoint, resume
+from notus.engine import checkpoint
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
 from notus.errors import UserError, agreed
 from notus.look.look import command_for
+from notus.run_folder import check_output_dir
 from notus.tables import text_table
 
 
@@ -104,7 +105,7 @@ def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str
     output = Path(config.output_dir)
     try:
         with agreed():
-            resume.check_output_dir(output, settings_of(config), options.resume, settings_now)
+            check_output_dir(output, settings_of(config), options.resume)
         if options.model_only:
             checkpoint.check_sound(Path(options.resume))
         else:

@@ -15,7 +15,6 @@ host_memory   the host's memory
 checkpoint    the files of a checkpoint: finding, checking, loading
 best          the best checkpoint, by a metric of held-out pairs
 saver         saving in the background
-resume        what a run must have in common with the one it resumes
 history       the starts and ends of a run
 profiling     a trace of some steps
 warmup        the first row, which compiles and shows whether memory is enough
