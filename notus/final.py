@@ -13,6 +13,7 @@ from notus.engine.log import warn
 from notus.engine.saver import describe_model
 from notus.errors import UserError, agreed
 from notus.files import PARTIAL, new_folder, partial_path, set_aside, sync, write_json, writing
+from notus.model.hub import copy_tokenizer
 from notus.model.mistral import MistralForCausalLM
 from notus.model.peft import (
     adapter_tensors,
@@ -21,7 +22,7 @@ from notus.model.peft import (
     save_adapter,
     write_merged,
 )
-from notus.model.weights import copy_tokenizer, gather_own, open_model, save_tensors
+from notus.model.weights import gather_own, open_model, save_tensors
 from notus.run_folder import remove_leftovers
 
 

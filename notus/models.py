@@ -9,9 +9,10 @@ from notus.config import Config
 from notus.errors import UserError
 from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape
+from notus.model.hub import model_folder
 from notus.model.intervals import BLOCK
 from notus.model.peft import check_fits, is_adapter, read_adapter, tokenizer_folder
-from notus.model.weights import model_folder, open_model
+from notus.model.weights import open_model
 
 
 class Models(NamedTuple):

@@ -46,8 +46,9 @@ from notus.errors import UserError, agreed
 from notus.files import Plain, partial_path, remove, sync, write_json, write_whole, writing
 from notus.model.hf_config import decoder_config
 from notus.model.host_copies import copy_bytes
+from notus.model.hub import copy_tokenizer
 from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import copy_tokenizer, gather_own, save_tensors
+from notus.model.weights import gather_own, save_tensors
 
 
 class Saver(AbstractContextManager):

@@ -24,14 +24,13 @@ from torch.distributed.tensor import DTensor
 from notus.errors import UserError
 from notus.files import new_folder, read_object, write_json
 from notus.model.hf_config import INDEX, ModelShape, Size, decoder_config, has_vision
+from notus.model.hub import copy_tokenizer, model_folder
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_shapes,
-    copy_tokenizer,
     decoder_name,
     header_shapes,
-    model_folder,
     open_model,
     save_tensors,
     stored_tensors,
