@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from notus.build import build_plan, find_models, load_data, make_loss, settings_now, settings_of
+from notus.build import build_plan, find_models, load_data, make_loss, settings_of
 from notus.config import Config
 from notus.console import wrap
 from notus.data.dataset import Dataset
@@ -19,11 +19,12 @@ from notus.dryrun.estimate import estimate_run
 from notus.dryrun.oddities import oddities
 from notus.dryrun.report import report
 from notus.dryrun.tokens import token_report
-from notus.engine import checkpoint, resume
+from notus.engine import checkpoint
 from notus.engine.distributed import Ranks
 from notus.engine.flops import gpu_named
 from notus.errors import UserError, agreed
 from notus.look.look import command_for
+from notus.run_folder import check_output_dir
 
 
 def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
@@ -89,7 +90,7 @@ def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str
     output = Path(config.output_dir)
     try:
         with agreed():
-            resume.check_output_dir(output, settings_of(config), options.resume, settings_now)
+            check_output_dir(output, settings_of(config), options.resume)
         if options.model_only:
             checkpoint.check_sound(Path(options.resume))
         else:
