@@ -28,9 +28,9 @@ ORDER = """
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.turns objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
-    engine.sinks engine.log engine.pair_records engine.signals engine.lock engine.host_memory
-    engine.checkpoint engine.best engine.saver engine.resume engine.history engine.profiling
-    engine.warmup
+    engine.step_tokens engine.sinks engine.log engine.pair_records engine.signals engine.lock
+    engine.host_memory engine.checkpoint engine.best engine.saver engine.resume engine.history
+    engine.profiling engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     build
