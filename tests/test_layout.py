@@ -28,8 +28,9 @@ ORDER = """
     objective.losses objective.logprobs objective.loss objective.rounding
     objective.reference objective.turns objective.cache_files objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
-    engine.sinks engine.log engine.pair_records engine.signals engine.lock engine.host_memory
-    engine.checkpoint engine.best engine.saver engine.history engine.profiling engine.warmup
+    engine.step_tokens engine.sinks engine.log engine.pair_records engine.signals engine.lock
+    engine.host_memory engine.checkpoint engine.best engine.saver engine.history engine.profiling
+    engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
     models build resume run_folder
