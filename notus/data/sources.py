@@ -113,8 +113,7 @@ def read_found(
 ) -> Iterator[Found]:
     """A source's rows in file order; held_out: as for `Screen`, of a source with a curation."""
     reading = reading or Reading(source.path)
-    check_names(source.columns or {}, source.path)
-    rows = _prepared(source, reading)
+    rows = prepared(source, reading)
     where, row = first = next(rows)
     rule = source.curation.rule if source.curation else None
     name = reading.format = find_format(source.format, row, where, rated=rule is not None)
@@ -155,8 +154,12 @@ def read_found(
         screen.marks.require_all_found()
 
 
-def _prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
-    """The rows, with the names that the formats know and without what is ignored."""
+def prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
+    """The rows, with the names that the formats know and without what is ignored.
+
+    reading: is filled. Raises UserError as `check_names`, `read_rows` and `rename` do.
+    """
+    check_names(source.columns or {}, source.path)
     for where, row in read_rows(source.path, source.split, source.longest_line):
         ignore = source.ignore or ()
         row = without_columns(row, ignore, reading.ignored) if ignore else row

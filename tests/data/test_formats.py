@@ -109,7 +109,7 @@ def test_responses_with_labels_pair_up_by_their_prompt(tmp_path):
     ):
         with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
             load(tmp_path, broken)
-    with pytest.raises(UserError, match='"curation" is not for rows of one response each'):
+    with pytest.raises(UserError, match="found rows of one response each .*curation is for pairs"):
         load(tmp_path, *rows, curation=Curation())
 
 
@@ -192,14 +192,48 @@ def test_an_unknown_format_shows_the_nearest_ones(tmp_path):
     assert said.splitlines() == [
         "/rows.jsonl:1: not a known preference format; found the columns prompt, chosen_text, "
         "reject",
-        '  near is "turns" without chosen, rejected; a row of it:',
+        '  near is "turns" without chosen, rejected, with "format": "turns" in the source; a row '
+        "of it:",
         '  {"prompt": "Why?", "chosen": "So.", "rejected": "No."}',
         '  near is "preference" without chosen, rejected; a row of it:',
         f"  {FORMATS['preference'].example}",
         "  if the columns have other names, say so in the source (dots lead into objects):",
         '  "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
-        "  docs/data.md has every format",
+        "  docs/your-data.md goes through an example; docs/data.md has every format",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [
+        ("prompt,answer_a,answer_b,winner", "turns"),
+        ("Question,Good answer,Bad answer", "turns"),
+        ("id,question,answer1,answer2,label", "turns"),
+        ("instruction,chosen_answer,rejected_answer", "turns"),
+        ("prompt,response_a,response_b,preference", "turns"),
+        ("prompt,model_a,model_b,conversation_a,conversation_b,winner", "turns"),
+        ("prompt,chosen,bad", "turns"),
+        ("user,good,bad", "turns"),
+        # one column of several is missing
+        ("question,chosen,bad", "question"),
+        ("prompt,response_1,response_2,preference", "helpsteer2-preference"),
+        ("prompt,response,score", "helpsteer2"),
+        ("instruction,generations,scores", "distilabel"),
+        ("prompt,responses,scores", "rated"),
+        # fewer texts than a pair has
+        ("prompt,reply", "completion"),
+        ("conversation", "conversations"),
+    ],
+)
+def test_columns_of_ones_own_are_nearest_to_a_pair_of_texts(columns, nearest):
+    row = {
+        name: ["x"] if name in ("responses", "generations") else "x" for name in columns.split(",")
+    }
+    with pytest.raises(UserError, match=f'near is "{nearest}" without') as raised:
+        find_format(None, row, "here:1")
+    named = [line for line in str(raised.value).splitlines() if line.startswith("  near is")]
+    assert f'near is "{nearest}"' in named[0]
+    assert all(f'"{name}": "..."' in str(raised.value) for name in FORMATS[nearest].columns)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -214,7 +248,7 @@ def test_an_example_is_a_row_of_its_format(tmp_path, name):
     source = Source(path, format=name, curation=curation)
     single = name in ("unpaired", "helpsteer2", "halos-scored")
     if single:
-        with pytest.raises(UserError, match="no pair is left to train on; dropped: [12]"):
+        with pytest.raises(UserError, match="no pair is left; dropped: [12]"):
             load_preferences([source], seed=0)
         return
     (pair,) = load_preferences([source], seed=0, responses_only=name in ONLY_ANSWERS).train
