@@ -189,8 +189,12 @@ def _ready_records(name: str, rows: Iterator[PlacedRow], screen: Screen) -> _Fou
         else:
             completed = complete(pair, name, row, where)  # refuses what training would lose
             found.pairs.append(record_of_ready(pair, source))
-            as_read = pair is read and FORMATS[name].recognises
-            found.rows.append(row if as_read else row_of_pair(completed, source))
+            if pair is not read:  # a mark swaps it, and the other columns may say the contrary
+                row = row_of_pair(completed, source)
+            elif FORMATS[name].recognises is None:
+                others = {key: row[key] for key in row if key not in FORMATS[name].reads}
+                row = others | row_of_pair(completed, source)
+            found.rows.append(row)
     return found
 
 

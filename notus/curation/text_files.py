@@ -88,11 +88,15 @@ def _parse(file: Path, line: int | None, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         ends = line and error.pos >= len(text.rstrip())
-        problem = "the line ends in a value" if ends else f"{error.msg} at column {error.colno}"
+        problem = (
+            "its object does not end on this line"
+            if ends
+            else f"{error.msg} at column {error.colno}"
+        )
         raise UserError(
             f"{file}:{line or error.lineno}: not JSON: {problem}; expected one object per line, or "
             "one array of objects in the file",
-            *[f"of a single object: python -m json.tool --no-indent {file} rows.jsonl"]
+            *[f"one object over several lines: python -m json.tool --no-indent {file} rows.jsonl"]
             * bool(ends),
         ) from None
     except (ValueError, RecursionError) as error:  # an integer of 5,000 digits; 1,000 lists
@@ -102,7 +106,8 @@ def _parse(file: Path, line: int | None, text: str) -> Any:
 def read_csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
     """The rows below a line of column names, by the line that they begin on; every cell is text.
 
-    Cells are separated by commas, or where the names have no comma by tabs or semicolons.
+    Cells are separated by commas, or where the names have no comma by tabs or semicolons. Spaces
+    around names do not count.
     """
     csv.field_size_limit(2**31 - 1)  # of a cell; the default is 128 KiB
     with _opened(file, newline="") as text:
@@ -110,7 +115,8 @@ def read_csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
         text.seek(0)
         separator = next((sign for sign in ",\t;" if sign in first), ",")
         rows = _csv_cells(file, csv.reader(text, delimiter=separator, strict=True))
-        line, names = next(rows, (1, []))
+        line, cells = next(rows, (1, []))
+        names = [name.strip() for name in cells]
         twice = [name for name in names if name and names.count(name) > 1]
         if twice:
             raise UserError(f'{file}:{line}: two columns have the name "{twice[0]}"; expected one')
@@ -133,6 +139,9 @@ def _csv_cells(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{file}:{line}: the row is not CSV: {error}") from None
+            raise UserError(
+                f"{file}:{line}: the row that begins here is not CSV: {error}; expected a cell "
+                "that begins with a quote to end with one, and to double the quotes in it"
+            ) from None
         if cells:
             yield line, cells

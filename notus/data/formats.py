@@ -266,27 +266,29 @@ def _unknown(row: Row, where: str) -> list[str]:
 
     texts = sum(isinstance(value, str) for value in row.values())
 
-    def distance(name: str) -> tuple[bool, bool, float, bool]:
+    def distance(name: str) -> tuple[bool, bool, float, bool, bool]:
         """Nearest is what lacks one column of several; then for three texts or more their pair."""
         columns = FORMATS[name].columns
         found = sum(column in row for column in columns)
         lacks_one = 2 <= found == len(columns) - 1
         is_pair = name == "turns" and texts >= len(PARTS)
-        return not lacks_one, not is_pair, -likeness(FORMATS[name]), not FORMATS[name].convert
+        ready = FORMATS[name].convert is not None
+        return not lacks_one, not is_pair, -likeness(FORMATS[name]), not ready, name != "turns"
 
-    # Of formats with the same columns the last, and of equally near ones a ready pair.
+    # Of formats with the same columns the last, and of equally near ones a ready pair, "turns".
     known = {entry.columns: name for name, entry in FORMATS.items()}.values()
     nearest = sorted(known, key=distance)[:2]
     lines = [f"{where}: not a known preference format; found the columns {', '.join(row)}"]
     for name in nearest:
         entry = FORMATS[name]
         missing = ", ".join(column for column in entry.columns if column not in row)
-        named = "" if entry.recognises else f', with "format": "{name}" in the source'
-        lines += [f'near is "{name}" without {missing}{named}; a row of it:', entry.example]
-    names = dict.fromkeys(FORMATS[nearest[0]].columns, "...")
+        lines += [f'near is "{name}" without {missing}; a row of it:', entry.example]
+    first = FORMATS[nearest[0]]
+    named = "" if first.recognises else f'"format": "{nearest[0]}", '
+    columns = json.dumps(dict.fromkeys(first.columns, "..."))
     lines += [
         "if the columns have other names, say so in the source (dots lead into objects):",
-        f'"columns": {json.dumps(names)}',
+        f'{named}"columns": {columns}',
         "docs/your-data.md goes through an example; docs/data.md has every format",
     ]
     return lines

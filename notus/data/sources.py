@@ -68,7 +68,7 @@ class Reading:
         """A line on what was read and which columns had no use, and one for each ignored name."""
         found = [f'{self.path}: {self.rows:,} rows of the format "{self.format}"']
         if left := unused([*self.columns], self.format):
-            found[0] += f"; columns without use: {', '.join(left)}"
+            found[0] += f"; columns without use: {', '.join(name or '(no name)' for name in left)}"
         for name, rows in self.ignored.items():
             found.append(f'{self.path}: "{name}" of {rows:,} rows is ignored')
         return found
@@ -196,8 +196,8 @@ def _check_use(source: Source, name: str, where: str, responses_only: bool) -> N
     rule = source.curation.rule if source.curation else None
     if name in ONLY_ANSWERS and not responses_only:
         raise UserError(
-            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
-            'or "train": {"objective": "sft"}'
+            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs '
+            '(only supervised fine-tuning, "train": {"objective": "sft"}, is without)'
         )
     if FORMATS[name].convert is None:
         check_rule(source.path, name, rule)

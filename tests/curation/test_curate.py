@@ -629,10 +629,10 @@ def test_ready_pairs_have_no_options_of_rated_ones(tmp_path, capsys, options):
 
 # -------------------------------------------------------------------------- a source of one's own
 
-SHEET = """Question,Good,Bad,context
+SHEET = """Question,Good,Bad,context,subset
 "Why, so?","So
-it is.",No.,a
-How?,same,same,
+it is.",No.,a,chat
+How?,same,same,,chat
 """
 NAMES = {"prompt": "Question", "chosen": "Good", "rejected": "Bad"}
 MAPPED = ("--format", "turns", "--columns", json.dumps(NAMES))
@@ -657,6 +657,7 @@ def test_a_set_with_other_columns(tmp_path, run, capsys):
     direct, folder = (load_preferences([one], seed=0) for one in (source, Source("out")))
     (pair,), (read_back,) = direct.train, folder.train
     assert replace(read_back, where=pair.where) == pair
+    assert read_back.labels == pair.labels == {"subset": "chat"}
     assert direct.dropped == folder.dropped == {"identical responses": 1}
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert {key: manifest[key] for key in ("format", "columns", "ignore")} == {

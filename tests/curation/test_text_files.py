@@ -30,12 +30,16 @@ PRETTY = json.dumps({"prompt": "a", "chosen": "b"}, indent=2)
         (
             "one.json",
             PRETTY.encode(),
-            "one.json:1: not JSON: the line ends in a value; expected one ",
+            "one.json:1: not JSON: its object does not end on this line ",
         ),
-        ("two.jsonl", b'{"a": 1}\n{"a": 2,\n"b": 3}', "two.jsonl:2: not JSON: the line ends in a"),
+        ("two.jsonl", b'{"a": 1}\n{"a": 2,\n"b": 3}', "two.jsonl:2: not JSON: its object does not"),
         ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: the row has 3 cells, .* 2 column names \(a, b\)"),
-        ("b.csv", b'a,b\n"1\n2",\n\n"3\n', "b.csv:5: the row is not CSV: unexpected end of data"),
-        ("c.csv", b'a,b\n1,"2" 3\n', "c.csv:2: the row is not CSV: ',' expected after"),
+        (
+            "b.csv",
+            b'a,b\n"1\n2",\n\n"3\n',
+            "b.csv:5: the row that begins here is not CSV: unexp end of data",
+        ),
+        ("c.csv", b'a,b\n1,"2" 3\n', "c.csv:2: the row that begins here is not CSV: ',' exp"),
         ("d.csv", b"a,b,a\n1,2,3\n", 'd.csv:1: two columns have the name "a"'),
         ("e.csv", "a,b\n1,caf\xe9\n".encode("cp1252"), "e.csv: cannot .*UTF-8 .*iconv -f cp1252"),
         ("f.csv", b"a,b\n", "f.csv: holds no rows"),
@@ -67,7 +71,7 @@ def test_a_row_of_a_spreadsheet_is_named_by_the_line_it_begins_on(tmp_path, sepa
     file = tmp_path / "a.csv"
     with file.open("w", newline="", encoding="utf-8-sig") as text:
         writer = csv.writer(text, delimiter=separator)
-        writer.writerow(["Question", "Good\nanswer"])
+        writer.writerow(["Question", " Good\nanswer"])
         writer.writerows(rows)
         text.write("\r\n")  # an empty line is no row
         writer.writerow(["Last?", "Yes."])

@@ -192,13 +192,12 @@ def test_an_unknown_format_shows_the_nearest_ones(tmp_path):
     assert said.splitlines() == [
         "/rows.jsonl:1: not a known preference format; found the columns prompt, chosen_text, "
         "reject",
-        '  near is "turns" without chosen, rejected, with "format": "turns" in the source; a row '
-        "of it:",
+        '  near is "turns" without chosen, rejected; a row of it:',
         '  {"prompt": "Why?", "chosen": "So.", "rejected": "No."}',
         '  near is "preference" without chosen, rejected; a row of it:',
         f"  {FORMATS['preference'].example}",
         "  if the columns have other names, say so in the source (dots lead into objects):",
-        '  "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        '  "format": "turns", "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
         "  docs/your-data.md goes through an example; docs/data.md has every format",
     ]
 
