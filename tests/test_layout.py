@@ -18,7 +18,7 @@ ORDER = """
     curation.rated_rows curation.ratings curation.decontamination curation.marks curation.report
     data.pairs data.pair_formats data.answer_formats data.formats data.columns
     curation.curate curation.records
-    data.sources data.preferences curation.command
+    data.sources data.preferences data.oddities curation.command
     data.tokenizer data.special_tokens data.token_arrays data.template data.tokenization
     data.planning data.packing data.dataset
     kernels

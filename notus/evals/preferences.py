@@ -17,9 +17,11 @@ import torch
 
 from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
-from notus.console import drawing
+from notus.console import drawing, wrap
 from notus.curation.ratings import RULES
 from notus.curation.report import look_command
+from notus.data.oddities import oddities
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.metrics import all_log_probs, summarize
 from notus.engine.pair_records import describe_pairs, pair_records
@@ -99,6 +101,10 @@ def run(options: argparse.Namespace) -> None:
         open_model(options.model)  # refuses an adapter, which would have to be merged
     setup, datasets = set_up(config, ranks, "evaluation")
     data = datasets["train"]
+    if ranks.first:
+        has_template = load_tokenizer(setup.models.tokenizer).chat_template is not None
+        for line in oddities(config.data.train, data.rows, has_template):
+            ranks.say(wrap(f"warning: {line}"))
     policy = log_probs(setup, setup.models.source, loss.uses_weights)
     reference = no_reference(data.pairs, ranks.device).flat
     if referenced:

@@ -30,14 +30,14 @@ PRETTY = json.dumps({"prompt": "a", "chosen": "b"}, indent=2)
         (
             "one.json",
             PRETTY.encode(),
-            "one.json:1: not JSON: its object does not end on this line ",
+            "one.json:1: not JSON: its object does not end on this",
         ),
         ("two.jsonl", b'{"a": 1}\n{"a": 2,\n"b": 3}', "two.jsonl:2: not JSON: its object does not"),
         ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: the row has 3 cells, .* 2 column names \(a, b\)"),
         (
             "b.csv",
             b'a,b\n"1\n2",\n\n"3\n',
-            "b.csv:5: the row that begins here is not CSV: unexp end of data",
+            "b.csv:5: the row that begins here is not CSV: unexpected end",
         ),
         ("c.csv", b'a,b\n1,"2" 3\n', "c.csv:2: the row that begins here is not CSV: ',' exp"),
         ("d.csv", b"a,b,a\n1,2,3\n", 'd.csv:1: two columns have the name "a"'),

@@ -163,11 +163,14 @@ def test_data_with_other_columns(demo, tmp_path, capsys):
     code, told = measure(rows, "mapped", *options, "--ignore", "context")
     assert code == 0 and "evaluation data: 2 pairs" in told.out and "train" not in told.out
     assert '"context" of 2 rows is ignored' in told.out
-    assert measure(plain, "plain")[0] == 0
+    code, told = measure(plain, "plain")
+    assert code == 0 and "warning" not in told.out
     mapped, same = (
         json.loads((tmp_path / n / "summary.json").read_text()) for n in ("mapped", "plain")
     )
     assert mapped["metrics"] == same["metrics"]
+    code, told = measure(rows, "text", *options[:2], "--ignore", "context")
+    assert code == 0 and "warning: " in told.out and "2 rows are text" in told.out
     code, told = measure(rows, "odd", "--columns", "{Question}")
     assert code == 2 and "--columns: not JSON" in told.err
 
