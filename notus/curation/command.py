@@ -261,8 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.match and not options.decontaminate:
             raise UserError(f"--match {options.match}: has no effect without --decontaminate FILE")
-        columns = read_option("--columns", options.columns)
-        chosen = {name: getattr(options, name) or getattr(defaults, name) for name in choices}
         curation = Curation(
             rule=options.rule,
             decontaminate=tuple(options.decontaminate),
@@ -271,16 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             min_chosen=parse(options.min_chosen, float | None, "--min-chosen"),
             agree=options.agree,
             marks=options.marks,
-            **chosen,
+            **{name: getattr(options, name) or getattr(defaults, name) for name in choices},
         )
-        source = Source(
-            path=options.input,
-            split=options.split,
-            format=options.format,
-            columns=parse(columns, dict[str, str] | None, "--columns"),
-            ignore=tuple(options.ignore),
-            curation=curation,
-        )
+        keys = {"path": options.input, "split": options.split, "format": options.format}
+        keys |= {"columns": read_option("--columns", options.columns)}
+        keys |= {"ignore": options.ignore or None}
+        source = replace(parse(keys, Source), curation=curation)
         with naming_options("format", "columns", "ignore", "rule"):
             counts = curate(source, options.out, options.held_out, options.seed, reading)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Files, folders, saved datasets and the hub -> rows, each with its origin."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,6 +136,16 @@ def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f'{path}, split "{split}": {error}') from None
     return _placed(f"{path}/{split}", enumerate(_from_arrow(dataset), start=1))
+
+
+def as_number(value: Any) -> Any:
+    """The number or truth value that a text spells, as the cells of a CSV file do; else `value`."""
+    if isinstance(value, str):
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}

@@ -120,6 +120,33 @@ def test_scores_may_lie_in_metadata(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "cells", "form", "scores"),
+    [
+        ("prompt,chosen,rejected,score_chosen,score_rejected", "Q,+,-,5,1.5", "turns", (5.0, 1.5)),
+        ("prompt,chosen,rejected,score_chosen,score_rejected", "Q,+,-,,", "turns", (None, None)),
+        ("prompt,response_1,response_2,preference_strength", "Q,-,+,2", None, (2.0, 0.0)),
+        (
+            "prompt,response_0,response_1,safer_response_id",
+            "Q,-,+,1",
+            "saferlhf-safer",
+            (None,) * 2,
+        ),
+    ],
+)
+def test_numbers_in_a_spreadsheet_are_texts(tmp_path, names, cells, form, scores):
+    (tmp_path / "a.csv").write_text(f"{names}\n{cells}\n")
+    (pair,) = load_preferences([Source(str(tmp_path / "a.csv"), format=form)], seed=0).train
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("+", "-")
+    assert (pair.chosen_score, pair.rejected_score) == scores
+
+
+def test_thumbs_in_a_spreadsheet_are_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nQ,+,True\nQ,-,false\n")
+    (pair,) = load_preferences([Source(str(tmp_path / "a.csv"))], seed=0).train
+    assert (pair.chosen, pair.rejected) == ("+", "-")
+
+
+@pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
         ("The sky is blue.", "The sky is green.", "The sky is"),
@@ -148,7 +175,7 @@ def test_text_stays_text(tmp_path):
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, '"chosen" is a number'),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, '"prompt" is null; expected text'),
         ({"prompt": "a", "chosen": "b", "rejected": []}, '"rejected" is a list; expected text'),
-        ({"chosen": "b", "rejected": "c", "score_chosen": "9", "score_rejected": 1}, "a number"),
+        ({"chosen": "b", "rejected": "c", "score_chosen": "good", "score_rejected": 1}, "a number"),
         (
             {"chosen": "b", "rejected": "c", "score_chosen": 10**400, "score_rejected": 1},
             '"score_chosen" is a number; expected one below 1e308',
