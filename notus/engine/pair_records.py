@@ -15,7 +15,7 @@ from notus.data.formats import PARTS
 from notus.data.token_arrays import TokenizedPairs
 from notus.engine.log import warn
 from notus.engine.metrics import all_log_probs
-from notus.files import write_whole
+from notus.files import set_aside, write_whole
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
 
@@ -100,7 +100,10 @@ def record_pairs(
         return
     scored = all_log_probs(policy, reference, pairs)
     records = pair_records(about, scored, loss, loss.uses_reference)
+    path = folder / FILE
     try:
-        write_whole(folder / FILE, "".join(json.dumps(record) + "\n" for record in records))
+        if path.is_dir():
+            warn(f"{path} is damaged, a folder: kept as {set_aside(path).name}")
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:
-        warn(f"{folder / FILE}: {error.strerror}; it is not written, training continues")
+        warn(f"{path}: {error.strerror}; it is not written, training continues")
