@@ -171,10 +171,7 @@ def attention_backend(config: Config, shape: ModelShape, device: torch.device) -
 def load_data(
     config: Config, models: Models, ranks: Ranks, purpose: str = "train"
 ) -> dict[str, Dataset]:
-    """The data sets "train" and, if pairs are held out, "eval". Collective, as `load_datasets`.
-
-    purpose: what the log calls the first.
-    """
+    """The data sets "train", named `purpose` in the log, and perhaps "eval". Collective."""
     data, evaluation = config.data, config.evaluation
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
@@ -253,9 +250,7 @@ def set_up(
 ) -> tuple[Setup, dict[str, Dataset]]:
     """Find and check what the configuration names; its data sets too, with their text. Collective.
 
-    purpose: what the log calls the data set "train".
-
-    Raises UserError, on every rank.
+    purpose: as for `load_data`. Raises UserError, on every rank.
     """
     loss, best, sets = make_loss(config), config.evaluation.best, config.data.eval_sources
     with agreed():

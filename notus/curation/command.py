@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", required=True, type=Path, help="the folder to make")
     add("--format", choices=FORMATS, help="of the rows (default: seen from them)")
     add("--columns", metavar="JSON", help='as in a training source, e.g. {"prompt": "Question"}')
-    add("--ignore", **files, metavar="NAME", help="columns and keys of messages to leave out")
+    add("--ignore", nargs="+", metavar="NAME", help="columns and keys of messages to leave out")
     add("--rule", choices=RULES, help="what ranks responses (default: mean-rating, or rating)")
     add("--decontaminate", **files, metavar="FILE", help="benchmark prompts to leave out")
     add("--held-out", **files, metavar="FILE", help="evaluation prompts to leave out")
@@ -272,8 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{name: getattr(options, name) or getattr(defaults, name) for name in choices},
         )
         keys = {"path": options.input, "split": options.split, "format": options.format}
-        keys |= {"columns": read_option("--columns", options.columns)}
-        keys |= {"ignore": options.ignore or None}
+        keys |= {"columns": read_option("--columns", options.columns), "ignore": options.ignore}
         source = replace(parse(keys, Source), curation=curation)
         with naming_options("format", "columns", "ignore", "rule"):
             counts = curate(source, options.out, options.held_out, options.seed, reading)

@@ -57,8 +57,8 @@ def _opened(file: Path, newline: str | None = None) -> Iterator[TextIOWrapper]:
             yield TextIOWrapper(opened, encoding="utf-8-sig", newline=newline)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file}: cannot be read: {error}; expected UTF-8 (a spreadsheet program saves it "
-                f'as "CSV UTF-8"; iconv -f cp1252 -t utf-8 converts what Windows wrote)'
+                f"{file}: cannot be read: {error}; expected UTF-8 (a spreadsheet: save as CSV "
+                "UTF-8; other files of Windows: iconv -f cp1252 -t utf-8)"
             ) from None
 
 
@@ -117,9 +117,10 @@ def read_csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
         rows = _csv_cells(file, csv.reader(text, delimiter=separator, strict=True))
         line, cells = next(rows, (1, []))
         names = [name.strip() for name in cells]
-        twice = [name for name in names if name and names.count(name) > 1]
-        if twice:
-            raise UserError(f'{file}:{line}: two columns have the name "{twice[0]}"; expected one')
+        if twice := {name for name in names if name and names.count(name) > 1}:
+            raise UserError(
+                f'{file}:{line}: two columns have the name "{min(twice)}"; expected one'
+            )
         for line, cells in rows:
             if len(cells) != len(names):
                 raise UserError(
@@ -132,16 +133,14 @@ def read_csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
 
 def _csv_cells(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
     """The rows of a csv.reader that are not empty, by the line that they begin on."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{file}:{line}: the row that begins here is not CSV: {error}; expected a cell "
-                "that begins with a quote to end with one, and to double the quotes in it"
-            ) from None
-        if cells:
-            yield line, cells
+    line = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{file}:{line}: the row that begins here is not CSV: {error}; expected a cell that "
+            "begins with a quote to end with one, and to double the quotes in it"
+        ) from None

@@ -266,14 +266,14 @@ def _unknown(row: Row, where: str) -> list[str]:
 
     texts = sum(isinstance(value, str) for value in row.values())
 
-    def distance(name: str) -> tuple[bool, bool, float, bool, bool]:
+    def distance(name: str) -> tuple[float, ...]:
         """Nearest is what lacks one column of several; then for three texts or more their pair."""
         columns = FORMATS[name].columns
         found = sum(column in row for column in columns)
         lacks_one = 2 <= found == len(columns) - 1
         is_pair = name == "turns" and texts >= len(PARTS)
-        ready = FORMATS[name].convert is not None
-        return not lacks_one, not is_pair, -likeness(FORMATS[name]), not ready, name != "turns"
+        others = -likeness(FORMATS[name]), not FORMATS[name].convert, name != "turns"
+        return not lacks_one, not is_pair, *others
 
     # Of formats with the same columns the last, and of equally near ones a ready pair, "turns".
     known = {entry.columns: name for name, entry in FORMATS.items()}.values()
@@ -283,9 +283,8 @@ def _unknown(row: Row, where: str) -> list[str]:
         entry = FORMATS[name]
         missing = ", ".join(column for column in entry.columns if column not in row)
         lines += [f'near is "{name}" without {missing}; a row of it:', entry.example]
-    first = FORMATS[nearest[0]]
-    named = "" if first.recognises else f'"format": "{nearest[0]}", '
-    columns = json.dumps(dict.fromkeys(first.columns, "..."))
+    named = "" if FORMATS[nearest[0]].recognises else f'"format": "{nearest[0]}", '
+    columns = json.dumps(dict.fromkeys(FORMATS[nearest[0]].columns, "..."))
     lines += [
         "if the columns have other names, say so in the source (dots lead into objects):",
         f'{named}"columns": {columns}',

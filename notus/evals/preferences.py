@@ -101,9 +101,9 @@ def run(options: argparse.Namespace) -> None:
         open_model(options.model)  # refuses an adapter, which would have to be merged
     setup, datasets = set_up(config, ranks, "evaluation")
     data = datasets["train"]
-    if ranks.first:
+    with agreed():
         has_template = load_tokenizer(setup.models.tokenizer).chat_template is not None
-        for line in oddities(config.data.train, data.rows, has_template):
+        for line in oddities(config.data.train, data.rows, has_template) if ranks.first else ():
             ranks.say(wrap(f"warning: {line}"))
     policy = log_probs(setup, setup.models.source, loss.uses_weights)
     reference = no_reference(data.pairs, ranks.device).flat
