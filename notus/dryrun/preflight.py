@@ -23,6 +23,7 @@ from notus.build import (
 from notus.config import Config
 from notus.console import wrap
 from notus.data.dataset import Dataset
+from notus.data.oddities import oddities
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.data.tokenizer import load_tokenizer
@@ -39,7 +40,6 @@ from notus.dryrun.estimate import (
     usable,
 )
 from notus.dryrun.memory import MODES
-from notus.dryrun.oddities import oddities
 from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint
 from notus.engine.distributed import Ranks
