@@ -4,6 +4,5 @@ preflight  the command: what a run would refuse, then the reports
 report     the report on plan, memory, time and cost
 estimate   what a run takes: memory, FLOPs, hours
 memory     the peak memory of a rank, by formula
-oddities   rows that may not be meant as they are read
 tokens     the data as the model sees them
 """

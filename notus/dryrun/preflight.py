@@ -8,15 +8,23 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from notus.build import build_plan, find_models, load_data, make_loss, settings_of
+from notus.build import (
+    attention_backend,
+    build_plan,
+    find_models,
+    load_data,
+    make_loss,
+    settings_of,
+)
 from notus.config import Config
 from notus.console import wrap
 from notus.data.dataset import Dataset
+from notus.data.oddities import oddities
 from notus.data.tokenizer import load_tokenizer
 from notus.dryrun.estimate import estimate_run
-from notus.dryrun.oddities import oddities
 from notus.dryrun.report import report
 from notus.dryrun.tokens import token_report
 from notus.engine import checkpoint
@@ -52,6 +60,8 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         )
     with agreed():
         models = find_models(config, weights=False)
+        if gpu is not None:
+            attention_backend(config, models.shape, torch.device("cuda"))
     data = load_data(config, models, ranks)
     with agreed():
         if ranks.first:

@@ -4,7 +4,10 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
+from notus.build import attention_backend
+from notus.config import Config
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.dryrun.estimate import (
@@ -20,6 +23,8 @@ from notus.dryrun.estimate import (
 )
 from notus.dryrun.memory import MODES
 from notus.engine.flops import GIB, GPU, GPUS
+from notus.model.attention import flex_tiles
+from notus.model.hf_config import ModelShape
 from notus.tables import text_table
 
 
@@ -36,7 +41,7 @@ def report(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
             kept = estimate.gathers_once(usable(gpu))
             estimate = estimate.with_setting("parallel.keep_gathered", kept)
             chosen = ["  " + gathering_text(kept)]
-        chosen += faster_text(estimate, gpu)
+        chosen += [*faster_text(estimate, gpu), attention_text(estimate.config, estimate.shape)]
     memory = f"memory of one rank, on {estimate.gpus} x {kind}"
     parts = [*plan_text(estimate), "", memory, *memory_text(estimate)]
     if gpu is not None:
@@ -112,6 +117,25 @@ def faster_text(estimate: Estimate, gpu: GPU) -> Iterator[str]:
     if fewer < rows:
         found = f"{1 - fewer / rows:.0%} fewer microbatches, {peak_text(doubled, gpu)}"
     yield f"  data.tokens_per_microbatch: {budget:,}; with {2 * budget:,}, {found}"
+
+
+def attention_text(config: Config, shape: ModelShape) -> str:
+    """The attention backend on CUDA and the tiles of its kernels, each with its reason."""
+    backend = attention_backend(config, shape, torch.device("cuda"))
+    reason = "as configured"
+    if config.parallel.attention == "auto":
+        reasons = {"flex": "it adds in a fixed order", "dense": "flex needs heads of 16 or more"}
+        reason = f"because {reasons[backend]}"
+    tiles = ""
+    if backend == "flex":
+        tiles = "; PyTorch's tiles, because its heads are not of 128 in bfloat16"
+        if found := flex_tiles(getattr(torch, config.model.compute_dtype), shape.head_dim):
+            sizes = " ".join(str(found[f"bwd_BLOCK_{name}"]) for name in ("M1", "N1", "M2", "N2"))
+            tiles = (
+                f"; backward tiles {sizes}, {found['bwd_num_stages']} stages, "
+                f"{found['bwd_num_warps']} warps, which spill few registers"
+            )
+    return f"  parallel.attention: {backend}, {reason}{tiles}"
 
 
 def peak_text(estimate: Estimate, gpu: GPU) -> str:
