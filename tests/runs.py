@@ -1,6 +1,7 @@
 """A short configuration, and a way to run train.py on several ranks."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from lines import read_lines
 from safetensors.torch import load_file
 
 from notus.config import Config
+from notus.data.formats import Pair
 from notus.data.planning import Plan
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import TokenizedPairs, tokenize_pairs
@@ -57,20 +59,24 @@ def pairs_of(config: Config) -> tuple[TokenizedPairs, TokenizedPairs]:
         holdout=holdout,
         responses_only=config.train.objective == "sft",
     )
-    tokenizer = load_tokenizer(Path(config.model.policy))
+    assert (config.data.max_length, config.data.max_prompt_length) == (96, 48)
     train, held_out = (
-        tokenize_pairs(
-            rows,
-            tokenizer,
-            style="clean",
-            truncation="pair",
-            max_length=config.data.max_length,
-            max_prompt_length=config.data.max_prompt_length,
-            system_prompt=None,
-        ).pairs
-        for rows in (found.train, found.holdout)
+        tokenized(rows, config.model.policy) for rows in (found.train, found.holdout)
     )
     return train, held_out
+
+
+def tokenized(rows: Sequence[Pair], policy: Path | str) -> TokenizedPairs:
+    """The pairs as runs of `base_config` tokenize them."""
+    return tokenize_pairs(
+        rows,
+        load_tokenizer(Path(policy)),
+        style="clean",
+        truncation="pair",
+        max_length=96,
+        max_prompt_length=48,
+        system_prompt=None,
+    ).pairs
 
 
 def pairs_of_step(

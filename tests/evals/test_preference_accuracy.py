@@ -14,10 +14,9 @@ import eval as command
 from notus.config import Curation, Source, TrainSection
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
-from notus.data.tokenization import tokenize_pairs
-from notus.data.tokenizer import load_tokenizer
 from notus.evals.accuracy import table
 from ranks import call
+from runs import tokenized
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,16 +35,7 @@ def expected(demo, other, data):
     """(chosen, rejected) log-probs of model and reference, transformers, one text at a time."""
     source = Source(path=str(data), curation=Curation(rule="mean-rating"))
     pairs = load_preferences([source], seed=TrainSection().seed).train
-    tokenizer = load_tokenizer(demo / "sft")
-    tokens = tokenize_pairs(
-        pairs,
-        tokenizer,
-        style="clean",
-        truncation="pair",
-        max_length=96,
-        max_prompt_length=48,
-        system_prompt=None,
-    ).pairs
+    tokens = tokenized(pairs, demo / "sft")
     sums = []
     for folder in (demo / "sft", other):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -15,9 +15,8 @@ from lines import write_lines
 
 from notus.config import load_config
 from notus.data.preferences import Source, load_preferences
-from notus.data.tokenization import tokenize_pairs
 from notus.data.tokenizer import load_tokenizer
-from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored
+from runs import base_config, metrics, pairs_of, pairs_of_step, run, stored, tokenized
 
 RATE, DECAY, CLIP, STEPS, PER_STEP, SHARE = 2e-3, 0.1, 0.5, 3, 24, 0.5
 VARIANTS = {
@@ -214,20 +213,10 @@ def test_a_mix_with_sft_has_the_weighted_sum_of_gradients(folder):
 
 def tokens_of(rows, demo, folder):
     """What train.py would train on: the tokens and lengths of a file of these rows."""
-    path = folder / "rows.jsonl"
-    write_lines(path, rows)
-    source = Source(path=str(path))
+    source = Source(path=str(write_lines(folder / "rows.jsonl", rows)))
     found = load_preferences([source], seed=0, responses_only=True)
     assert not found.dropped, found.dropped
-    return tokenize_pairs(
-        found.train,
-        load_tokenizer(demo / "sft"),
-        style="clean",
-        truncation="pair",
-        max_length=96,
-        max_prompt_length=48,
-        system_prompt=None,
-    ).pairs
+    return tokenized(found.train, demo / "sft")
 
 
 def test_every_format_of_the_same_content_gives_the_same_tokens(demo, tmp_path):
