@@ -85,8 +85,10 @@ def check_loss(config: Config, options: argparse.Namespace) -> None:
         )
 
 
-def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset]:
-    """The data sets "train" and, if pairs are held out, "eval". Collective, as `load_datasets`."""
+def load_data(
+    config: Config, models: Models, ranks: Ranks, purpose: str = "train"
+) -> dict[str, Dataset]:
+    """The data sets "train", named `purpose` in the log, and perhaps "eval". Collective."""
     data, evaluation = config.data, config.evaluation
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
@@ -119,7 +121,7 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
             ranks.say(remark)
         sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
         size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
-        ranks.say(f"{name} data: {size}{found.notes}")
+        ranks.say(f"{purpose if name == 'train' else name} data: {size}{found.notes}")
     return datasets
 
 
@@ -164,10 +166,12 @@ class Setup:
         return getattr(torch, self.config.model.compute_dtype)
 
 
-def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
+def set_up(
+    config: Config, ranks: Ranks, purpose: str = "train"
+) -> tuple[Setup, dict[str, Dataset]]:
     """Find and check what the configuration names; its data sets too, with their text. Collective.
 
-    Raises UserError, on every rank.
+    purpose: as for `load_data`. Raises UserError, on every rank.
     """
     loss, best, sets = make_loss(config), config.evaluation.best, config.data.eval_sources
     with agreed():
@@ -178,7 +182,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
         models = find_models(config, weights=True)
         attention_backend(config, models.shape, ranks.device)
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
-    data = load_data(config, models, ranks)
+    data = load_data(config, models, ranks, purpose)
     pairs = data["train"].pairs
     setup = Setup(
         config=config,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from notus.curation.curate import Curation
+from notus.curation.ratings import SEED
 from notus.data.preferences import Source
 from notus.errors import UserError
 from notus.model.lora import LoraSettings
@@ -163,7 +164,7 @@ class TrainSection:
     max_steps: Count | None = None  # the run ends here if the epochs hold more; null: no limit
     # updates skipped in a row, because loss or gradient was not finite, after which the run ends
     max_nonfinite: Count = 3
-    seed: Seed = 42  # of the order of pairs, adapters, dropout, samples and, by default, data
+    seed: Seed = SEED  # of the order of pairs, adapters, dropout, samples and, by default, data
 
     @property
     def unit(self) -> str:

@@ -6,6 +6,7 @@ distributed   ranks, meshes and sharding
 optim         optimisers and learning-rate schedules
 flops         FLOPs of a step, the known GPUs, speed
 metrics       what a run measures, in training and on held-out pairs
+step_tokens   a step's response tokens from all ranks, for a log
 sinks         W&B and Trackio, names and settings in TensorBoard
 log           metrics.jsonl, TensorBoard, progress on the console
 pair_records  the result of each held-out pair
