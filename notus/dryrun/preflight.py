@@ -18,12 +18,12 @@ from notus.build import (
     find_models,
     load_data,
     make_loss,
-    settings_now,
     settings_of,
 )
 from notus.config import Config
 from notus.console import wrap
 from notus.data.dataset import Dataset
+from notus.data.oddities import oddities
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.data.tokenizer import load_tokenizer
@@ -40,15 +40,15 @@ from notus.dryrun.estimate import (
     usable,
 )
 from notus.dryrun.memory import MODES
-from notus.dryrun.oddities import oddities
 from notus.dryrun.tokens import token_report
-from notus.engine import checkpoint, resume
+from notus.engine import checkpoint
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
 from notus.errors import UserError, agreed
 from notus.look.look import command_for
 from notus.model.attention import flex_tiles
 from notus.model.hf_config import ModelShape
+from notus.run_folder import check_output_dir
 from notus.tables import text_table
 
 
@@ -117,7 +117,7 @@ def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str
     output = Path(config.output_dir)
     try:
         with agreed():
-            resume.check_output_dir(output, settings_of(config), options.resume, settings_now)
+            check_output_dir(output, settings_of(config), options.resume)
         if options.model_only:
             checkpoint.check_sound(Path(options.resume))
         else:
