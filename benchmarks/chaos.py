@@ -57,7 +57,7 @@ from benchmarks.chaos_runs import (
 from notus.demo import write_demo
 from notus.engine.history import versions
 from notus.files import remove
-from notus.objective import reference_cache
+from notus.objective import cache_files
 
 DRAWN = ["full"] * 3 + ["best", "adapters", "following", "two ranks", "two ranks"]
 READ_AT_END = re.compile("run(/(final|config.json|history.jsonl|lock).*)?$")  # of a finished run
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     sys.modules["matplotlib"] = None  # figures take longer than the run
-    reference_cache.PART = 8
+    cache_files.PART = 8
     numbers = {"kill": options.kills, "damage": options.damages, "disk": options.disks}
     names = [f"{kind}-{n}" for kind, total in numbers.items() for n in range(total)]
     found, begin = [], time.perf_counter()

@@ -23,17 +23,17 @@ ORDER = """
     data.planning data.packing data.dataset
     kernels
     model.intervals
-    model.attention model.hf_config model.rope model.mistral model.host_copies model.weights
-    model.lora model.peft
+    model.attention model.hf_config model.rope model.mistral model.host_copies
+    model.hub model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
-    objective.reference objective.turns objective.reference_cache
+    objective.reference objective.turns objective.cache_files objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
-    engine.sinks engine.log engine.pair_records engine.signals engine.lock engine.host_memory
-    engine.checkpoint engine.best engine.saver engine.resume engine.history engine.profiling
+    engine.step_tokens engine.sinks engine.log engine.pair_records engine.signals engine.lock
+    engine.host_memory engine.checkpoint engine.best engine.saver engine.history engine.profiling
     engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
-    build
+    models build resume run_folder
     evals
     look
     feedback.responses feedback.rubric feedback.server feedback.record feedback
@@ -55,7 +55,10 @@ READ_CONFIG = (
     "dryrun",
     "card",
     "generate",
+    "models",
     "build",
+    "resume",
+    "run_folder",
     "final",
     "start",
     "train",

@@ -91,12 +91,11 @@ def test_numbers_that_json_lacks_are_null_and_a_disk_that_refuses_is_no_error(
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pair_records, "all_log_probs", lambda *given: scored)
     (tmp_path / "eval_pairs.jsonl").mkdir()
-    pair_records.record_pairs(tmp_path, [{}, {}], None, None, None, loss)
+    pair_records.record_pairs(tmp_path, [{}, {}], scored, loss)
     assert "a folder: kept as eval_pairs.jsonl.damaged" in capsys.readouterr().err
     assert lines(tmp_path / "eval_pairs.jsonl") == found
 
     monkeypatch.setattr(pair_records, "write_whole", full)
-    pair_records.record_pairs(tmp_path, [{}, {}], None, None, None, loss)
+    pair_records.record_pairs(tmp_path, [{}, {}], scored, loss)
     assert "eval_pairs.jsonl: No space left on device" in capsys.readouterr().err
