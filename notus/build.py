@@ -154,7 +154,8 @@ class Setup:
     held_out: TokenizedPairs | None
     checkpoint: Path | None = None  # the one to resume from
     held_out_sets: Mapping[str, range] = field(default_factory=dict)  # places in `held_out`
-    start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
+    # {"path", "sha256"} of the checkpoint whose weights the policy starts with (--model-only)
+    initial_weights: dict[str, str] | None = None
 
     @property
     def output(self) -> Path:

@@ -15,7 +15,7 @@ from notus.config import load_config
 from notus.dryrun.preflight import attention_text, size_text
 from notus.engine.flops import GPUS
 from notus.errors import UserError
-from notus.model import weights
+from notus.model import hub
 from notus.model.weights import open_model
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,7 @@ def test_nothing_large_is_downloaded(place, monkeypatch):
         asked[path] = allow_patterns
         return "policy"
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     folder, shape = open_model("some/model", weights=False)
     assert (folder, shape.num_hidden_layers) == (Path("policy"), 32)
     assert "config.json" in asked["some/model"] and "tokenizer.json" in asked["some/model"]
