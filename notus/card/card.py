@@ -24,7 +24,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from notus.card.curves import draw_curves
-from notus.console import drawing
+from notus.console import counted, drawing, emit
 from notus.engine.checkpoint import checkpoints
 from notus.engine.history import read_history
 from notus.errors import UserError
@@ -252,8 +252,9 @@ def introduction(record: Record, base: str | None) -> str:
     best = f"Its weights are those after step {step:,}, the best by {metric}. " if step else ""
     return (
         f"{'Low-rank adapters for' if record.lora else 'Made from'} {origin} by {method} on "
-        f"{record.count('train')}{record.unit}: {last['step']:,} steps, {last['epoch']:g} epochs. "
-        f"{best}Trained with notus. All numbers below are read from the run's own files."
+        f"{record.count('train')}{record.unit}: {counted(last['step'], 'steps')}, "
+        f"{last['epoch']:g} epochs. {best}Trained with notus. All numbers below are read from the "
+        "run's own files."
     )
 
 
@@ -395,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         card = write_card(options.run, options.license, options.base_model, options.datasets)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        emit(f"error: {error}", sys.stderr)
         return 2
-    print(f"wrote {card}")
+    emit(f"wrote {card}")
     return 0
