@@ -67,16 +67,17 @@ def width(stream: TextIO | None = None) -> float:
 def wrap(text: str, width: float) -> str:
     """The text with lines of at most `width` characters; longer words, such as paths, remain.
 
-    What continues a line is below its text: behind its indentation and a first word that two or
-    more spaces set off. A line that is a command is not wrapped, so that it can be copied.
+    What continues a line is indented by two more spaces, or is below the text behind a first word
+    that two or more spaces set off. A line that is a command is not wrapped: it can be copied.
     """
     lines = []
     for line in text.split("\n"):
         if len(line) <= width or COMMAND.match(line):
             lines.append(line)
             continue
-        start = re.match(r" *(\S+ {2,}(?=\S))?", line).end()
-        indents = {"initial_indent": line[:start], "subsequent_indent": " " * (start or 2)}
+        found = re.match(r" *(\S+ {2,}(?=\S))?", line)
+        start, more = found.end(), 0 if found[1] else 2
+        indents = {"initial_indent": line[:start], "subsequent_indent": " " * (start + more)}
         unbroken = {"break_long_words": False, "break_on_hyphens": False}
         lines += textwrap.wrap(line[start:], width, **indents, **unbroken)
     return "\n".join(lines)

@@ -76,7 +76,7 @@ def test_lines_wrap_below_their_text():
         "short  line",
         "",
         "    " + "a/" * 30,
-        "    b",
+        "      b",
     ]
 
 

@@ -105,7 +105,6 @@ def _shortened(text: str) -> str:
 def _dataset_lines(name: str, data: Dataset, unit: str) -> Iterator[str]:
     tokenized = data.tokenized
     yield f"{name}: {counted(len(data.pairs), unit)}"
-    yield from (f"  {remark}" for remark in data.remarks)
     yield from (f"  {line}" for line in length_table(tokenized, unit).splitlines())
     for reason, number in data.dropped.items():
         yield f"  {number:,} dropped: {reason}"
@@ -149,8 +148,8 @@ def _leak_lines(train: Sequence[Pair], held_out: Sequence[Pair]) -> Iterator[str
     found = zip(train, find_leaks(train, held_out), strict=True)
     leaks = [(pair.where, other) for pair, other in found if other is not None]
     yield (
-        f"leakage: {len(leaks):,} of {len(train):,} training prompts are, or nearly are, held-out "
-        f"prompts ({len({other for _, other in leaks}):,} of {len(held_out):,})"
+        f"leakage: {len(leaks):,} of {len(train):,} training prompts are (nearly) held-out ones "
+        f"({len({other for _, other in leaks}):,} of {len(held_out):,})"
     )
     for where, other in leaks[:3]:
         yield f"  {where} is like {other}"

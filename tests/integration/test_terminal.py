@@ -29,7 +29,6 @@ def terminal(demo, tmp_path, monkeypatch):
     config = base_config(Path("demo"))
     config["data"]["eval"] = {"holdout": 9}
     config["train"] |= {"max_steps": 2}
-    config["evaluation"] = {"samples": {"prompts": "demo/prompts.jsonl", "max_new_tokens": 2}}
     Path("short.json").write_text(json.dumps(config | {"output_dir": "runs/a"}))
 
 
