@@ -61,7 +61,7 @@ def write_page(options: argparse.Namespace) -> str:
     records, chosen = selection.chosen()
     if gathering.scores:
         pairs = gathering.counts["pairs"]
-        chosen += f"; the model's scores are known of {gathering.scores.found:,} of {pairs:,} pairs"
+        chosen += f"; the model's scores are known for {gathering.scores.found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out):
