@@ -60,8 +60,8 @@ def write_page(options: argparse.Namespace) -> str:
         selection.add(record)
     records, chosen = selection.chosen()
     if gathering.scores:
-        pairs = gathering.counts["pairs"]
-        chosen += f"; the model's scores are known for {gathering.scores.found:,} of {pairs:,} pairs"
+        found, pairs = gathering.scores.found, gathering.counts["pairs"]
+        chosen += f"; the model's scores are known for {found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out):

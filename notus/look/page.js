@@ -3,8 +3,7 @@
 
 // ------------------------------------------------------------------------------------ state
 
-let rows, items; // items: the row's <li> in the list, by row number
-let order = [], current = null, ascending = true, changed = false;
+let rows, order = [], current = null, ascending = true, changed = false;
 const searched = [];
 const marks = new Map(); // row number -> {mark, note}
 const ranges = new Map(); // number's name -> [low, high]
@@ -38,46 +37,45 @@ function update() {
   $("direction").textContent = ascending ? "Lowest first" : "Highest first";
   $("shown").textContent = `${order.length.toLocaleString("en")} of ${counted(rows.length, "row")} shown`;
   drawHistograms();
-  drawList();
   if (!order.includes(current)) show(order[0] ?? null);
-  else point(current), showMark(); // what is unfolded remains so
+  else reveal(), showMark(); // what is unfolded in the row remains so
 }
 
-// ------------------------------------------------------------------------------------- the list
+// ----------------------------------------------------------------- the list, drawn where it is seen
 
-/** The place of a row in the list: the start of the last turn, its mark, the number sorted by. */
-function item(row, i) {
+const HEIGHT = 32; // of an item, in pixels; also in page.css
+const AROUND = 20; // items that are drawn above and below those seen
+
+/** A row in the list: the start of its last turn, its mark, and the number sorted by. */
+function item(i) {
+  const row = rows[i], value = row.numbers[$("sort").value];
   const asked = row.turns.at(-1)?.[1] ?? "";
   const head = asked.replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
-  const button = el("button", { type: "button" }, el("span", { class: "head", dir: "auto" }, ...texts(head)),
-    el("span", { class: "badge" }), el("span", { class: "value" }));
+  const button = el("button", { type: "button", ...(i === current ? { "aria-current": "true" } : {}) },
+    el("span", { class: "head", dir: "auto" }, ...texts(head)),
+    el("span", { class: "badge" }, marks.has(i) ? marks.get(i).mark ?? "note" : ""),
+    el("span", { class: "value" }, value === undefined ? "" : fixed(value)));
   button.addEventListener("click", () => show(i));
-  return el("li", outcome(row) === "pair" ? {} : { class: "out" }, button);
-}
-
-function drawBadge(i) {
-  items[i].querySelector(".badge").textContent = marks.has(i) ? marks.get(i).mark ?? "note" : "";
+  const place = { "aria-setsize": order.length, "aria-posinset": order.indexOf(i) + 1 };
+  return el("li", { ...place, ...(outcome(row) === "pair" ? {} : { class: "out" }) }, button);
 }
 
 function drawList() {
-  const shown = document.createDocumentFragment();
-  for (const i of order) {
-    const value = rows[i].numbers[$("sort").value];
-    items[i].querySelector(".value").textContent = value === undefined ? "" : fixed(value);
-    shown.append(items[i]);
-  }
-  $("items").replaceChildren(shown);
+  const list = $("list"), seen = Math.ceil(list.clientHeight / HEIGHT);
+  const first = Math.max(0, Math.floor(list.scrollTop / HEIGHT) - AROUND);
+  const focused = list.contains(document.activeElement);
+  $("items").style.paddingTop = `${first * HEIGHT}px`;
+  $("items").style.height = `${order.length * HEIGHT}px`;
+  $("items").replaceChildren(...order.slice(first, first + seen + 2 * AROUND).map(item));
+  if (focused) $("items").querySelector("[aria-current]")?.focus({ preventScroll: true });
 }
 
-/** Marks row i as the current one in the list, and scrolls the list, not the page, to it. */
-function point(i) {
-  const list = $("list"), focused = list.contains(document.activeElement);
-  list.querySelector("[aria-current]")?.removeAttribute("aria-current");
-  if (i === null) return;
-  const button = items[i].firstChild, { offsetTop: top, offsetHeight: height } = items[i];
-  button.setAttribute("aria-current", "true");
-  list.scrollTop = Math.max(top + height - list.clientHeight, Math.min(top, list.scrollTop));
-  if (focused) button.focus({ preventScroll: true });
+/** Draws the list with the shown row in it; scrolls the list, not the page. */
+function reveal() {
+  const list = $("list"), top = order.indexOf(current) * HEIGHT;
+  $("items").style.height = `${order.length * HEIGHT}px`;
+  list.scrollTop = Math.max(top + HEIGHT - list.clientHeight, Math.min(top, list.scrollTop));
+  drawList();
 }
 
 // ------------------------------------------------------------------------------------ a row
@@ -85,7 +83,7 @@ function point(i) {
 /** Shows row i; null for none. */
 function show(i) {
   current = i;
-  point(i);
+  reveal();
   showMark();
   const row = rows[i];
   $("row").replaceChildren(...(row ? describe(row) : [el("p", {}, "No row passes the filters.")]));
@@ -131,10 +129,10 @@ function mark(change, places = [current]) {
     const now = { mark: null, note: "", ...marks.get(i), ...change };
     if (now.mark || now.note) marks.set(i, now);
     else marks.delete(i);
-    drawBadge(i);
   }
   changed = true;
   $("saved").textContent = "";
+  drawList();
   showMark();
 }
 
@@ -178,10 +176,8 @@ function start(data) {
   const counts = Object.entries(data.counts).flatMap(([name, found]) => typeof found === "number" ? [[name, found]]
     : Object.entries(found).map(([reason, n]) => [`${name}: ${reason}`, n]));
   $("counts").append(table(counts.map(([name, n]) => [name, n.toLocaleString("en")])));
-  items = rows.map(item);
   rows.forEach((row, i) => {
     if (row.mark) marks.set(i, row.mark);
-    drawBadge(i);
   });
   const names = [...new Set(rows.flatMap((row) => Object.keys(row.numbers)))];
   options("source", "all", rows.map((row) => row.source).filter((source) => source !== null));
@@ -221,6 +217,8 @@ function start(data) {
   $("note").addEventListener("keydown", (event) => {
     if (event.key === "Enter" || event.key === "Escape") $("note").blur();
   });
+  $("list").addEventListener("scroll", () => requestAnimationFrame(drawList));
+  addEventListener("resize", drawList);
   addEventListener("hashchange", follow);
   addEventListener("beforeunload", (event) => { if (changed) event.preventDefault(); });
   const linked = location.hash;
