@@ -15,17 +15,21 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 COMMAND = re.compile(" *(python|torchrun|pip) ")
 
 
 def emit(text: str, stream: TextIO | None = None, verbatim: bool = False) -> None:
     """Print lines, on standard output by default; they are lost if it has no space or no reader.
 
-    On a terminal they are wrapped, unless `verbatim`; in a pipe and a file they remain as they are.
+    On a terminal they are wrapped, unless `verbatim`, and do not end up in the line of a progress
+    bar; in a pipe and a file they remain as they are.
     """
     stream = stream or sys.stdout
     try:
-        print(text if verbatim else wrap(text, width(stream)), file=stream, flush=True)
+        with tqdm.external_write_mode(stream):
+            print(text if verbatim else wrap(text, width(stream)), file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _register()
 

@@ -95,6 +95,23 @@ def test_only_a_terminal_wraps_and_commands_remain_whole(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{text}\n"
 
 
+def test_a_line_is_above_a_progress_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar = progress(3, 0, "step")
+    bar.update(1)
+    bar.refresh()
+    console.emit("stopped")
+    line, *rest = screen.getvalue().split("\n")
+    bar.close()
+    assert [state for state in line.split("\r") if state.strip()][-1] == "stopped"
+    assert len(rest) == 1 and "1/3" in rest[0]  # and the bar is drawn again
+
+
 def test_one_is_no_plural():
     assert [console.counted(n, "pairs") for n in (0, 1, 2000)] == [
         "0 pairs",

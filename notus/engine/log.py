@@ -80,9 +80,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def warn(text: str) -> None:
-    """Print a warning to standard error, on its own line even below a progress bar."""
-    with tqdm.external_write_mode(sys.stderr):
-        emit(f"warning: {text}", sys.stderr)
+    """Print a warning to standard error."""
+    emit(f"warning: {text}", sys.stderr)
 
 
 _warn_once = cache(warn)
