@@ -9,15 +9,16 @@ from typing import Any
 
 from notus.console import emit
 from notus.curation.curate import Curation
+from notus.curation.ratings import SEED
 from notus.curation.report import look_command
 from notus.data.sources import Source
-from notus.errors import UserError
+from notus.errors import UserError, naming_options
 from notus.files import write_whole, writing
 from notus.look.gather import Gathering, gather
 from notus.look.page import make_page
 from notus.look.scores import MARGIN
 from notus.look.selection import Selection
-from notus.strict import Count, Seed, parse, plain, read_json
+from notus.strict import Count, Seed, parse, plain, read_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--curation", metavar="JSON", help='as in a training source, e.g. {"rule": "rating"}')
     add("--scores", type=Path, metavar="FILE", help="the pairs.jsonl of eval.py preferences")
     add("--rows", type=int, default=2000, help="at most so many in the page (2000)")
-    add("--seed", type=int, default=42, help="of curation's draws and of the sample (42)")
+    add("--seed", type=int, default=SEED, help=f"of curation's draws and of the sample ({SEED})")
     add("--out", type=Path, required=True, help="the page; an earlier one is replaced")
     options = parser.parse_args(arguments)
     try:
-        emit(write_page(options))
+        with naming_options("format", "columns", "ignore", "curation"):
+            emit(write_page(options))
     except UserError as error:
         emit(f"error: {error}", sys.stderr)
         return 2
@@ -67,14 +69,6 @@ def write_page(options: argparse.Namespace) -> str:
     with writing(options.out):
         write_whole(options.out, make_page(f"Pairs of {options.source}", content))
     return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
-
-
-def read_option(name: str, text: str | None) -> Any:
-    """The value of an option that takes an object. Raises UserError if it is not JSON."""
-    try:
-        return None if text is None else read_json(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
 
 
 def page_content(

@@ -257,3 +257,12 @@ def test_scores_that_are_nan(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [row | {"policy_chosen": None}])
     with pytest.raises(UserError, match="no policy_chosen"):
         records(path)
+
+
+def test_a_name_that_is_mapped_and_ignored(tmp_path):
+    """The page reads the first row as training does."""
+    row = {"prompt": "x", "question": "Why?", "chosen": "So.", "rejected": "No."}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    source = Source(path=str(path), columns={"prompt": "question"}, ignore=("prompt",))
+    (record,) = gather(source, 7, None)
+    assert [text for _, text in record["turns"]] == ["Why?"]

@@ -1,4 +1,4 @@
-"""What the configuration names, where it cannot be had."""
+"""Attention backends that the configuration names, where they cannot be had."""
 
 import json
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from notus.build import attention_backend
 from notus.config import load_config
 from notus.errors import UserError
 from notus.model.hf_config import read_shape
+from notus.models import attention_backend
 
 
 @pytest.mark.parametrize("attention", ["auto", "flex"])
