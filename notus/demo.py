@@ -36,6 +36,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from notus.console import emit
 from notus.errors import UserError
 from notus.rounds import ROOT, rounds_table, run_rounds
 
@@ -334,20 +335,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         if not (options.rounds and all((folder / name).is_file() for name in FILES)):
-            told = f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)"
-            print(told, flush=True)
+            emit(f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)")
             write_demo(folder)
         if options.rounds:
             run_rounds(options.rounds, folder, ROUNDS)
-            print(
-                f"\nof held-out prompts, after each round:\n{rounds_table(ROUNDS, options.rounds)}"
-            )
+            table = rounds_table(ROUNDS, options.rounds)
+            emit(f"\nof held-out prompts, after each round:\n{table}")
             return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        emit(f"error: {error}", sys.stderr)
         return 2
-    print(f"Wrote {', '.join(sorted(FILES))} into {folder}.")
-    print("Next: torchrun --nproc_per_node 2 train.py configs/demo.json")
+    emit(f"Wrote {folder}. Next:\n  torchrun --nproc_per_node 2 train.py configs/demo.json")
     return 0
 
 

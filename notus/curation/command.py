@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 import pyarrow.parquet
 from tqdm import tqdm
 
+from notus.console import counted, emit
 from notus.curation.curate import (
     Curation,
     Screen,
@@ -219,7 +220,7 @@ def _counts_text(counts: dict[str, Any], curation: Curation) -> str:
         ", ".join(f"{n:,} {name}" for name, n in counts.get(kind, {}).items())
         for kind in ("dropped", "marks", "pairs that the trainer drops")
     )
-    text = f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    text = f"{counted(counts['rows'], 'rows')}, dropped: {dropped or 'none'}"
     text += f"; of these pairs training drops: {unusable}" if unusable else ""
     text += f"; marks: {marks}" if marks else ""
     return text if curation.decontaminate else f"{text}; not screened for benchmarks"
@@ -277,9 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with naming_options("format", "columns", "ignore", "rule"):
             counts = curate(source, options.out, options.held_out, options.seed, reading)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        emit(f"error: {error}", sys.stderr)
         return 2
-    print(*reading.lines(), sep="\n")
-    print(f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts, curation)}")
-    print(f"look at the rows: {look_command(options.out)}")
+    emit("\n".join(reading.lines()))
+    pairs = counted(counts["pairs"], "pairs")
+    emit(f"wrote {options.out}: {pairs}; {_counts_text(counts, curation)}")
+    emit(f"look at the rows:\n  {look_command(options.out)}")
     return 0

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from notus.console import emit
 from notus.errors import UserError
 from notus.files import new_folder, read_object, write_json
 from notus.model.hf_config import INDEX, ModelShape, Size, decoder_config, has_vision
@@ -260,9 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         merge(model_folder(options.base), model_folder(options.adapter), options.out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        emit(f"error: {error}", sys.stderr)
         return 2
-    print(f"wrote {options.out}")
+    emit(f"wrote {options.out}")
     return 0
 
 
