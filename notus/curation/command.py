@@ -8,7 +8,6 @@ both give the same pairs. Rows that are pairs already are screened, and written 
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import pyarrow.parquet
 from tqdm import tqdm
 
+from notus.console import run_command
 from notus.curation.curate import (
     Curation,
     Screen,
@@ -250,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=42, help="of the draw of rejected responses")
     options = parser.parse_intermixed_args(arguments)
     paths = (options.input, options.split, options.out)
-    try:
+
+    def command() -> str:
         curation = Curation(
             rule=options.rule,
             decontaminate=tuple(options.decontaminate),
@@ -262,9 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{name: getattr(options, name) for name in choices},
         )
         counts = curate(*paths, curation, options.held_out, options.seed, options.format)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts, curation)}")
-    print(f"look at the rows: {look_command(options.out)}")
-    return 0
+        told = f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts, curation)}"
+        return f"{told}\nlook at the rows: {look_command(options.out)}"
+
+    return run_command(command)

@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.console import emit
+from notus.console import run_command
 from notus.curation.curate import Curation
 from notus.curation.report import look_command
 from notus.data.sources import Source
@@ -37,13 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--rows", type=int, default=2000, help="at most so many in the page (2000)")
     add("--seed", type=int, default=42, help="of curation's draws and of the sample (42)")
     add("--out", type=Path, required=True, help="the page; an earlier one is replaced")
-    options = parser.parse_args(arguments)
-    try:
-        emit(write_page(options))
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: write_page(parser.parse_args(arguments)))
 
 
 def write_page(options: argparse.Namespace) -> str:

@@ -40,8 +40,8 @@ def test_exact_answers_and_rows_without_one(responses, capsys):
     manifest = json.loads((responses.parent / "checked/manifest.json").read_text())
     assert manifest["how"] == "exact" and (manifest["rated"], manifest["not rated"]) == (5, 2)
     assert manifest["files_sha256"].keys() == {"train.jsonl"}
-    assert check.main([str(responses), "--out", str(responses.parent / "checked")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert check.main(["no/such.jsonl", "--out", str(responses.parent / "checked")]) == 2
+    assert "checked: exists already and is not overwritten" in capsys.readouterr().err
 
 
 def test_the_last_number_of_a_response(responses):
@@ -79,10 +79,16 @@ def test_the_folder_is_a_training_source(responses):
         ('{"prompt": "a"}', (), ':1: "responses" is missing; expected a list of texts'),
         ('{"prompt": "a", "responses": ["b", null]}', (), '"responses" holds null; expected texts'),
         (
-            '{"prompt": [{}, {}], "responses": []}',
+            '{"prompt": [{"role": "assistant", "content": "a"}], "responses": ["b", "c"]}',
             (),
-            "a conversation of 2 messages; expected text",
+            ':1: "prompt" ends with a message of the assistant; expected one of the user',
         ),
+        (
+            '{"prompt": [{"role": "user", "content": "a", "name": "n"}], "responses": ["b", "c"]}',
+            (),
+            ':1: "prompt[0]" holds more than text',
+        ),
+        ('{"prompt": [], "responses": ["b", "c"]}', (), '"prompt" ends with no message; expected'),
         (
             '{"prompt": "a", "responses": ["b", "c"]}',
             (),

@@ -7,7 +7,8 @@ import pytest
 from chat_stub import ASPECTS, Raw, completion, rating_of, right, score_of, serving
 
 from notus.curation.command import main as curate
-from notus.feedback import judge as module
+from notus.curation.curate import Curation
+from notus.data.preferences import Source, load_preferences
 from notus.feedback import server as server_module
 from notus.feedback.judge import main
 
@@ -337,5 +338,28 @@ def test_an_offline_hub_is_named_as_the_reason(responses, monkeypatch, capsys):
     assert "HF_HUB_OFFLINE is set, and with it" in capsys.readouterr().err
 
 
-def test_equal_responses_are_shown_once():
-    assert module.distinct(["b", "a", "b"]) == ["b", "a"]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a pet."},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Another?"},
+]
+WRITTEN_OUT = "\n\n".join(f"## {turn['role'].title()}\n\n{turn['content']}" for turn in TURNS)
+
+
+def test_a_conversation_is_written_out_and_becomes_a_pair(tmp_path):
+    """A list of a single message of the user is a question like any text."""
+    file = tmp_path / "responses.jsonl"
+    single = [{"role": "user", "content": "Question 0?"}]
+    rows = [{"prompt": prompt, "responses": ["dog", "an ox"]} for prompt in (TURNS, single)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving() as (url, calls):
+        assert judge(file, url) == 0
+    shown = [call.prompt for call in calls]
+    assert sorted(shown) == [WRITTEN_OUT] * 6 + ["Question 0?"] * 6
+    assert WRITTEN_OUT.startswith("## System\n\nBe brief.\n\n## User\n\nName a pet.\n\n## Assist")
+    assert [row["instruction"] for row in rows_of(tmp_path / "judged")] == [TURNS, "Question 0?"]
+    source = Source(path=str(tmp_path / "judged"), curation=Curation(rule="overall-score"))
+    pair = load_preferences([source], seed=0).train[0]
+    assert pair.prompt == TURNS
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("an ox", "dog")
