@@ -8,7 +8,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -22,6 +22,7 @@ import train
 from notus.evals.published import MT_BENCH_TURNS
 
 SECONDS = 20  # of one command
+MEMORY = 2 * 10**9  # bytes that one command may take on top of what this process holds
 ROWS = 6
 HUGE = "9" * 5000  # more digits than Python reads
 RAW = "\0raw\0"  # stands for text that is put into the file unquoted
@@ -333,11 +334,19 @@ def spoilt(target: Target, rng: Random | None) -> Iterator[None]:
         path.write_bytes(content)
 
 
+def resident() -> tuple[int, int]:
+    """The memory of this process that is in RAM, now and at its highest, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return tuple(1024 * int(status.split(f"{name}:")[1].split()[0]) for name in ("VmRSS", "VmHWM"))
+
+
 def attempt(target: Target, rng: Random | None) -> int:
     """Run the command on a spoilt file in the working directory; its exit code.
 
-    rng: None leaves the file sound. Asserts the exit code, the one message of a refusal, and that
-    nothing is left behind.
+    rng: None leaves the file sound. Asserts the exit code, the one message of a refusal, that
+    nothing is left behind, and the highest memory in between. That is what counts for the user's
+    machine; a limit on the address space would count what PyTorch reserves and never touches, and
+    would turn a large allocation into an error that the command could catch.
     """
 
     def too_slow(number: int, frame: object) -> None:
@@ -346,6 +355,9 @@ def attempt(target: Target, rng: Random | None) -> int:
     said, told = io.StringIO(), io.StringIO()
     with spoilt(target, rng):
         before = set(Path().rglob("*"))
+        with suppress(OSError):  # where the kernel has no such file, the highest of all time counts
+            Path("/proc/self/clear_refs").write_text("5")  # the highest is now what is in use now
+        held, _ = resident()
         handler = signal.signal(signal.SIGALRM, too_slow)
         signal.alarm(SECONDS)
         try:
@@ -354,6 +366,8 @@ def attempt(target: Target, rng: Random | None) -> int:
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, handler)
+        taken = resident()[1] - held
+        assert taken < MEMORY, f"{taken:,} bytes of memory, after: {told.getvalue()}"
         made = {path for path in Path().rglob("*") if path not in before}
         if code == 0:
             shutil.rmtree("new", ignore_errors=True)
