@@ -41,7 +41,7 @@ def read_rows(
     Raises:
         UserError: nothing is found, or what is found cannot be read as rows.
     """
-    with _reading(path):  # no such home, a name that is too long, no permission
+    with reading(path):  # no such home, a name that is too long, no permission
         local = Path(path).expanduser()
         is_file = local.is_file()
         names = [file.name for file in local.iterdir()] if local.is_dir() else None
@@ -58,7 +58,7 @@ def read_rows(
 
 
 @contextmanager
-def _reading(place: Path | str, kind: str = "") -> Iterator[None]:
+def reading(place: Path | str, kind: str = "") -> Iterator[None]:
     """Raise UserError, which names the place, for whatever a library meets in a damaged file."""
     try:
         yield
@@ -117,7 +117,7 @@ def _read_json(file: Path, longest_line: int) -> Iterator[tuple[int, Any]]:
     """The rows of an array or of lines, by their number in the array or the line's number."""
     opened = _Inflated(file) if file.suffix == ".gz" else file.open("rb")
     # The "-sig" drops the byte order mark that editors on Windows put first.
-    with _reading(file), opened, TextIOWrapper(opened, encoding="utf-8-sig") as text:
+    with reading(file), opened, TextIOWrapper(opened, encoding="utf-8-sig") as text:
         is_array = text.read(4096).lstrip().startswith("[")
         text.seek(0)
         if is_array:
@@ -151,7 +151,7 @@ def _parse(file: Path, line: int | None, text: str) -> Any:
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
     """The rows below a line of column names, by the line that they end on; every cell is text."""
     csv.field_size_limit(2**31 - 1)  # of a cell; the default is 128 KiB
-    with _reading(file, " as CSV"), open(file, encoding="utf-8-sig", newline="") as text:
+    with reading(file, " as CSV"), open(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         for row in reader:
             if None in row or None in row.values():
@@ -163,7 +163,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
-    with _reading(file, " as Parquet"), pyarrow.parquet.ParquetFile(file) as parquet:
+    with reading(file, " as Parquet"), pyarrow.parquet.ParquetFile(file) as parquet:
         batches = parquet.iter_batches(batch_size=1000)
         yield from enumerate(_from_arrow(row for b in batches for row in b.to_pylist()), start=1)
 
@@ -187,7 +187,7 @@ def _from_arrow(rows: Iterable[Row]) -> Iterator[Row]:
 def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
     import datasets  # takes seconds to import and plain files do not need it
 
-    with _reading(folder, " as a saved dataset"):
+    with reading(folder, " as a saved dataset"):
         saved = datasets.load_from_disk(str(folder))
         name = split or "train"
         if isinstance(saved, datasets.DatasetDict):

@@ -55,8 +55,8 @@ def write_page(options: argparse.Namespace) -> str:
         pairs = gathering.counts["pairs"]
         chosen += f"; the model's scores are known of {gathering.scores.found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, make_page(f"Pairs of {options.source}", content))
     return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
 
@@ -65,7 +65,7 @@ def read_option(name: str, text: str | None) -> Any:
     """The value of an option that takes an object. Raises UserError if it is not JSON."""
     try:
         return None if text is None else read_json(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not JSON: {error}; expected an object") from None
 
 

@@ -22,7 +22,7 @@ def make_page(title: str, content: Mapping[str, Any]) -> str:
         files("notus.look").joinpath(name).read_text(encoding="utf-8")
         for name in ("page.html", "page.css", "page.js")
     )
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packed = gzip.compress(data.encode("utf-8", "replace"), mtime=0)
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
