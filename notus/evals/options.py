@@ -1,6 +1,7 @@
 """Options that commands share: bounded numbers, new files, decoding, --json and its report."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class NewPath(argparse.Action):
     """Store the path of a file or folder to be written; a UserError if it exists already."""
 
     def __call__(self, parser: Any, options: Any, path: Any, option: str | None = None) -> None:
-        if path.exists():
+        if os.path.lexists(path):
             raise UserError(f"{option} {path}: exists already and is not overwritten")
         setattr(options, self.dest, path)
 

@@ -69,7 +69,7 @@ def load_check(named: str) -> Check:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise UserError(f"--check {named}: {file} cannot be run ({error!r})") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -94,11 +94,12 @@ def rate(sampled: Sampled, check: Check, needs_answer: bool) -> list[float | Non
             found = check(response, row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             raise UserError(f"{where}: the check failed with {error!r}") from error
-        if found is not None and not isinstance(found, bool | int | float):
+        if found is not None and not (isinstance(found, int | float) and abs(found) < 1e300):
             raise UserError(
-                f"{where}: the check gave {found!r:.60}; expected a number, True, False or None"
+                f"{where}: the check gave {found!r:.60}; expected a finite number, True, False or "
+                "None"
             )
         ratings.append(None if found is None else float(found))
     return ratings

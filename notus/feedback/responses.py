@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,13 +96,19 @@ def write_rated(
     others: the contents of further files by name. As a training source the folder is its RATED.
     It appears only when it is complete. Raises UserError if it exists or cannot be written.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(map(_line_of, rows))
     with new_folder(out) as folder:
         hashes = {}
         for name, content in {RATED: text, **others}.items():
             (folder / name).write_text(content, encoding="utf-8")
             hashes[name] = hashlib.sha256(content.encode()).hexdigest()
         write_json(folder / MANIFEST, {**settings, "files_sha256": hashes})
+
+
+def _line_of(row: Row) -> str:
+    """A row as a line of JSON; half a surrogate pair, which UTF-8 has not, remains escaped."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def hash_of_rows(sampled: Sequence[Sampled]) -> str:
