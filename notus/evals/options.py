@@ -28,12 +28,14 @@ def model_path(text: str) -> str:
     return str(final) if final.is_dir() and (Path(text) / "metrics.jsonl").is_file() else text
 
 
-def at_least(minimum: int, kind: type = int) -> Callable[[str], Any]:
+def at_least(minimum: float, kind: type = int, below: float = float("inf")) -> Callable[[str], Any]:
     """A converter for argparse: finite numbers of a type, from `minimum` on."""
 
     def number(text: str) -> Any:
-        if not minimum <= kind(text) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}; expected a number of at least {minimum}")
+        if not minimum <= kind(text) < below:
+            limit = f" and below {below:g}" if below < float("inf") else ""
+            expected = f"expected a number of at least {minimum}{limit}"
+            raise argparse.ArgumentTypeError(f"{text}; {expected}")
         return kind(text)
 
     return number

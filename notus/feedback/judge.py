@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from notus.console import run_command
 from notus.curation.rows import Row
 from notus.engine.log import progress
-from notus.errors import UserError
 from notus.evals.options import at_least
 from notus.feedback import rubric as rubrics
 from notus.feedback.record import ANSWERS, Answer, Record
@@ -163,8 +162,6 @@ def rated_row(sampled: Sampled, found: Sequence[tuple[Question, dict]], aspects:
 def judge(options: argparse.Namespace) -> str:
     """Rate the responses of a file into the new folder of --out; returns a line about it."""
     rubric = rubrics.read_rubric(options.rubric) if options.rubric else rubrics.ULTRAFEEDBACK
-    if not options.url.startswith(("http://", "https://")) or "@" in options.url:
-        raise UserError(f"--url {options.url}: expected http://HOST/v1, without a user or a key")
     sampled = read_responses(options.responses)
     settings = {
         "judge": "language model",
@@ -176,9 +173,10 @@ def judge(options: argparse.Namespace) -> str:
         "rows_sha256": hash_of_rows(sampled),
     }
     partial_folder = options.out.with_name(f"{options.out.name}.partial")
-    record = Record(partial_folder, settings, Answer)
     given = {"timeout": options.timeout, "max_tokens": options.max_tokens}
-    judge = Judge(sampled, rubric, Server(options.url, options.model, **given), record)
+    server = Server(options.url, options.model, **given)
+    record = Record(partial_folder, settings, Answer)
+    judge = Judge(sampled, rubric, server, record)
     by_row = [questions_of(i, one, rubric, options.seed) for i, one in enumerate(sampled)]
     settle = partial(
         judge.settle,
@@ -268,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--attempts", type=at_least(1), default=3, help="of a question (default: 3)")
     add("--temperature", type=at_least(0, float), default=0.0, help="of the first (default: 0)")
     add("--max-tokens", type=at_least(1), default=2048, help="of an answer (default: 2048)")
-    add("--timeout", type=at_least(0.01, float), default=120.0, help="seconds (default: 120)")
+    seconds = at_least(0.01, float, below=1e6)
+    add("--timeout", type=seconds, default=120.0, help="seconds (default: 120)")
     add("--seed", type=at_least(0), default=0, help="of orders and answers (default: 0)")
     money = "per million tokens read and written, for the manifest"
     add("--price", type=at_least(0, float), nargs=2, metavar=("IN", "OUT"), help=money)

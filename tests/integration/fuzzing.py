@@ -376,8 +376,9 @@ def attempt(target: Target, rng: Random | None) -> int:
     if code == 1:  # a dry run that says what the run would be, except for its folder
         assert "WOULD NOT START: " in said.getvalue(), told.getvalue()
         return code
-    messages = [line for line in told.getvalue().splitlines() if line.startswith("error: ")]
+    lines = told.getvalue().splitlines()
+    messages = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     assert code in (0, 2) and len(messages) == (code == 2), (code, told.getvalue())
-    if code == 2:
-        assert told.getvalue().splitlines()[-1] == messages[0], told.getvalue()
+    for number in messages:  # the last lines: what continues a message is indented
+        assert all(line.startswith("  ") for line in lines[number + 1 :]), told.getvalue()
     return code
