@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,10 @@ from notus.feedback.responses import (
 )
 from notus.files import read_object
 from notus.model.attention import build_mask
-from notus.model.hf_config import ModelShape, read_shape
+from notus.model.hf_config import ModelShape, architecture_of, read_shape
 from notus.model.mistral import Decoder
 from notus.model.weights import hash_weights, load_weights, model_folder, stored_tensors
+from notus.strict import show
 
 # A classifier's class, and that of the language model with the same decoder.
 CLASSES = {
@@ -102,14 +104,16 @@ def open_reward_model(name: str) -> tuple[Path, ModelShape, int | None]:
     folder = model_folder(name)
     path = folder / "config.json"
     config = read_object(path)
-    found = (config.get("architectures") or [None])[0]
+    found, pad = architecture_of(config), config.get("pad_token_id")
     if "auto_map" in config:
         raise UserError(
             f"{path}: the model brings code of its own (auto_map), which is never run here; "
             f"expected {' or '.join(CLASSES)}"
         )
-    if found not in CLASSES:
+    if found not in tuple(CLASSES):
         raise UserError(f"{path}: architecture is {found}, expected {' or '.join(CLASSES)}")
+    if type(pad) not in (int, NoneType):
+        raise UserError(f"{path}: pad_token_id: found {show(pad)}, expected an integer or null")
     head = stored_tensors(folder).get(HEAD)
     if head is None or head.shape[:1] != (1,):
         labels = "no score" if head is None else f"{head.shape[0]} labels"
@@ -121,7 +125,7 @@ def open_reward_model(name: str) -> tuple[Path, ModelShape, int | None]:
             shape = read_shape(Path(place))
         except UserError as error:
             raise UserError(str(error).replace(place, str(folder))) from None
-    return folder, shape, config.get("pad_token_id")
+    return folder, shape, pad
 
 
 def load_scorer(

@@ -104,7 +104,7 @@ class ModelShape:
 
 def has_vision(folder: Path) -> bool:
     """Whether a folder that `decoder_config` reads holds a vision tower too."""
-    return _architecture(read_object(folder / "config.json")) == TOWER
+    return architecture_of(read_object(folder / "config.json")) == TOWER
 
 
 def decoder_config(folder: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def decoder_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     config = read_object(path)
-    if _architecture(config) != TOWER:
+    if architecture_of(config) != TOWER:
         return config
     text = config.get("text_config")
     kind = text.get("model_type") if isinstance(text, dict) else None
@@ -148,7 +148,7 @@ def read_shape(folder: Path) -> ModelShape:
     """
     path = folder / "config.json"
     config = decoder_config(folder)
-    found = _architecture(config)
+    found = architecture_of(config)
     if found is None and (folder / "final/config.json").is_file():
         raise UserError(f"{folder}: the folder of a run; expected its model, {folder / 'final'}")
     if found not in ARCHITECTURES:
@@ -185,7 +185,8 @@ def read_shape(folder: Path) -> ModelShape:
     return shape
 
 
-def _architecture(config: dict[str, Any]) -> Any:
+def architecture_of(config: dict[str, Any]) -> Any:
+    """The class that a config.json names, or whatever else it has there; None without one."""
     named = config.get("architectures")
     return named[0] if isinstance(named, list) and named else named
 

@@ -179,6 +179,12 @@ def test_models_that_are_refused(demo, tmp_path, responses, capsys):
         demo / "sft": "architecture is MistralForCausalLM, expected MistralForSequenceClass",
         wide: f"{wide}/config.json: hidden_act is 'gelu', expected 'silu'",
     }
+    two_pads = edit(make("llama", demo, tmp_path / "pads"), pad_token_id=[1, 2])
+    refused[two_pads] = "pads/config.json: pad_token_id: found [1, 2], expected an integer or null"
+    for named in ({"a": 1}, [["a"]], 5):
+        (tmp_path / f"{len(refused)}").mkdir()
+        (tmp_path / f"{len(refused)}/config.json").write_text(json.dumps({"architectures": named}))
+        refused[tmp_path / f"{len(refused)}"] = "expected MistralForSequenceClassification or Llama"
     before = set(os.listdir(tmp_path))
     capsys.readouterr()  # transformers' progress of saving
     for folder, message in refused.items():

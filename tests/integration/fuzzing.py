@@ -15,11 +15,15 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import train
+from notus.curation.marks import fingerprint
 from notus.evals.published import MT_BENCH_TURNS
+from notus.feedback.check import main as check
+from notus.feedback.reward import main as score_responses
+from notus.look.look import main as look
 
 SECONDS = 20  # of one command
 MEMORY = 2 * 10**9  # bytes that one command may take on top of what this process holds
@@ -212,9 +216,19 @@ def write_place(demo: Path, place: Path) -> None:
         "text": text | {"rejected_rating": 1.5},
         "rated": rated,
         "prompts": prompt,
+        "responses": prompt | {"responses": ["a", "b"]},
+        "pairs": text | {"policy_chosen": -1.5, "policy_rejected": -2, "chosen_score": 2},
+        "marks": {"prompt": fingerprint("p"), "responses": [fingerprint("answer 1")], "note": "n"},
     }
     for name, row in rows.items():
-        (place / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS)
+        count = 1 if name == "marks" else ROWS
+        (place / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * count)
+    manifest = {"input": "rated.jsonl", "split": None, "seed": 42, "rule": "mean-rating"}
+    manifest |= {"held_out": ["prompts.jsonl"], "min_margin": 1, "drop_sources": ["t"]}
+    manifest |= {"duplicates": "keep", "counts": {"rows": ROWS, "pairs": ROWS, "dropped": {}}}
+    (place / "curated").mkdir()
+    (place / "curated/manifest.json").write_text(json.dumps(manifest))
+    write_reward_model(place / "policy", place / "reward")
     config = {
         "model": {"policy": "policy", "compute_dtype": "float32", "lora": {"rank": 2, "alpha": 4}},
         "data": {
@@ -263,6 +277,18 @@ def write_place(demo: Path, place: Path) -> None:
     shutil.copytree(place / "run", place / "other")
 
 
+def write_reward_model(policy: Path, folder: Path) -> None:
+    """A reward model with the policy's decoder."""
+    shutil.copytree(policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["MistralForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    tensors["score.weight"] = torch.ones(1, config["hidden_size"])
+    save_file(tensors, folder / "model.safetensors")
+
+
 def dry_run(*overrides: str) -> Callable[[], int]:
     return lambda: train.main(["config.json", *overrides, "--dry-run"])
 
@@ -271,8 +297,13 @@ def score(*words: str) -> Callable[[], int]:
     return lambda: evaluate.main([*words, "--json", "new/score.json"])
 
 
+def made(main: Callable[[list[str]], int], *words: str) -> Callable[[], int]:
+    return lambda: main([*words, "--out", "new"])
+
+
 CHAT = ('data.train=[{"path": "chat.jsonl"}]', "data.eval=null", "evaluation.samples=null")
 RATED = 'data.train=[{"path": "rated.jsonl", "curation": {"rule": "mean-rating"}}]'
+MARKED = '{"rule": "mean-rating", "marks": "marks.jsonl"}'
 TARGETS = {
     "configuration": Target("config.json", spoil_json, dry_run()),
     "rows of text": Target("text.jsonl", spoil_lines, dry_run()),
@@ -302,6 +333,17 @@ TARGETS = {
     "lm_eval": Target("results.json", spoil_json, score("score", "lm_eval", "results.json")),
     "metrics": Target("run/metrics.jsonl", spoil_lines, score("compare", "run")),
     "a run's settings": Target("run/config.json", spoil_json, score("compare", "run")),
+    "responses": Target("responses.jsonl", spoil_lines, made(check, "responses.jsonl")),
+    "reward model": Target(
+        "reward/config.json",
+        spoil_json,
+        made(score_responses, "responses.jsonl", "--model", "reward"),
+    ),
+    "marks": Target("marks.jsonl", spoil_lines, made(look, "rated.jsonl", "--curation", MARKED)),
+    "scores of pairs": Target(
+        "pairs.jsonl", spoil_lines, made(look, "text.jsonl", "--scores", "pairs.jsonl")
+    ),
+    "manifest": Target("curated/manifest.json", spoil_json, made(look, "curated")),
     "a run's pairs": Target("run/eval_pairs.jsonl", spoil_lines, score("compare", "other", "run")),
 }
 
