@@ -115,9 +115,13 @@ class _Inflated(gzip.GzipFile):
 
 def _read_json(file: Path, longest_line: int) -> Iterator[tuple[int, Any]]:
     """The rows of an array or of lines, by their number in the array or the line's number."""
-    opened = _Inflated(file) if file.suffix == ".gz" else file.open("rb")
+    open_bytes = _Inflated if file.suffix == ".gz" else partial(open, mode="rb")
     # The "-sig" drops the byte order mark that editors on Windows put first.
-    with reading(file), opened, TextIOWrapper(opened, encoding="utf-8-sig") as text:
+    with (
+        reading(file),
+        open_bytes(file) as opened,
+        TextIOWrapper(opened, encoding="utf-8-sig") as text,
+    ):
         is_array = text.read(4096).lstrip().startswith("[")
         text.seek(0)
         if is_array:

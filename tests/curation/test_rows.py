@@ -156,3 +156,14 @@ def test_a_gz_file_does_not_grow_beyond_reason(tmp_path, monkeypatch, content):
     monkeypatch.setattr(curation_rows, "LOOKED_AT", 2**21)
     with pytest.raises(UserError, match="holds no rows|not JSON|cannot be read"):
         list(read_rows(str(file)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet"])
+def test_a_folder_or_a_link_to_nowhere_among_the_files(tmp_path, name):
+    for place in (tmp_path / "folder", tmp_path / "link"):
+        place.mkdir()
+    (tmp_path / "folder" / name).mkdir()
+    (tmp_path / "link" / name).symlink_to("nowhere")
+    for place in (tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            prompts(place)

@@ -23,6 +23,7 @@ from notus.curation.marks import fingerprint
 from notus.evals.published import MT_BENCH_TURNS
 from notus.feedback.check import main as check
 from notus.feedback.reward import main as score_responses
+from notus.files import remove
 from notus.look.look import main as look
 
 SECONDS = 20  # of one command
@@ -412,7 +413,7 @@ def attempt(target: Target, rng: Random | None) -> int:
         assert taken < MEMORY, f"{taken:,} bytes of memory, after: {told.getvalue()}"
         made = {path for path in Path().rglob("*") if path not in before}
         if code == 0:
-            shutil.rmtree("new", ignore_errors=True)
+            remove(Path("new"))
             made = {path for path in made if path.parts[0] != "new"}
         assert not made, made
     if code == 1:  # a dry run that says what the run would be, except for its folder
