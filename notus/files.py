@@ -12,6 +12,8 @@ from typing import Any
 
 from notus.errors import UserError
 
+Plain = dict[str, Any]  # a JSON object
+
 PARTIAL = ".partial-"  # the prefix of what is being written; a killed process may leave one
 
 
@@ -126,7 +128,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Plain:
     """The JSON object in a file. Raises UserError that names the file if it does not hold one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

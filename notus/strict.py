@@ -166,6 +166,14 @@ def read_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique, parse_int=integer)
 
 
+def read_option(name: str, text: str | None) -> Any:
+    """The value of an option that takes an object. Raises UserError if it is not JSON."""
+    try:
+        return None if text is None else read_json(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
+
+
 _REPEATED = object()  # the value of a repeated key, until `parse` knows its dotted key
 
 

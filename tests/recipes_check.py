@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import train
-from notus.data.packing import CHOSEN, Layout
+from notus.data.packing import CHOSEN, REJECTED, Layout
 from notus.data.planning import Plan
 from notus.engine.metrics import pair_metrics
 from notus.model.attention import build_mask, may_attend
@@ -160,15 +161,28 @@ for budget in (1024, 256):
     keys = ["loss.name=cauchy", "loss.beta=0.2", f"data.tokens_per_microbatch={budget}"]
     assert train.main([str(configuration), *keys, f"output_dir={folder}"]) == 0
     runs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-start, first, _ = runs[0]
+start, first, last = runs[0]
 assert abs(start["eval_loss"] - math.log(2)) < 1e-5, start
 # The loss on hidden states starts between 0 and its weight, and does not depend on the packing.
 assert 1e-3 < first["loss"] - math.log(2) < 0.1, first
 for name in ("loss", "grad_norm", "logps/chosen_per_token"):
     assert math.isclose(first[name], runs[1][1][name], rel_tol=1e-4), (name, runs)
 
-# The log of single tokens: the last step's.
+# The log of single tokens: the last step's, whatever the packing, with the sums that are logged.
 board = EventAccumulator(str(output / "1024/tensorboard")).Reload()
 (event,) = board.Tensors("tokens/text_summary")
 lines = event.tensor_proto.string_val[0].decode().splitlines()
 assert event.step == 2 and all(re.match(r"`[+-]\d+\.\d{3} .+`", line) for line in lines), lines
+tokens, repacked = (
+    load_file(output / f"{budget}/tokens-000002.safetensors") for budget in (1024, 256)
+)
+for name in ("pair", "branch", "position", "token"):
+    assert torch.equal(tokens[name], repacked[name]), name
+torch.testing.assert_close(tokens["values"], repacked["values"], rtol=1e-3, atol=1e-4)
+count = len(tokens["pair"].unique())
+policy, reference = tokens["values"].double()
+for branch, side in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
+    own = tokens["branch"] == branch
+    assert math.isclose(policy[own].sum() / count, last[f"logps/{side}"], rel_tol=1e-6), last
+    reward = 0.2 * (policy - reference)[own].sum() / count
+    assert math.isclose(reward, last[f"rewards/{side}"], rel_tol=1e-4, abs_tol=1e-6), last

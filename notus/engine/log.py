@@ -104,13 +104,17 @@ class _Lines:
         pass
 
 
-def progress(total: int, initial: int, unit: str, delay: float = 0.0) -> tqdm:
+def progress(
+    total: int, initial: int, unit: str, delay: float = 0.0, disable: bool = False
+) -> tqdm:
     """A bar on standard error if that is a terminal; otherwise a line every 15 seconds at most.
 
     Closing it prints the last state. The time left follows from the mean pace since the start.
     delay: seconds before which nothing is shown, so that short work leaves no trace.
+    disable: nothing is shown at all.
     """
-    common = {"total": total, "initial": initial, "unit": unit, "delay": delay, "smoothing": 0}
+    common = {"total": total, "initial": initial, "unit": unit, "smoothing": 0}
+    common |= {"delay": delay, "disable": disable}
     if sys.stderr.isatty():
         bar = "{n:,}/{total:,} |{bar}| {elapsed} < {remaining}{postfix}"
         return tqdm(**common, mininterval=0.5, dynamic_ncols=True, bar_format=bar)

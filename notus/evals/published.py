@@ -23,9 +23,9 @@ class WinRate(NamedTuple):
     length_controlled: float | None = None  # AlpacaEval 2's, percent
 
 
-# By the baseline's name in AlpacaEval's own files. alpaca_eval/leaderboards: version 1's
-# data_AlpacaEval/alpaca_eval_gpt4 and version 2's, which never had Notus,
-# data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo.
+# By the baseline's name in AlpacaEval's own files. Zephyr's: alpaca_eval/leaderboards in 0.6.6,
+# data_AlpacaEval/alpaca_eval_gpt4 and data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo. Neither
+# has Notus: its row follows from the annotations in the repository argilla-io/notus.
 ALPACA_EVAL: dict[str, tuple[WinRate, ...]] = {
     "text_davinci_003": (
         WinRate("notus-7b-v1", 91.4179104, 0.9884493, 735, 69, 0, 804, 2139),

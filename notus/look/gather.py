@@ -9,10 +9,9 @@ from typing import Any
 from notus.curation.curate import Curation
 from notus.curation.marks import Marks
 from notus.curation.rated_rows import RATED
-from notus.curation.rows import read_rows, reading
-from notus.data.columns import rename
+from notus.curation.text_files import reading
 from notus.data.formats import find_format
-from notus.data.sources import Source, read_found
+from notus.data.sources import Reading, Source, prepared, read_found
 from notus.errors import UserError
 from notus.files import read_object
 from notus.look.record import Record, make_record
@@ -121,8 +120,7 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
         curation = parse_part(given, Curation, file)
         source = parse_part(given | {"path": made.input}, Source, file)
         source = replace(source, curation=curation)
-    where, row = next(read_rows(source.path, source.split))
-    row = rename(row, source.columns, where) if source.columns else row
+    where, row = next(prepared(source, Reading(source.path)))
     name = find_format(source.format, row, where, rated=True)
     if name in RATED and source.curation is None:
         source = replace(source, curation=Curation(rule=RATED[name].rules[0]))

@@ -8,15 +8,16 @@ from typing import Any
 
 from notus.console import run_command
 from notus.curation.curate import Curation
+from notus.curation.ratings import SEED
 from notus.curation.report import look_command
 from notus.data.sources import Source
-from notus.errors import UserError
+from notus.errors import naming_options
 from notus.files import write_whole, writing
 from notus.look.gather import Gathering, gather
 from notus.look.page import make_page
 from notus.look.scores import MARGIN
 from notus.look.selection import Selection
-from notus.strict import Count, Seed, parse, plain, read_json
+from notus.strict import Count, Seed, parse, plain, read_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,9 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--curation", metavar="JSON", help='as in a training source, e.g. {"rule": "rating"}')
     add("--scores", type=Path, metavar="FILE", help="the pairs.jsonl of eval.py preferences")
     add("--rows", type=int, default=2000, help="at most so many in the page (2000)")
-    add("--seed", type=int, default=42, help="of curation's draws and of the sample (42)")
+    add("--seed", type=int, default=SEED, help=f"of curation's draws and of the sample ({SEED})")
     add("--out", type=Path, required=True, help="the page; an earlier one is replaced")
-    return run_command(lambda: write_page(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+
+    def command() -> str:
+        with naming_options("format", "columns", "ignore", "curation"):
+            return write_page(options)
+
+    return run_command(command)
 
 
 def write_page(options: argparse.Namespace) -> str:
@@ -59,14 +66,6 @@ def write_page(options: argparse.Namespace) -> str:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, make_page(f"Pairs of {options.source}", content))
     return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
-
-
-def read_option(name: str, text: str | None) -> Any:
-    """The value of an option that takes an object. Raises UserError if it is not JSON."""
-    try:
-        return None if text is None else read_json(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
 
 
 def page_content(

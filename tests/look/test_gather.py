@@ -308,3 +308,12 @@ def test_a_folder_of_rated_rows_has_a_manifest_too(tmp_path):
     write(tmp_path / "train.jsonl", RAW)
     (tmp_path / "manifest.json").write_text(json.dumps({"judge": "check", "rows": 4}))
     assert len(list(gather(Source(path=str(tmp_path)), 7, None))) == len(RAW)
+
+
+def test_a_name_that_is_mapped_and_ignored(tmp_path):
+    """The page reads the first row as training does."""
+    row = {"prompt": "x", "question": "Why?", "chosen": "So.", "rejected": "No."}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    source = Source(path=str(path), columns={"prompt": "question"}, ignore=("prompt",))
+    (record,) = gather(source, 7, None)
+    assert [text for _, text in record["turns"]] == ["Why?"]
