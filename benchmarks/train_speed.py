@@ -13,8 +13,8 @@ tests, 2 of 64). Tokens are uniform random, lengths those of a profile (benchmar
 0), or both come from real text (rows of plain text need `--format turns`). Every run is a process
 of its own. Parity comes first: two optimiser steps on the same pairs in the same order, in which
 every sequence's log-prob, the loss and the gradient norm must agree; where they do not, the ratio
-is marked as not valid. The runs then alternate, TRL first, `--repeats` times. The report is written after every run; a failed run leaves
-all that it printed in a file next to the report.
+is marked as not valid. The runs then alternate, TRL first, `--repeats` times. The report is written
+after every run; a failed run leaves all that it printed in a file next to the report.
 
 What is timed is whole optimiser steps, from the end of one to the end of the next: data, sums over
 ranks, clipping, update and logging. The first `--warm` steps are not counted. Each side sees the
