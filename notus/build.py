@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from notus.config import Config, Holdout, to_dict
+from notus.console import counted
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
@@ -120,14 +121,20 @@ def load_data(
         for remark in found.remarks:
             ranks.say(remark)
         sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
-        size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
+        size = f"{counted(len(found.pairs), config.train.unit)}{f' ({sets})' if sets else ''}"
         ranks.say(f"{purpose if name == 'train' else name} data: {size}{found.notes}")
     return datasets
 
 
+MOST_STEPS = 10**7  # of a run; a start looks at each of them, for the longest row
+
+
 def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
-    """The pairs of every step, and their division over `ranks` ranks and microbatches."""
-    return Plan(
+    """The pairs of every step, and their division over `ranks` ranks and microbatches.
+
+    Raises UserError for more than MOST_STEPS.
+    """
+    plan = Plan(
         slots_of(pairs.lengths, config.data.prefix_sharing),
         pairs_per_step=config.train.pairs_per_step,
         epochs=config.train.epochs,
@@ -137,6 +144,12 @@ def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
         ranks=ranks,
         budget=config.data.tokens_per_microbatch,
     )
+    if plan.steps > MOST_STEPS:
+        raise UserError(
+            f"train.epochs: found {plan.epochs:,}, which makes {plan.steps:,} steps; expected at "
+            f"most {MOST_STEPS:,} (train.max_steps limits them)"
+        )
+    return plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +167,8 @@ class Setup:
     held_out: TokenizedPairs | None
     checkpoint: Path | None = None  # the one to resume from
     held_out_sets: Mapping[str, range] = field(default_factory=dict)  # places in `held_out`
-    start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
+    # {"path", "sha256"} of the checkpoint whose weights the policy starts with (--model-only)
+    initial_weights: dict[str, str] | None = None
 
     @property
     def output(self) -> Path:

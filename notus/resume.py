@@ -101,7 +101,7 @@ def what_must_match(
     shape: ModelShape,
     pairs: TokenizedPairs,
     reference: Mapping[str, Any] | None,
-    start: Mapping[str, Any] | None,
+    initial: Mapping[str, Any] | None,
     steps: int,
 ) -> Plain:
     """The facts a run and its resumption must share: settings, model, data, reference, steps."""
@@ -109,7 +109,7 @@ def what_must_match(
         "model_shape": asdict(shape),
         "tokens_sha256": pairs.fingerprint(),
         "reference_sha256": reference["sha256"] if reference else None,
-        "start_sha256": start["sha256"] if start else None,
+        "start_sha256": initial["sha256"] if initial else None,
         "steps": steps,
     }
 

@@ -25,7 +25,7 @@ from notus.model.peft import merge
 from notus.resume import are_settings, difference_from
 
 SETTINGS = "config.json"
-START = "start.json"  # {"path", "sha256"}: the checkpoint whose weights a run started with, if any
+START = "start.json"  # `Setup.initial_weights`, if there are any
 POLICY = "policy"  # the initial policy, where an adapter had to be merged
 
 
@@ -43,16 +43,16 @@ def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool
         if ranks.first:
             _restore_settings(output, settings)
     with agreed():
-        start = _recorded_start(output, given)
+        initial = _recorded_start(output, given)
         if holds_run(output):
             lock.take()
     wanted = "auto" if model_only else resume
     found = find_checkpoint(output / "checkpoints", wanted, ranks.say)
     if given and not found:
         check_sound(given)
-    if given and not start:
-        start = checkpoint_identity(given)
-    return replace(setup, checkpoint=found, start=start)
+    if given and not initial:
+        initial = checkpoint_identity(given)
+    return replace(setup, checkpoint=found, initial_weights=initial)
 
 
 def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
@@ -93,7 +93,7 @@ def claim_output_dir(
                 output.mkdir(parents=True, exist_ok=True)
             lock.take()
             remove_leftovers(output)
-            _write_settings(output, settings, setup.start)
+            _write_settings(output, settings, setup.initial_weights)
     with agreed():
         if not holds_run(output):
             raise UserError(
@@ -174,11 +174,11 @@ def _restore_settings(folder: Path, settings: Plain) -> None:
             warn(f"{folder / SETTINGS} is damaged: restored from {place / STATE}")
 
 
-def _write_settings(folder: Path, settings: Plain, start: Plain | None) -> None:
+def _write_settings(folder: Path, settings: Plain, initial: Plain | None) -> None:
     """Write START, if there is one, and the settings. Raises UserError."""
     with writing(folder):
-        if start is not None:
-            write_json(folder / START, start, durable=True)
+        if initial is not None:
+            write_json(folder / START, initial, durable=True)
         write_json(folder / SETTINGS, settings, durable=True)
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from notus import build
 from notus.build import Setup
 from notus.config import Config, to_dict
+from notus.console import counted
 from notus.data.packing import pack_division
 from notus.data.planning import idle_text
 from notus.engine import checkpoint, history
@@ -122,7 +123,7 @@ def open_run(
         facts=facts,
         best=open_best(setup),
     )
-    if run.checkpoint or run.start:
+    if run.checkpoint or run.initial_weights:
         run = load_beginning(run)
     elif facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
@@ -176,9 +177,9 @@ def announce(setup: Setup) -> None:
     """Print the size of the run, the ranks that will idle, and the settings that are masked."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
-        f"epoch; {count_parameters(setup.models.shape):,} parameters on "
-        f"{ranks.count} x {ranks.device.type}"
+        f"{counted(plan.steps, 'steps')} of {counted(plan.pairs_per_step, unit)}, "
+        f"{plan.steps_per_epoch:,} per epoch; {count_parameters(setup.models.shape):,} parameters "
+        f"on {ranks.count} x {ranks.device.type}"
     )
     if has_vision(setup.models.source):
         ranks.say(
@@ -200,7 +201,9 @@ def state_facts(setup: Setup) -> Plain:
     settings, identity, policy = build.settings_of(config), None, config.model.policy
     if setup.loss.uses_reference:
         identity = hash_weights(config.model.reference or policy, models.reference)
-    common = what_must_match(settings, models.shape, setup.pairs, identity, setup.start, plan.steps)
+    common = what_must_match(
+        settings, models.shape, setup.pairs, identity, setup.initial_weights, plan.steps
+    )
     if config.model.lora is not None and not (identity and models.reference_is_policy):
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
         common["base_sha256"] = hash_weights(policy, models.source)["sha256"]
@@ -208,7 +211,7 @@ def state_facts(setup: Setup) -> Plain:
         "common": common,
         "settings": settings,
         "reference": identity,
-        "start": setup.start,
+        "start": setup.initial_weights,
         "pairs": len(setup.pairs),
         "steps_per_epoch": plan.steps_per_epoch,
         "ranks": plan.ranks,
@@ -241,11 +244,12 @@ def load_beginning(run: Run) -> Run:
     if run.checkpoint:
         models = run.policy, run.optimizer, run.following
         run = replace(run, progress=checkpoint.load_checkpoint(run.checkpoint, *models))
-        run.ranks.say(f"resumed from {run.checkpoint} after {run.progress.step:,} steps")
+        run.ranks.say(f"resumed from {run.checkpoint} after {counted(run.progress.step, 'steps')}")
     else:
+        path = run.initial_weights["path"]
         with agreed():
-            checkpoint.load_trained(Path(run.start["path"]), run.policy)
-        run.ranks.say(f"the policy starts from the weights of {run.start['path']}")
+            checkpoint.load_trained(Path(path), run.policy)
+        run.ranks.say(f"the policy starts from the weights of {path}")
     return run
 
 

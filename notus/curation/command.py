@@ -8,7 +8,6 @@ both give the same pairs. Rows that are pairs already are screened, and written 
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import pyarrow.parquet
 from tqdm import tqdm
 
+from notus.console import counted, run_command
 from notus.curation.curate import (
     Curation,
     Screen,
@@ -219,7 +219,7 @@ def _counts_text(counts: dict[str, Any], curation: Curation) -> str:
         ", ".join(f"{n:,} {name}" for name, n in counts.get(kind, {}).items())
         for kind in ("dropped", "marks", "pairs that the trainer drops")
     )
-    text = f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    text = f"{counted(counts['rows'], 'rows')}, dropped: {dropped or 'none'}"
     text += f"; of these pairs training drops: {unusable}" if unusable else ""
     text += f"; marks: {marks}" if marks else ""
     return text if curation.decontaminate else f"{text}; not screened for benchmarks"
@@ -258,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=SEED, help=f"of the draw of rejected responses ({SEED})")
     options = parser.parse_intermixed_args(arguments)
     reading = Reading(options.input)
-    try:
+
+    def command() -> str:
         if options.match and not options.decontaminate:
             raise UserError(f"--match {options.match}: has no effect without --decontaminate FILE")
         curation = Curation(
@@ -276,10 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = replace(parse(keys, Source), curation=curation)
         with naming_options("format", "columns", "ignore", "rule"):
             counts = curate(source, options.out, options.held_out, options.seed, reading)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(*reading.lines(), sep="\n")
-    print(f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts, curation)}")
-    print(f"look at the rows: {look_command(options.out)}")
-    return 0
+        pairs = counted(counts["pairs"], "pairs")
+        told = f"wrote {options.out}: {pairs}; {_counts_text(counts, curation)}"
+        look = f"look at the rows:\n  {look_command(options.out)}"
+        return "\n".join((*reading.lines(), told, look))
+
+    return run_command(command)

@@ -20,7 +20,6 @@ from notus.build import (
     settings_of,
 )
 from notus.config import Config
-from notus.console import wrap
 from notus.data.dataset import Dataset
 from notus.data.oddities import oddities
 from notus.data.tokenizer import load_tokenizer
@@ -71,9 +70,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     plan = build_plan(config, pairs, gpus)
     steps = [plan.pairs_of(step) for step in range(plan.steps)]
     estimate = estimate_run(config, gpus, models, make_loss(config), pairs, held_out, steps)
-    ranks.say(wrap(report(estimate, gpu, options.price)))
+    ranks.say(report(estimate, gpu, options.price))
     if refusal:
-        ranks.say(wrap(f"\nWOULD NOT START: {refusal}"))
+        ranks.say(f"\nWOULD NOT START: {refusal}")
     return 0 if not refusal and (gpu is None or estimate.fits(gpu)) else 1
 
 
@@ -85,14 +84,14 @@ def show_data(
 ) -> None:
     """Print what was read and tokenized, how to look at it, and what is odd about it."""
     style, unit = config.data.tokenization, config.train.unit
-    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
+    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n", verbatim=True)
     if config.train.objective == "dpo":  # the page shows pairs
         seed = config.train.seed if config.data.seed is None else config.data.seed
         commands = [command_for(source, seed) for source in config.data.train]
         ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
     rows = data["train"].rows
     for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
-        ranks.say(wrap(f"warning: {line}\n"))
+        ranks.say(f"warning: {line}\n")
 
 
 def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from notus.build import attention_backend
 from notus.config import Config
+from notus.console import counted
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.dryrun.estimate import (
@@ -78,14 +79,12 @@ def plan_text(estimate: Estimate) -> Iterator[str]:
     yield "plan"
     yield f"  {unit:<13}{len(estimate.pairs):,} to train on, {held} held out"
     yield (
-        f"  steps        {steps:,} of {train.pairs_per_step} {unit}; "
+        f"  steps        {steps:,} of {counted(train.pairs_per_step, unit)}; "
         f"{per_epoch:,} per epoch x {train.epochs}{limit}"
     )
-    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of all slots hold one"
-    yield (
-        f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}; "
-        f"the longest row has {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
-    )
+    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of slots filled"
+    yield f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}"
+    yield f"  longest row  {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
     if idle := idle_text(train.pairs_per_step, estimate.gpus, unit):
         yield f"  {idle}"
 

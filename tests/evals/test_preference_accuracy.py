@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import eval as command
-from notus.config import Curation, Source, TrainSection
+from notus.config import Curation, Source
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
 from notus.evals.accuracy import table
@@ -34,7 +34,7 @@ def data(demo, tmp_path_factory):
 def expected(demo, other, data):
     """(chosen, rejected) log-probs of model and reference, transformers, one text at a time."""
     source = Source(path=str(data), curation=Curation(rule="mean-rating"))
-    pairs = load_preferences([source], seed=TrainSection().seed).train
+    pairs = load_preferences([source], seed=42).train  # as curation draws
     tokens = tokenized(pairs, demo / "sft")
     sums = []
     for folder in (demo / "sft", other):
