@@ -67,17 +67,16 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     PrinterCallback,
 )
 from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.speed_case import open_tokenizer
 from notus.config import Curation, Source
 from notus.data.formats import Message
 from notus.data.preferences import load_preferences
-from notus.data.tokenizer import load_tokenizer, sentencepiece_backend
-from notus.demo import CHAT_TEMPLATE
+from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.files import write_json
 from notus.model.hf_config import read_shape
@@ -210,15 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_model(folder: Path, tokenizer_path: Path) -> None:
     """A random Mistral of two layers, with the tokenizer, as a Hugging Face folder."""
-    if tokenizer_path.is_dir():
-        tokenizer = load_tokenizer(tokenizer_path)
-    elif tokenizer_path.is_file():
-        backend = sentencepiece_backend(tokenizer_path)
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    else:
-        raise UserError(f"--tokenizer {tokenizer_path}: no such folder or file")
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer = open_tokenizer(tokenizer_path)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = MistralConfig(
