@@ -151,7 +151,8 @@ def evaluate_held_out(run: Run, done: int) -> dict[str, float]:
     pairs = range(len(run.held_out))
     policy = score(run.policy, run.held_out, pairs, run.rows, run.loss.uses_weights)
     reference = run.held_out_reference.of_pairs(pairs)
-    record_pairs(run.output, run.held_out_about, policy, reference, run.held_out, run.loss)
+    scored = all_log_probs(policy, reference, run.held_out)
+    record_pairs(run.output, run.held_out_about, scored, run.loss)
     metrics = evaluate(policy, reference, run.held_out, run.loss, run.held_out_sets)
     if run.best:
         run.best.note(done, metrics)

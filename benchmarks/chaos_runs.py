@@ -4,6 +4,7 @@ The process must have imported everything and computed nothing. A run's folder i
 its output_dir and reference cache are in it, its config.json is next to it.
 """
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ import train
 from notus.files import PARTIAL, remove
 
 LIMIT = 60.0  # seconds after which a run counts as hung
+# Where a rank waits for a killed one to join a group, until torchrun ends it.
+JOINING = re.compile(
+    r" in (rendezvous|fresh_store|init_process_group|new_group|init_device_mesh)$", re.M
+)
 VARIANTS = {  # overrides and ranks
     "full": ([], 1),
     "adapters": (["model.lora.rank=4", "model.lora.alpha=8", "model.lora.merge=true"], 1),
@@ -109,6 +114,7 @@ def _arm(killer: Killer) -> count:
     """Let this process be killed; the number of its next file event."""
     numbers, fsync = count(1), os.fsync
     signal.setitimer(signal.ITIMER_REAL, killer.seconds)  # not handled: the kernel kills
+    faulthandler.dump_traceback_later(LIMIT - 2, file=2)  # where a hung one waits
 
     def seen(event: str, arguments: tuple) -> None:
         if not (event in CHANGES or (event == "open" and arguments[2] & WRITES)):

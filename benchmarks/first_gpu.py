@@ -53,7 +53,7 @@ PARTS = (
     Part(
         "head",
         60,
-        "-m benchmarks.head --usual --methods eager compile plain triton --json {json}",
+        "-m benchmarks.head --usual --methods eager compile descriptors plain triton --json {json}",
         "-m benchmarks.head --toy --methods eager plain --json {json}",
     ),
     Part(

@@ -3,6 +3,7 @@
     pip install -e . && pip install -r benchmarks/requirements.txt
     python -m benchmarks.head --json head.json            # one CUDA GPU, a few minutes
     python -m benchmarks.head --usual                     # only the problem of one microbatch at 7B
+    python -m benchmarks.head --chunk-rows 4096           # instead of 2,048 rows of logits at once
     python -m benchmarks.head --sweep                     # tile and chunk sizes of the Triton head
     python -m benchmarks.head --toy                       # small, also on a CPU: does it work?
 
@@ -20,6 +21,7 @@ Methods:
     liger          Liger's fused linear cross entropy, a loss for each row
     cce            cut-cross-entropy without gradient filter, which is not exact
     chunked        the library's logits of a chunk and one Triton pass over its rows
+    descriptors    notus's kernel with tensor descriptors and flattened loops, from an H100 on
     plain, triton  notus
 """
 
@@ -142,6 +144,15 @@ def make_chunked(device: torch.device) -> Head:
     return linear_log_probs
 
 
+def make_descriptors(device: torch.device) -> Head:
+    dispatch.check_backend("triton", device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError("its copies need a GPU of compute capability 9.0 (H100) or newer")
+    from benchmarks.descriptor_head import linear_log_probs
+
+    return linear_log_probs
+
+
 METHODS: dict[str, Callable[[torch.device], Head]] = {
     "eager": lambda device: eager,
     "eager-float32": lambda device: eager_float32,
@@ -150,6 +161,7 @@ METHODS: dict[str, Callable[[torch.device], Head]] = {
     "liger": make_liger,
     "cce": make_cce,
     "chunked": make_chunked,
+    "descriptors": make_descriptors,
     "plain": partial(make_notus, "plain"),
     "triton": partial(make_notus, "triton"),
 }
@@ -427,7 +439,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The linear + log-softmax head, side by side.")
     parser.add_argument("--toy", action="store_true", help="tiny problems, on the CPU if need be")
     parser.add_argument("--usual", action="store_true", help="one problem: a microbatch at 7B")
-    parser.add_argument("--sweep", action="store_true", help="tile and chunk sizes instead")
+    chunks = parser.add_mutually_exclusive_group()
+    chunks.add_argument("--sweep", action="store_true", help="tile and chunk sizes instead")
+    chunks.add_argument(
+        "--chunk-rows", type=int, metavar="ROWS", help="logits held at once in a Triton head"
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
         help=f"any of {', '.join(METHODS)}",
@@ -442,6 +458,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"environment": environment(device)}
     print(", ".join(f"{name} {value}" for name, value in report["environment"].items()))
     at_least = 0.0 if options.toy else 0.3
+    if options.chunk_rows:
+        from notus.kernels import linear_log_probs as kernels
+
+        kernels.CHUNK_ROWS = report["chunk_rows"] = options.chunk_rows
     heads = open_methods(["triton"] if options.sweep else options.methods, device)
     if options.sweep:
         if not heads:

@@ -6,17 +6,18 @@ After adding a key, pass it on here. `Setup` holds what they share.
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from notus.config import Config, Holdout, to_dict
+from notus.console import counted
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
@@ -28,20 +29,17 @@ from notus.engine.distributed import Ranks
 from notus.engine.flops import Work
 from notus.engine.log import progress
 from notus.engine.optim import make_optimizer, schedule_factor
-from notus.engine.signals import Interrupts
 from notus.engine.sinks import check_installed
 from notus.errors import UserError, agreed
 from notus.generate.prompts import Prompt, check_template, read_prompt_set
 from notus.generate.samples import write_samples
 from notus.kernels.dispatch import check_backend
 from notus.masking import masked
-from notus.model.attention import default_backend
 from notus.model.hf_config import ModelShape, read_shape
-from notus.model.intervals import BLOCK
 from notus.model.lora import add_adapters
 from notus.model.mistral import MistralForCausalLM
-from notus.model.peft import check_fits, is_adapter, read_adapter, tokenizer_folder
-from notus.model.weights import load_weights, model_folder, open_model
+from notus.model.weights import load_weights
+from notus.models import Models, attention_backend, compiles, find_models
 from notus.objective.loss import Loss, build_loss
 from notus.objective.reference import CachedReference, OnlineReference, Reference, no_reference
 from notus.objective.reference_cache import cache_identity, cached_log_probs
@@ -88,88 +86,10 @@ def check_loss(config: Config, options: argparse.Namespace) -> None:
         )
 
 
-class Models(NamedTuple):
-    """The models of a run as folders on disk; no weights are loaded.
-
-    source: the initial policy, or its base where `adapter` must be merged into it first.
-    """
-
-    source: Path
-    shape: ModelShape
-    adapter: Path | None
-    reference: Path
-    tokenizer: Path
-
-    @property
-    def reference_is_policy(self) -> bool:
-        """Whether the reference is the initial policy, weight for weight."""
-        return self.reference.resolve() == self.source.resolve()
-
-
-def find_models(config: Config, *, weights: bool) -> Models:
-    """The folders of policy and reference, downloaded if they are hub ids.
-
-    weights: whether the weights must be there too. Raises UserError for a model that cannot be
-    used, or a reference with another vocabulary than the policy's.
-    """
-    policy, path = config.model.policy, config.model.reference
-    folder = model_folder(policy, weights)
-    if is_adapter(folder):
-        adapter = read_adapter(folder)
-        if adapter.base_name is None:
-            raise UserError(
-                f"{policy}: its adapter_config.json names no base; expected a path or hub id"
-            )
-        source, shape = open_model(adapter.base_name, weights)
-        check_fits(adapter, shape)
-        models = Models(source, shape, folder, source, tokenizer_folder(source, folder))
-    else:
-        source, shape = open_model(policy, weights)
-        models = Models(source, shape, None, source, source)
-    if path is None:
-        return models
-    reference, other = open_model(path, weights)
-    if other.vocab_size != shape.vocab_size:
-        raise UserError(
-            f"model.reference: {path} has a vocabulary of {other.vocab_size} tokens, "
-            f"the policy one of {shape.vocab_size}; expected the same"
-        )
-    return models._replace(reference=reference)
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    """Whether transformer blocks are compiled."""
-    wanted = config.parallel.compile
-    return device.type == "cuda" if wanted == "auto" else wanted
-
-
-def attention_backend(config: Config, shape: ModelShape, device: torch.device) -> str:
-    """The attention backend. Raises UserError for one that cannot train on the device."""
-    wanted, compiled = config.parallel.attention, compiles(config, device)
-    if wanted == "auto":
-        wanted = default_backend(device, shape.head_dim, compiled)
-    reason = None
-    if device.type == "cuda":
-        if wanted == "varlen" and config.model.compute_dtype == "float32":
-            reason = 'with model.compute_dtype "float32": FlashAttention computes in bfloat16'
-        elif wanted == "flex" and shape.head_dim < 16:
-            reason = f"for heads of {shape.head_dim}, which its kernels do not hold"
-    elif wanted == "flex":
-        reason = "on the CPU, where it has no backward pass"
-    elif wanted == "varlen" and compiled:
-        reason = "with parallel.compile on the CPU, where segments are not compiled"
-    if reason:
-        raise UserError(f'parallel.attention: found "{wanted}" {reason}; expected another')
-    if wanted == "flex" and (budget := config.data.tokens_per_microbatch) % BLOCK:
-        raise UserError(
-            f"data.tokens_per_microbatch: found {budget}, expected a multiple of {BLOCK}, "
-            'as parallel.attention is "flex"'
-        )
-    return wanted
-
-
-def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset]:
-    """The data sets "train" and, if pairs are held out, "eval". Collective, as `load_datasets`."""
+def load_data(
+    config: Config, models: Models, ranks: Ranks, purpose: str = "train"
+) -> dict[str, Dataset]:
+    """The data sets "train", named `purpose` in the log, and perhaps "eval". Collective."""
     data, evaluation = config.data, config.evaluation
     with agreed():
         tokenizer = load_tokenizer(models.tokenizer, models.shape.vocab_size)
@@ -201,14 +121,20 @@ def load_data(config: Config, models: Models, ranks: Ranks) -> dict[str, Dataset
         for remark in found.remarks:
             ranks.say(remark)
         sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
-        size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
-        ranks.say(f"{name} data: {size}{found.notes}")
+        size = f"{counted(len(found.pairs), config.train.unit)}{f' ({sets})' if sets else ''}"
+        ranks.say(f"{purpose if name == 'train' else name} data: {size}{found.notes}")
     return datasets
 
 
+MOST_STEPS = 10**7  # of a run; a start looks at each of them, for the longest row
+
+
 def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
-    """The pairs of every step, and their division over `ranks` ranks and microbatches."""
-    return Plan(
+    """The pairs of every step, and their division over `ranks` ranks and microbatches.
+
+    Raises UserError for more than MOST_STEPS.
+    """
+    plan = Plan(
         slots_of(pairs.lengths, config.data.prefix_sharing),
         pairs_per_step=config.train.pairs_per_step,
         epochs=config.train.epochs,
@@ -218,6 +144,12 @@ def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
         ranks=ranks,
         budget=config.data.tokens_per_microbatch,
     )
+    if plan.steps > MOST_STEPS:
+        raise UserError(
+            f"train.epochs: found {plan.epochs:,}, which makes {plan.steps:,} steps; expected at "
+            f"most {MOST_STEPS:,} (train.max_steps limits them)"
+        )
+    return plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,19 +166,25 @@ class Setup:
     pairs: TokenizedPairs
     held_out: TokenizedPairs | None
     checkpoint: Path | None = None  # the one to resume from
-    interrupts: Interrupts = field(default_factory=Interrupts)
     held_out_sets: Mapping[str, range] = field(default_factory=dict)  # places in `held_out`
-    start: dict[str, str] | None = None  # start.json's: whose weights it takes (--model-only)
+    # {"path", "sha256"} of the checkpoint whose weights the policy starts with (--model-only)
+    initial_weights: dict[str, str] | None = None
 
     @property
     def output(self) -> Path:
         return Path(self.config.output_dir)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.model.compute_dtype)
 
-def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
+
+def set_up(
+    config: Config, ranks: Ranks, purpose: str = "train"
+) -> tuple[Setup, dict[str, Dataset]]:
     """Find and check what the configuration names; its data sets too, with their text. Collective.
 
-    Raises UserError, on every rank.
+    purpose: as for `load_data`. Raises UserError, on every rank.
     """
     loss, best, sets = make_loss(config), config.evaluation.best, config.data.eval_sources
     with agreed():
@@ -257,7 +195,7 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
         models = find_models(config, weights=True)
         attention_backend(config, models.shape, ranks.device)
     mesh = distributed.make_mesh(ranks, config.parallel.shard, config.parallel.replicate)
-    data = load_data(config, models, ranks)
+    data = load_data(config, models, ranks, purpose)
     pairs = data["train"].pairs
     setup = Setup(
         config=config,
@@ -277,14 +215,13 @@ def set_up(config: Config, ranks: Ranks) -> tuple[Setup, dict[str, Dataset]]:
 def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForCausalLM:
     """A sharded model without weights: float32 if they will change, else compute_dtype."""
     config, device = setup.config, setup.ranks.device
-    compute_dtype = getattr(torch, config.model.compute_dtype)
     lora = None if frozen else config.model.lora
     constant = frozen and config.reference.sync_every is None
     with torch.device("meta"):
         model = MistralForCausalLM(
             shape, config.parallel.kernels, attention_backend(config, shape, device)
         )
-        model.to(compute_dtype if constant or lora else torch.float32)
+        model.to(setup.compute_dtype if constant or lora else torch.float32)
         model.requires_grad_(not frozen)
         if lora:
             add_adapters(model, lora)
@@ -292,7 +229,7 @@ def build_model(setup: Setup, shape: ModelShape, *, frozen: bool) -> MistralForC
         model,
         setup.mesh,
         device,
-        compute_dtype=compute_dtype,
+        compute_dtype=setup.compute_dtype,
         activation_checkpointing="none" if frozen else config.parallel.activation_checkpointing,
         compile_blocks=compiles(config, device),
         cpu_offload=config.parallel.cpu_offload,
@@ -312,18 +249,21 @@ def reference_folder(setup: Setup) -> Path:
 
 
 def build_references(
-    setup: Setup, policy: MistralForCausalLM, identity: dict[str, str] | None
-) -> tuple[list[Reference], MistralForCausalLM]:
-    """The reference over the training and the held-out pairs, and the model that it is.
+    setup: Setup,
+    policy: MistralForCausalLM,
+    identity: dict[str, str] | None,
+    after_part: Callable[[], object],
+) -> tuple[dict[str, Reference], MistralForCausalLM]:
+    """The reference over the data sets "train" and, if pairs are held out, "eval"; and its model.
 
     identity: the reference's, or None for a loss that uses none. `policy` must hold its initial
     weights. It serves as the reference if both are the same folder; its adapters, if it has any,
-    are turned off for that.
+    are turned off for that. after_part: as for `cached_log_probs`. Collective.
     """
-    config, ranks, models, model = setup.config, setup.ranks, setup.models, policy
-    sets = [setup.pairs] if setup.held_out is None else [setup.pairs, setup.held_out]
+    sets = {"train": setup.pairs} | ({} if setup.held_out is None else {"eval": setup.held_out})
     if identity is None:
-        return [no_reference(pairs, ranks.device) for pairs in sets], policy
+        return {n: no_reference(pairs, setup.ranks.device) for n, pairs in sets.items()}, policy
+    config, models, model = setup.config, setup.models, policy
     online = config.reference.log_probs == "online"
     if not models.reference_is_policy or (online and config.model.lora is None):
         with agreed():
@@ -331,25 +271,30 @@ def build_references(
         model = build_model(setup, shape, frozen=True)
         with agreed():
             load_weights(model, models.reference)
-    compute_dtype = getattr(torch, config.model.compute_dtype)
-    references: list[Reference] = []
-    for pairs in sets:
-        reference = OnlineReference(model, pairs, setup.rows)
-        if not online:
-            flat = cached_log_probs(
-                reference_folder(setup),
-                setup.output / "reference",
-                cache_identity(
-                    pairs, identity, model.shape, compute_dtype, setup.rows.prefix_sharing
-                ),
-                reference,
-                show=partial(progress, unit="reference: pair", delay=5.0) if ranks.first else None,
-                say=ranks.say,
-                after_part=setup.interrupts.obey_stop,
-            )
-            reference = CachedReference(flat, pairs)
-        references.append(reference)
-    return references, model
+    found = {name: OnlineReference(model, pairs, setup.rows) for name, pairs in sets.items()}
+    if not online:
+        found = {n: _cached(setup, each, identity, after_part) for n, each in found.items()}
+    return found, model
+
+
+def _cached(
+    setup: Setup,
+    online: OnlineReference,
+    identity: dict[str, str],
+    after_part: Callable[[], object],
+) -> CachedReference:
+    """What the reference computes, read from disk or computed once and kept there."""
+    pairs, ranks, shared = online.pairs, setup.ranks, setup.rows.prefix_sharing
+    flat = cached_log_probs(
+        reference_folder(setup),
+        setup.output / "reference",
+        cache_identity(pairs, identity, online.model.shape, setup.compute_dtype, shared),
+        online,
+        show=partial(progress, unit="reference: pair", delay=5.0, disable=not ranks.first),
+        say=ranks.say,
+        after_part=after_part,
+    )
+    return CachedReference(flat, pairs)
 
 
 def build_optimizer(config: Config, policy: MistralForCausalLM) -> Optimizer:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from notus.curation.curate import Curation
+from notus.curation.ratings import SEED
 from notus.data.preferences import Source
 from notus.errors import UserError
 from notus.model.lora import LoraSettings
@@ -37,7 +38,7 @@ from notus.strict import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelSection:
     policy: Text  # path or hub id of a causal LM of a family in docs/models.md
     reference: Text | None = None  # path or hub id; null: the policy's initial weights
     lora: LoraSettings | None = None  # null: every parameter is trained
@@ -70,7 +71,7 @@ def _is_set_name(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataSection:
     train: tuple[Source, ...]  # the training data, mixed by weight; each source as below
     # null: no evaluation; sources by name have metrics of their own too, eval_NAME/...
     eval: tuple[Source, ...] | Named | Holdout | None = None
@@ -98,7 +99,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class LossSection:
     """Every other key of the section is a parameter of the loss, which checks it itself."""
 
     name: Text = "sigmoid"  # a name from notus/objective/losses.py
@@ -116,7 +117,7 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class ReferenceSection:
     # "cached": computed in one pass and kept on disk; "online": the frozen model runs in every
     # step; "none": for losses that use no reference
     log_probs: Literal["cached", "online", "none"] = "cached"
@@ -129,7 +130,7 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerSection:
     """The defaults of betas, alpha and eps are torch's own."""
 
     name: Literal["adamw", "rmsprop"] = "adamw"  # two moments for each parameter, or one
@@ -147,14 +148,14 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ScheduleSection:
     # after the warmup: a fall to 0 at the last step ("linear", "cosine"), or no change
     name: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1  # share of all steps over which the rate rises from 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainSection:
     # "dpo": preference optimisation by `loss`; "sft": negative log-likelihood of the chosen
     # responses (of every answer, in rows that hold a conversation), averaged over their tokens
     objective: Literal["dpo", "sft"] = "dpo"
@@ -163,7 +164,7 @@ class Train:
     max_steps: Count | None = None  # the run ends here if the epochs hold more; null: no limit
     # updates skipped in a row, because loss or gradient was not finite, after which the run ends
     max_nonfinite: Count = 3
-    seed: Seed = 42  # of the order of pairs, adapters, dropout, samples and, by default, data
+    seed: Seed = SEED  # of the order of pairs, adapters, dropout, samples and, by default, data
 
     @property
     def unit(self) -> str:
@@ -172,7 +173,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelSection:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto": CUDA where there is a GPU
     shard: Count | None = None  # ranks that divide one copy; null: all ranks / replicate
     replicate: Count = 1  # copies of the sharded model (above 1: hybrid sharding)
@@ -201,7 +202,7 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvaluationSection:
     every: Count | None = 100  # steps; null: only at the start and the end
     samples: Samples | None = None  # null: none
     # a metric of the evaluation, such as "eval_loss" or "eval_NAME/loss": the best checkpoint by it
@@ -211,7 +212,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Log:
+class LogSection:
     every: Count = 1  # steps
     # where metrics go besides metrics.jsonl; "wandb" and "trackio" are extras; null: nowhere
     to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
@@ -226,25 +227,29 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointSection:
     every: Count | None = 500  # steps; null: never before the end
     keep: Count = 2  # complete checkpoints on disk; older ones are removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Model
-    data: Data
-    loss: Loss
-    reference: Reference
-    optimizer: Optimizer
-    schedule: Schedule
-    train: Train
-    parallel: Parallel
-    evaluation: Evaluation
-    log: Log
-    checkpoint: Checkpoint
+    model: ModelSection
+    data: DataSection
+    loss: LossSection
+    reference: ReferenceSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    train: TrainSection
+    parallel: ParallelSection
+    evaluation: EvaluationSection
+    log: LogSection
+    checkpoint: CheckpointSection
     output_dir: Text  # relative to the working directory; "~" is the home folder
+
+
+def _curations(config: Config) -> list[Curation]:
+    return [source.curation for source in config.data.train if source.curation]
 
 
 # (key, has it no effect?, why): giving the key is an error, and `to_dict` leaves it out.
@@ -282,20 +287,16 @@ CONFLICTS: tuple[Rule, ...] = (
      lambda c: c.model.lora is not None and c.reference.sync_every is not None,
      "found with reference.sync_every {0.reference.sync_every}, expected only one of them: the "
      "reference is the base without adapters, which cannot follow the policy"),
-    ("data.train",
-     lambda c: any(source.curation == Curation() for source in c.data.train),
+    ("data.train", lambda c: Curation() in _curations(c),
      "found a curation that does nothing, expected a rule, or prompts to leave out"),
     ("data.train",
-     lambda c: any(s.curation and not s.curation.rule and s.curation.rejected != "random"
-                   for s in c.data.train),
+     lambda c: any(not x.rule and x.rejected != "random" for x in _curations(c)),
      'found a curation with "rejected" and no "rule", expected both, or neither'),
-    ("data.train",
-     lambda c: any(s.curation and not s.curation.rule and s.curation.decides for s in c.data.train),
+    ("data.train", lambda c: any(not x.rule and x.decides for x in _curations(c)),
      'found a curation with "min_margin", "min_chosen" or "agree" and no "rule", expected both, or '
      "neither"),
     ("data.train",
-     lambda c: any(s.curation and not s.curation.decontaminate and s.curation.match != "n-grams"
-                   for s in c.data.train),
+     lambda c: any(not x.decontaminate and x.match != "n-grams" for x in _curations(c)),
      'found a curation with "match" and no "decontaminate", expected both, or neither'),
     ("loss",
      lambda c: c.train.objective == "sft" and (c.loss.mix is not None or bool(c.loss.options)),

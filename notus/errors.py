@@ -1,5 +1,7 @@
 """The exception for a user's mistakes, and its way to every rank."""
 
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,3 +46,20 @@ def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     for found in problems:
         if found is not None:
             raise UserError(*found)
+
+
+@contextmanager
+def naming_options(*keys: str) -> Iterator[None]:
+    """Add a line to a UserError that advises `keys` of a source: a command's options of that name.
+
+    They have the key's value: `"ignore": ["tools"]` is --ignore tools.
+    """
+    try:
+        yield
+    except UserError as error:
+        advice = rf'"({"|".join(keys)})": (?:\["([^"]*)"\]|"([^"]*)"|(\{{[^}}]*\}}))'
+        found = [(key, "".join(value)) for key, *value in re.findall(advice, str(error))]
+        if not found:
+            raise
+        options = ", ".join(f"--{key} {shlex.quote(value)}" for key, value in found)
+        raise UserError(*error.args, f"as options of this command: {options}") from None

@@ -12,6 +12,8 @@ from typing import Any
 
 from notus.errors import UserError
 
+Plain = dict[str, Any]  # a JSON object
+
 PARTIAL = ".partial-"  # the prefix of what is being written; a killed process may leave one
 
 
@@ -92,10 +94,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     first to finish wins. A killed process leaves its partial folder. Raises UserError if `path`
     exists, or the file system refuses.
     """
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path}: exists already; expected the name of a new folder")
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
+        if os.path.lexists(path):
+            raise UserError(f"{path}: exists already; expected the name of a new folder")
         partial.mkdir(parents=True)
         yield partial
         os.rename(partial, path)
@@ -126,7 +128,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Plain:
     """The JSON object in a file. Raises UserError that names the file if it does not hold one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

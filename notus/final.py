@@ -1,20 +1,29 @@
 """final/: the trained model in Hugging Face's files, with its card, and whether it is sound."""
 
 import os
+import shutil
 
+import torch
 import torch.distributed as dist
 
 from notus.build import Setup
 from notus.engine import checkpoint, history
 from notus.engine.best import Best
 from notus.engine.log import warn
-from notus.engine.resume import remove_leftovers
-from notus.engine.saver import export_model
+from notus.engine.saver import describe_model
 from notus.errors import UserError, agreed
-from notus.files import set_aside, writing
+from notus.files import PARTIAL, new_folder, partial_path, set_aside, sync, write_json, writing
+from notus.model.hub import copy_tokenizer
 from notus.model.mistral import MistralForCausalLM
-from notus.model.peft import check_fits, export_adapter, read_adapter
-from notus.model.weights import open_model
+from notus.model.peft import (
+    adapter_tensors,
+    check_fits,
+    read_adapter,
+    save_adapter,
+    write_merged,
+)
+from notus.model.weights import gather_own, open_model, save_tensors
+from notus.run_folder import remove_leftovers
 
 
 def holds_final(setup: Setup) -> bool:
@@ -66,10 +75,11 @@ def complete_final(setup: Setup) -> None:
     """
     final = setup.output / "final"
     with agreed():
-        history.record_end(setup.output, final.stat().st_mtime)
-        remove_leftovers(setup.output)
-        if not os.path.lexists(final / checkpoint.MANIFEST):
-            checkpoint.seal(final)
+        if setup.ranks.first:
+            history.record_end(setup.output, final.stat().st_mtime)
+            remove_leftovers(setup.output)
+            if not os.path.lexists(final / checkpoint.MANIFEST):
+                checkpoint.seal(final)
     write_model_card(setup)
 
 
@@ -88,7 +98,7 @@ def export(setup: Setup, policy: MistralForCausalLM, best: Best | None) -> None:
     The policy then has the weights of the best checkpoint, if it is to be exported from there.
     Collective. Raises UserError, on every rank, if that is damaged or nothing can be written.
     """
-    final, lora = setup.output / "final", setup.config.model.lora
+    final = setup.output / "final"
     folder = best.folder(setup.output / "checkpoints") if best else None
     if folder and setup.config.evaluation.export_best:
         if problem := checkpoint.damage(folder):
@@ -98,16 +108,54 @@ def export(setup: Setup, policy: MistralForCausalLM, best: Best | None) -> None:
             )
         checkpoint.load_trained(folder, policy)
         setup.ranks.say(f"the best checkpoint is {folder.name}: {best.record}")
-    if lora is None:
-        export_model(final, policy, setup.models.source)
+    if setup.config.model.lora is None:
+        _export_model(setup, policy)
     else:
-        merged_here = setup.models.source.parent == setup.output
-        export_adapter(
-            final,
-            policy,
-            lora,
-            base_name=str(setup.models.source) if merged_here else setup.config.model.policy,
-            base=setup.models.source,
-        )
+        _export_adapters(setup, policy)
     with agreed():
-        checkpoint.seal(final)
+        if setup.ranks.first:
+            checkpoint.seal(final)
+
+
+def _export_model(setup: Setup, policy: MistralForCausalLM) -> None:
+    """Write final/ as a bfloat16 Hugging Face folder, which appears only when it is complete."""
+    folder, first = setup.output / "final", setup.ranks.first
+    partial = partial_path(folder)
+    tensors = ((name, p.detach().to(torch.bfloat16)) for name, p in policy.named_parameters())
+    index, file, own = gather_own(tensors, checkpoint.MODEL)
+    try:
+        with agreed(), writing(folder):
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with agreed(), writing(folder):
+            if own:
+                save_tensors(partial / file, own)
+        with agreed(), writing(folder):
+            if first:
+                write_json(checkpoint.index_file(partial, checkpoint.MODEL), index)
+                describe_model(partial, torch.bfloat16, setup.models.source)
+                for path in (*partial.iterdir(), partial):
+                    sync(path)
+                os.rename(partial, folder)
+                sync(folder.parent)
+    except UserError:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _export_adapters(setup: Setup, policy: MistralForCausalLM) -> None:
+    """Write final/adapter in PEFT's format; with model.lora.merge, its sum with the base too."""
+    final, base, lora = setup.output / "final", setup.models.source, setup.config.model.lora
+    base_name = str(base) if base.parent == setup.output else setup.config.model.policy
+    tensors = adapter_tensors(policy)
+    with agreed():
+        if setup.ranks.first:
+            for left in setup.output.glob(f"{PARTIAL}*-{final.name}"):  # of a killed export
+                shutil.rmtree(left, ignore_errors=True)
+            with new_folder(final) as partial:
+                save_adapter(partial / "adapter", tensors, lora, base_name)
+                copy_tokenizer(base, partial / "adapter")
+                if lora.merge:
+                    write_merged(partial, base, partial / "adapter")

@@ -4,12 +4,9 @@
 output_dir have been found usable. `finish` exports the model and closes the run's records.
 """
 
-import shutil
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,14 +15,14 @@ from torch.optim import Optimizer
 from notus import build
 from notus.build import Setup
 from notus.config import Config, to_dict
-from notus.data.dataset import Dataset
+from notus.console import counted
 from notus.data.packing import pack_division
 from notus.data.planning import idle_text
-from notus.engine import checkpoint, distributed, history
-from notus.engine import resume as resuming
+from notus.engine import checkpoint, history
 from notus.engine.best import Best
 from notus.engine.distributed import Ranks
 from notus.engine.flops import Speed
+from notus.engine.host_memory import check_host_memory
 from notus.engine.lock import OutputLock
 from notus.engine.log import MetricsLog, warn
 from notus.engine.metrics import Meter, Progress
@@ -35,28 +32,29 @@ from notus.engine.signals import Interrupts, Stopped
 from notus.engine.sinks import open_sinks
 from notus.engine.warmup import longest_row, warm_up
 from notus.errors import UserError, agreed
+from notus.files import Plain
 from notus.final import complete_final, export, holds_final, write_model_card
 from notus.masking import MASK, masked_keys
 from notus.model.attention import check_segments
 from notus.model.hf_config import has_vision
 from notus.model.lora import adapter_parameters, adapters_off, initialize_adapters
 from notus.model.mistral import MistralForCausalLM, count_parameters
-from notus.model.peft import merge
 from notus.model.weights import hash_weights, load_weights
 from notus.objective.logprobs import pair_log_probs, token_log_probs
 from notus.objective.reference import Reference, check_start
-
-Plain = dict[str, Any]
+from notus.resume import check_checkpoint, what_must_match
+from notus.run_folder import claim_output_dir, find_beginning, merge_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Setup):
     """Everything that a run consists of, ready to start or resume from `progress`."""
 
+    interrupts: Interrupts
     origins: list[str]  # where each of the pairs comes from, for messages
     policy: MistralForCausalLM
     reference: Reference
-    held_out_reference: Reference  # unused without held-out pairs
+    held_out_reference: Reference | None
     held_out_about: list[Record]  # the held-out pairs' origins, labels and lengths, for records
     following: MistralForCausalLM | None  # the reference model, if it follows the policy
     reference_answers: list[str]  # to the first prompts of evaluation.samples
@@ -77,7 +75,6 @@ def open_run(
     have been found usable.
     """
     setup, data = build.set_up(config, ranks)
-    setup = replace(setup, interrupts=interrupts)
     check_predicate(setup)
     setup = find_beginning(setup, lock, options.resume, options.model_only)
     announce(setup)
@@ -86,24 +83,26 @@ def open_run(
         complete_final(setup)
         return None
     if config.model.lora is None:
-        distributed.check_host_memory(count_parameters(setup.models.shape), ranks)
+        check_host_memory(count_parameters(setup.models.shape), ranks)
     setup = merge_adapter(setup, lock)
     facts = state_facts(setup)
     if setup.checkpoint:
-        common, settings = facts["common"], facts["settings"]
         with agreed():
-            resuming.check_checkpoint(setup.checkpoint, common, settings, build.settings_now)
+            check_checkpoint(setup.checkpoint, facts["common"], facts["settings"])
     policy = load_policy(setup)
     claim_output_dir(setup, facts["settings"], lock, data)
 
     try:
         interrupts.obey_stop()
-        references, model = build.build_references(setup, policy, facts["reference"])
+        references, model = build.build_references(
+            setup, policy, facts["reference"], interrupts.obey_stop
+        )
         interrupts.obey_stop()
     except Stopped:
         ranks.say("stopped by a signal before the first step; the same command resumes the run")
         with agreed():
-            history.record_end(setup.output)
+            if ranks.first:
+                history.record_end(setup.output)
         return None
     answers = []
     if config.evaluation.samples is not None:
@@ -111,10 +110,11 @@ def open_run(
             answers = build.answer_samples(setup, model)
     run = Run(
         **vars(setup),
+        interrupts=interrupts,
         origins=[pair.where for pair in data["train"].kept],
         policy=policy,
-        reference=references[0],
-        held_out_reference=references[-1],
+        reference=references["train"],
+        held_out_reference=references.get("eval"),
         held_out_about=describe_pairs(data["eval"]) if "eval" in data else [],
         following=model if config.reference.sync_every else None,
         reference_answers=answers,
@@ -123,7 +123,7 @@ def open_run(
         facts=facts,
         best=open_best(setup),
     )
-    if run.checkpoint or run.start:
+    if run.checkpoint or run.initial_weights:
         run = load_beginning(run)
     elif facts["reference"] and run.models.reference_is_policy:
         check_first_batch(run)
@@ -173,39 +173,13 @@ def check_predicate(setup: Setup) -> None:
         check_segments(row.layout, shape.sliding_window)
 
 
-def find_beginning(setup: Setup, lock: OutputLock, resume: str, model_only: bool) -> Setup:
-    """The setup with the checkpoint or the weights that the run begins from; locks a run's folder.
-
-    resume, model_only: as for `open_run`. Collective. Raises UserError, on every rank, for an
-    output_dir or a checkpoint that cannot be used.
-    """
-    output, given = setup.output, Path(resume) if model_only else None
-    with agreed():
-        settings = build.settings_of(setup.config)
-        resuming.check_output_dir(output, settings, resume, build.settings_now)
-    with agreed():
-        resuming.restore_settings(output, settings, build.settings_now)
-    with agreed():
-        start = resuming.recorded_start(output, given)
-        if resuming.holds_run(output):
-            lock.take()
-    found = checkpoint.find_checkpoint(
-        output / "checkpoints", "auto" if model_only else resume, setup.ranks.say
-    )
-    if given and not found:
-        checkpoint.check_sound(given)
-    if given and not start:
-        start = checkpoint.checkpoint_identity(given)
-    return replace(setup, checkpoint=found, start=start)
-
-
 def announce(setup: Setup) -> None:
     """Print the size of the run, the ranks that will idle, and the settings that are masked."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
-        f"epoch; {count_parameters(setup.models.shape):,} parameters on "
-        f"{ranks.count} x {ranks.device.type}"
+        f"{counted(plan.steps, 'steps')} of {counted(plan.pairs_per_step, unit)}, "
+        f"{plan.steps_per_epoch:,} per epoch; {count_parameters(setup.models.shape):,} parameters "
+        f"on {ranks.count} x {ranks.device.type}"
     )
     if has_vision(setup.models.source):
         ranks.say(
@@ -218,28 +192,6 @@ def announce(setup: Setup) -> None:
         warn(f"{keys}: looks like a secret, and is recorded as {MASK}")
 
 
-def merge_adapter(setup: Setup, lock: OutputLock) -> Setup:
-    """The setup after a policy that is an adapter has been merged into output_dir/policy.
-
-    Collective. Raises UserError, on every rank, when that cannot be written.
-    """
-    models, ranks, folder = setup.models, setup.ranks, setup.output / resuming.POLICY
-    if models.adapter is None:
-        return setup
-    with agreed():
-        resuming.make_output_dir(setup.output)
-        lock.take()
-    with agreed():
-        if ranks.first and not resuming.holds_run(setup.output):
-            shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut short
-        if ranks.first and not folder.exists():
-            ranks.say(f"merging {models.adapter} into {models.source}: {folder}")
-            merge(models.source, models.adapter, folder)
-    reference = models.reference if setup.config.model.reference else folder
-    models = models._replace(source=folder, adapter=None, reference=reference)
-    return replace(setup, models=models)
-
-
 def state_facts(setup: Setup) -> Plain:
     """The entries of a checkpoint's state.json that do not change during a run.
 
@@ -249,8 +201,8 @@ def state_facts(setup: Setup) -> Plain:
     settings, identity, policy = build.settings_of(config), None, config.model.policy
     if setup.loss.uses_reference:
         identity = hash_weights(config.model.reference or policy, models.reference)
-    common = resuming.what_must_match(
-        settings, models.shape, setup.pairs, identity, setup.start, plan.steps
+    common = what_must_match(
+        settings, models.shape, setup.pairs, identity, setup.initial_weights, plan.steps
     )
     if config.model.lora is not None and not (identity and models.reference_is_policy):
         # No checkpoint holds the adapters' base. As the reference it would be in `identity`.
@@ -259,7 +211,7 @@ def state_facts(setup: Setup) -> Plain:
         "common": common,
         "settings": settings,
         "reference": identity,
-        "start": setup.start,
+        "start": setup.initial_weights,
         "pairs": len(setup.pairs),
         "steps_per_epoch": plan.steps_per_epoch,
         "ranks": plan.ranks,
@@ -273,34 +225,6 @@ def load_policy(setup: Setup) -> MistralForCausalLM:
         load_weights(policy, setup.models.source, others=adapter_parameters(policy))
     initialize_adapters(policy, setup.config.train.seed)
     return policy
-
-
-def claim_output_dir(
-    setup: Setup, settings: Plain, lock: OutputLock, data: Mapping[str, Dataset]
-) -> None:
-    """Make output_dir, lock it, and record the run and this start in it.
-
-    Collective. Raises UserError, on every rank, for a folder that cannot be made, that another run
-    has taken, or that not all machines see.
-    """
-    model, held_out = setup.config.model, setup.config.data.eval_sources
-    with agreed():
-        resuming.make_output_dir(setup.output)
-        lock.take()
-        resuming.remove_leftovers(setup.output)
-        resuming.write_settings(setup.output, settings, setup.start)
-    with agreed():
-        resuming.check_shared(setup.output)
-    held_out = held_out.values() if isinstance(held_out, dict) else held_out
-    sources = [*setup.config.data.train, *held_out]
-    with agreed():
-        history.record_start(
-            setup.output,
-            continues=setup.checkpoint.name if setup.checkpoint else None,
-            device=setup.ranks.device,
-            data={n: {"pairs": len(d.pairs), "counts": d.counts} for n, d in data.items()},
-            paths=[model.policy, model.reference or model.policy, *(s.path for s in sources)],
-        )
 
 
 def open_best(setup: Setup) -> Best | None:
@@ -320,11 +244,12 @@ def load_beginning(run: Run) -> Run:
     if run.checkpoint:
         models = run.policy, run.optimizer, run.following
         run = replace(run, progress=checkpoint.load_checkpoint(run.checkpoint, *models))
-        run.ranks.say(f"resumed from {run.checkpoint} after {run.progress.step:,} steps")
+        run.ranks.say(f"resumed from {run.checkpoint} after {counted(run.progress.step, 'steps')}")
     else:
+        path = run.initial_weights["path"]
         with agreed():
-            checkpoint.load_trained(Path(run.start["path"]), run.policy)
-        run.ranks.say(f"the policy starts from the weights of {run.start['path']}")
+            checkpoint.load_trained(Path(path), run.policy)
+        run.ranks.say(f"the policy starts from the weights of {path}")
     return run
 
 
@@ -336,7 +261,7 @@ def check_first_batch(run: Run) -> None:
         log_probs = token_log_probs(run.policy, batch, run.loss.uses_weights)
     scored = pair_log_probs(log_probs, run.reference.of_batch(batch), batch.lengths, 1.0)
     with agreed():
-        words = check_start(run.loss, scored, getattr(torch, run.config.model.compute_dtype))
+        words = check_start(run.loss, scored, run.compute_dtype)
     run.ranks.say(f"policy and reference agree on the first pairs: {words}")
 
 
@@ -361,29 +286,20 @@ def open_meter(run: Run) -> Meter:
 
 def open_log(run: Run) -> MetricsLog:
     """The run's log files and progress bar. Collective. Raises UserError on every rank."""
-    first, done = run.ranks.first, run.progress.step
-    settings, config, sinks = run.facts["settings"], run.config, []
+    log, settings, first = run.config.log, run.facts["settings"], run.ranks.first
+    options = {"project": log.project, "name": log.name, "tags": log.tags or ()}
+    to = log.to or ()
     with agreed():
-        if first and config.log.has_service:
-            sinks = open_sinks(
-                config.log.to,
-                run.output,
-                project=config.log.project,
-                name=config.log.name,
-                tags=config.log.tags or (),
-                settings=settings,
-            )
-        log = MetricsLog(
+        return MetricsLog(
             run.output,
-            step=done,
+            step=run.progress.step,
             total=run.plan.steps,
             active=first,
-            every=config.log.every,
-            tensorboard="tensorboard" in (config.log.to or ()),
-            sinks=sinks,
+            every=log.every,
+            tensorboard="tensorboard" in to,
+            sinks=open_sinks(to, run.output, **options, settings=settings) if first else [],
             settings=settings,
         )
-    return log
 
 
 def finish(run: Run, finished: bool, unsaved: str | None) -> None:
@@ -396,7 +312,8 @@ def finish(run: Run, finished: bool, unsaved: str | None) -> None:
         export(run, run.policy, run.best)
         run.ranks.say(f"wrote {run.output / 'final'}")
     with agreed():
-        history.record_end(run.output)
+        if run.ranks.first:
+            history.record_end(run.output)
     if finished:
         write_model_card(run)
     if unsaved:

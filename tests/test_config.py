@@ -623,18 +623,15 @@ def test_reads_are_found() -> None:
     source = "config.output_dir\nfor source in config.data.train: f(source.weight)\n"
     source += "config.loss.section\nmodel = config.model\nmodel.policy\nconfig.log.every = 3\n"
     found = {"output_dir", "data", "loss", "model", "log"}
-    expected = {f"Config.{name}" for name in found} | {"Data.train", "Source.weight"}
-    expected |= {"Loss.name", "Loss.mix", "Loss.options", "Model.policy"}
+    expected = {f"Config.{name}" for name in found} | {"DataSection.train", "Source.weight"}
+    expected |= {f"LossSection.{name}" for name in ("name", "mix", "options")}
+    expected |= {"ModelSection.policy"}
     assert everything - unread([source]) == expected
 
 
 def test_every_field_is_read() -> None:
-    paths = [
-        ROOT / "train.py",
-        ROOT / "eval.py",
-        ROOT / "notus" / "build.py",
-        ROOT / "notus" / "start.py",
-    ]
+    paths = [ROOT / "train.py", ROOT / "eval.py"]
+    paths += [ROOT / f"notus/{name}.py" for name in ("models", "build", "run_folder", "start")]
     for room in ("dryrun", "card", "generate"):
         paths += (ROOT / "notus" / room).glob("*.py")
     for name in (

@@ -189,7 +189,7 @@ def test_options_in_a_sentence_exist():
     files = [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "notus").rglob("*.py")]
     known = options_in(*files, *(ROOT / "benchmarks").glob("*.py"))
     known |= set(get_args_parser()._option_string_actions)
-    known |= {"--signal"}  # srun's
+    known |= {"--signal", "--is_overwrite_leaderboard"}  # srun's, alpaca_eval's
     named = [
         (page.name, word)
         for page, span in SPANS

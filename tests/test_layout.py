@@ -14,26 +14,26 @@ ROOT = Path(__file__).parents[1]
 # Each module may import from the lines above its own, and from modules before it on its line.
 ORDER = """
     errors files console strict masking limits tables
-    curation.rows data.messages
+    curation.text_files curation.rows data.messages
     curation.rated_rows curation.ratings curation.decontamination curation.marks curation.report
     data.pairs data.pair_formats data.answer_formats data.formats data.columns
-    curation.curate curation.records curation.command
-    data.sources data.preferences
+    curation.curate curation.records
+    data.sources data.preferences data.oddities curation.command
     data.tokenizer data.special_tokens data.token_arrays data.template data.tokenization
     data.planning data.packing data.dataset
     kernels
     model.intervals
-    model.attention model.hf_config model.rope model.mistral model.host_copies model.weights
-    model.lora model.peft
+    model.attention model.hf_config model.rope model.mistral model.host_copies
+    model.hub model.weights model.lora model.peft
     objective.losses objective.logprobs objective.loss objective.rounding
-    objective.reference objective.turns objective.reference_cache
+    objective.reference objective.turns objective.cache_files objective.reference_cache
     engine.compilation engine.rendezvous engine.distributed engine.optim engine.flops engine.metrics
     engine.step_tokens engine.sinks engine.log engine.pair_records engine.signals engine.lock
-    engine.host_memory engine.checkpoint engine.best engine.saver engine.resume engine.history
-    engine.profiling engine.warmup
+    engine.host_memory engine.checkpoint engine.best engine.saver engine.history engine.profiling
+    engine.warmup
     config
     generate.prompts generate.decoding generate.answering generate.samples generate.result
-    build
+    models build resume run_folder
     evals
     look
     feedback.responses feedback.rubric feedback.server feedback.record feedback
@@ -55,7 +55,10 @@ READ_CONFIG = (
     "dryrun",
     "card",
     "generate",
+    "models",
     "build",
+    "resume",
+    "run_folder",
     "final",
     "start",
     "train",

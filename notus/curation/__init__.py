@@ -1,5 +1,6 @@
 """Rated responses become preference pairs: `python -m notus.curation`.
 
+text_files       reading rows of JSON and CSV
 rows             reading rows from files, folders and the Hub
 rated_rows       rows of rated responses, in the published schemas
 ratings          ratings of responses, and the rules that pick a pair

@@ -8,7 +8,6 @@ both give the same pairs. Rows that are pairs already are screened, and written 
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import pyarrow.parquet
 from tqdm import tqdm
 
+from notus.console import counted, run_command
 from notus.curation.curate import (
     Curation,
     Screen,
@@ -31,7 +31,7 @@ from notus.curation.curate import (
 )
 from notus.curation.decontamination import Dropped, whole_text
 from notus.curation.rated_rows import RATED
-from notus.curation.ratings import RULES, aspect_ratings
+from notus.curation.ratings import RULES, SEED, aspect_ratings
 from notus.curation.records import (
     TEXTS,
     record_of_dropped,
@@ -46,45 +46,44 @@ from notus.curation.rows import PlacedRow, Row, read_rows
 from notus.data.columns import complete
 from notus.data.formats import FORMATS, find_format
 from notus.data.pairs import labels_of
-from notus.errors import UserError
+from notus.data.sources import Reading, Source, prepared
+from notus.errors import UserError, naming_options
 from notus.files import new_folder, write_json
-from notus.strict import Positive, parse
+from notus.strict import Positive, parse, read_option
 
 
 def curate(
-    path: str,
-    split: str | None,
-    out: Path,
-    curation: Curation,
-    held_out: Sequence[str],
-    seed: int,
-    form: str | None = None,
+    source: Source, out: Path, held_out: Sequence[str], seed: int, reading: Reading | None = None
 ) -> dict[str, Any]:
-    """Curate the rows at `path` (see `read_rows`) into the new folder `out`; returns its counts.
+    """Curate the rows of a source into the new folder `out`; returns its counts.
 
     The folder holds the pairs, jsonl/dropped.jsonl (every other row and why), report.md with
     figures, and manifest.json (settings, hashes, counts). The pairs of rated rows are in
     train.parquet and jsonl/train.jsonl, in Argilla's columns, or as messages where a prompt has
     several turns; the scores are those under the rule. Rows that are pairs already are in
-    train.jsonl, as they were read. As a training source the folder is its pairs. It appears only
-    when it is complete. With rejected "all-lower" a row may give several pairs, each of which is
-    kept or dropped, so the counts are of pairs there.
+    train.jsonl, as they were read, or as messages where their format has to be named. As a training
+    source the folder is its pairs. It appears only when it is complete. With rejected "all-lower" a
+    row may give several pairs, each of which is kept or dropped, so the counts are of pairs there.
 
     curation.rule: None for a format's usual one. held_out: as for `Screen`. seed: of the draws of
-    rejected responses. form: a name from data/formats.py; None: seen from the rows. Raises
-    UserError if `out` exists or cannot be written, a file cannot be read, a row or a rating is
-    malformed, no pair is left, or a mark belongs to no row.
+    rejected responses. reading: is filled. Raises UserError if `out` exists or cannot be written, a
+    file cannot be read, a row or a rating is malformed, no pair is left, or a mark belongs to no
+    row.
     """
-    rows = read_rows(path, split)
+    path, curation = source.path, source.curation or Curation()
+    reading = reading or Reading(path)
+    rows = prepared(source, reading)
     where, row = first = next(rows)
-    name = find_format(form, row, where, rated=True)
+    name = reading.format = find_format(source.format, row, where, rated=True)
     if name in RATED:
         curation = replace(curation, rule=curation.rule or RATED[name].rules[0])
         check_rule(path, name, curation.rule)
     else:
         check_ready(path, name, curation)
-    settings = {"input": path, "split": split or "train", **asdict(curation)}
+    settings = {"input": path, "split": source.split or "train", **asdict(curation)}
     settings |= {"held_out": tuple(held_out), "seed": seed}
+    others = {key: getattr(source, key) for key in ("format", "columns", "ignore")}
+    settings |= {key: value for key, value in others.items() if value}
     with new_folder(out) as folder:
         screen, digest = Screen(curation, held_out), hashlib.sha256()
         rows = tqdm(chain([first], rows), unit=" rows", disable=None)
@@ -190,7 +189,12 @@ def _ready_records(name: str, rows: Iterator[PlacedRow], screen: Screen) -> _Fou
         else:
             completed = complete(pair, name, row, where)  # refuses what training would lose
             found.pairs.append(record_of_ready(pair, source))
-            found.rows.append(row if pair is read else row_of_pair(completed, source))
+            if pair is not read:  # a mark swaps it, and the other columns may say the contrary
+                row = row_of_pair(completed, source)
+            elif FORMATS[name].recognises is None:
+                others = {key: row[key] for key in row if key not in FORMATS[name].reads}
+                row = others | row_of_pair(completed, source)
+            found.rows.append(row)
     return found
 
 
@@ -211,11 +215,12 @@ def _canonical(row: Row) -> bytes:
 
 
 def _counts_text(counts: dict[str, Any], curation: Curation) -> str:
-    dropped, marks = (
+    dropped, marks, unusable = (
         ", ".join(f"{n:,} {name}" for name, n in counts.get(kind, {}).items())
-        for kind in ("dropped", "marks")
+        for kind in ("dropped", "marks", "pairs that the trainer drops")
     )
-    text = f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    text = f"{counted(counts['rows'], 'rows')}, dropped: {dropped or 'none'}"
+    text += f"; of these pairs training drops: {unusable}" if unusable else ""
     text += f"; marks: {marks}" if marks else ""
     return text if curation.decontaminate else f"{text}; not screened for benchmarks"
 
@@ -232,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--split", help="a split of the input (default: train)")
     add("--out", required=True, type=Path, help="the folder to make")
     add("--format", choices=FORMATS, help="of the rows (default: seen from them)")
+    add("--columns", metavar="JSON", help='as in a training source, e.g. {"prompt": "Question"}')
+    add("--ignore", nargs="+", metavar="NAME", help="columns and keys of messages to leave out")
     add("--rule", choices=RULES, help="what ranks responses (default: mean-rating, or rating)")
     add("--decontaminate", **files, metavar="FILE", help="benchmark prompts to leave out")
     add("--held-out", **files, metavar="FILE", help="evaluation prompts to leave out")
@@ -242,15 +249,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "duplicates": "which repeated prompts are kept",
     }
     for name, text in choices.items():
-        add(f"--{name}", choices=get_args(kinds[name]), default=getattr(defaults, name), help=text)
+        known, usual = get_args(kinds[name]), getattr(defaults, name)
+        add(f"--{name}", choices=known, help=f"{text} (default: {usual})")
     add("--min-margin", type=float, help="the least difference of a pair's scores")
     add("--min-chosen", type=float, help="the least score of a chosen response")
     add("--agree", action="store_true", help="no aspect may rate the rejected response higher")
     add("--marks", metavar="FILE", help="marks that the page of notus.look saved")
-    add("--seed", type=int, default=42, help="of the draw of rejected responses")
+    add("--seed", type=int, default=SEED, help=f"of the draw of rejected responses ({SEED})")
     options = parser.parse_intermixed_args(arguments)
-    paths = (options.input, options.split, options.out)
-    try:
+    reading = Reading(options.input)
+
+    def command() -> str:
+        if options.match and not options.decontaminate:
+            raise UserError(f"--match {options.match}: has no effect without --decontaminate FILE")
         curation = Curation(
             rule=options.rule,
             decontaminate=tuple(options.decontaminate),
@@ -259,12 +270,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             min_chosen=parse(options.min_chosen, float | None, "--min-chosen"),
             agree=options.agree,
             marks=options.marks,
-            **{name: getattr(options, name) for name in choices},
+            **{name: getattr(options, name) or getattr(defaults, name) for name in choices},
         )
-        counts = curate(*paths, curation, options.held_out, options.seed, options.format)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts, curation)}")
-    print(f"look at the rows: {look_command(options.out)}")
-    return 0
+        keys = {"path": options.input, "split": options.split, "format": options.format}
+        keys |= {"columns": read_option("--columns", options.columns), "ignore": options.ignore}
+        source = replace(parse(keys, Source), curation=curation)
+        with naming_options("format", "columns", "ignore", "rule"):
+            counts = curate(source, options.out, options.held_out, options.seed, reading)
+        pairs = counted(counts["pairs"], "pairs")
+        told = f"wrote {options.out}: {pairs}; {_counts_text(counts, curation)}"
+        look = f"look at the rows:\n  {look_command(options.out)}"
+        return "\n".join((*reading.lines(), told, look))
+
+    return run_command(command)

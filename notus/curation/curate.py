@@ -180,8 +180,7 @@ def check_rule(path: str, name: str, rule: str | None) -> None:
     if rule is None:
         raise UserError(
             f"{path}: the rows hold ratings and no pairs yet; "
-            f'give the source "curation": {{"rule": "{rules[0]}"}} '
-            f"(eval.py preferences: --rule {rules[0]})"
+            f'give the source "curation": {{"rule": "{rules[0]}"}}'
         )
     if rule not in rules:
         expected = " or ".join(f'"{known}"' for known in rules)
@@ -195,8 +194,8 @@ def check_ready(path: str, name: str, curation: Curation) -> None:
     """Raise UserError if rows of the format `name`, which hold no ratings, cannot be curated so."""
     if name in ("unpaired", *ONLY_ANSWERS):
         raise UserError(
-            f'{path}: "curation" is not for rows of one response each (the format '
-            f'"{name}"); remove it'
+            f'{path}: found rows of one response each (the format "{name}"); curation is for '
+            "pairs, and for prompts with several rated responses"
         )
     if curation.rule is not None:
         raise UserError(

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from notus.curation.rated_rows import Completion, RatedRow
 from notus.errors import UserError
 
+SEED = 42  # of draws, where none is given: train.seed and the commands have this default
+
 # Reasons why a row gives no pair.
 TIED_RATINGS = "tied ratings"
 TOO_FEW_RATED = "fewer than two rated completions"

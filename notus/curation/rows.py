@@ -1,12 +1,7 @@
 """Files, folders, saved datasets and the hub -> rows, each with its origin."""
 
-import csv
-import gzip
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from io import TextIOWrapper
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,19 +9,20 @@ from typing import Any, NoReturn
 import pyarrow
 import pyarrow.parquet
 
+from notus.curation.text_files import (
+    LONGEST_LINE,
+    Row,
+    read_csv_rows,
+    read_json_rows,
+    reading,
+)
 from notus.errors import UserError
 
-Row = dict[str, Any]
 PlacedRow = tuple[str, Row]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
-
-
-LONGEST_LINE = 64 * 2**20
-# A .gz file of text grows 3 to 20 times; one of nothing but spaces 1000 times. The growth is looked
-# at from so many bytes on.
-MOST_GROWTH, LOOKED_AT = 200, 2**24
+CSV_SUFFIXES = (".csv", ".csv.gz")
+SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, ".parquet")
 
 
 def read_rows(
@@ -41,7 +37,7 @@ def read_rows(
     Raises:
         UserError: nothing is found, or what is found cannot be read as rows.
     """
-    with _reading(path):  # no such home, a name that is too long, no permission
+    with reading(path):  # no such home, a name that is too long, no permission
         local = Path(path).expanduser()
         is_file = local.is_file()
         names = [file.name for file in local.iterdir()] if local.is_dir() else None
@@ -57,17 +53,6 @@ def read_rows(
     return _read_files(files, split, longest_line)
 
 
-@contextmanager
-def _reading(place: Path | str, kind: str = "") -> Iterator[None]:
-    """Raise UserError, which names the place, for whatever a library meets in a damaged file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{place}: cannot be read{kind}: {error}") from None
-
-
 def _read_files(files: Sequence[Path], split: str | None, longest_line: int) -> Iterator[PlacedRow]:
     named = [file for file in files if (split or "train") in file.name]
     if not named and split not in (None, "train"):
@@ -80,9 +65,9 @@ def _read_file(file: Path, longest_line: int) -> Iterator[PlacedRow]:
     if file.name.endswith(".parquet"):
         return _placed(file, _read_parquet(file))
     if file.name.endswith(JSON_SUFFIXES):
-        return _placed(file, _read_json(file, longest_line))
-    if file.name.endswith(".csv"):
-        return _placed(file, _read_csv(file))
+        return _placed(file, read_json_rows(file, longest_line))
+    if file.name.endswith(CSV_SUFFIXES):
+        return _placed(file, read_csv_rows(file))
     raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}")
 
 
@@ -97,73 +82,8 @@ def _placed(name: Path | str, rows: Iterable[tuple[int, Any]]) -> Iterator[Place
         raise UserError(f"{name}: holds no rows")
 
 
-class _Inflated(gzip.GzipFile):
-    """The contents of a .gz file. Raises UserError when they are MOST_GROWTH times its size."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__(file)
-        self._most = max(LOOKED_AT, MOST_GROWTH * file.stat().st_size)
-
-    def read1(self, size: int = -1) -> bytes:
-        if self.tell() > self._most:
-            raise UserError(
-                f"{self.name}: grows to more than {MOST_GROWTH} times its size; expected rows of "
-                "text; if it holds them, unpack it first"
-            )
-        return super().read1(size)
-
-
-def _read_json(file: Path, longest_line: int) -> Iterator[tuple[int, Any]]:
-    """The rows of an array or of lines, by their number in the array or the line's number."""
-    opened = _Inflated(file) if file.suffix == ".gz" else file.open("rb")
-    # The "-sig" drops the byte order mark that editors on Windows put first.
-    with _reading(file), opened, TextIOWrapper(opened, encoding="utf-8-sig") as text:
-        is_array = text.read(4096).lstrip().startswith("[")
-        text.seek(0)
-        if is_array:
-            content = "".join(iter(partial(text.read, 2**20), ""))
-            yield from enumerate(_parse(file, None, content), start=1)
-            return
-        lines = iter(partial(text.readline, longest_line + 1), "")
-        for line, content in enumerate(lines, start=1):
-            if len(content.rstrip("\n")) > longest_line:
-                raise UserError(
-                    f"{file}:{line}: found a line of more than {longest_line:,} characters, "
-                    "expected fewer (longest_line of a source in data.train)"
-                )
-            if content.strip():
-                yield line, _parse(file, line, content)
-
-
-def _parse(file: Path, line: int | None, text: str) -> Any:
-    """The JSON of a line, or of a file without lines of its own."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}:{line or error.lineno}: not JSON: {error.msg} at column {error.colno}; "
-            "expected one object per line, or one array of objects in the file"
-        ) from None
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits; 1,000 lists
-        raise UserError(f"{file}:{line or 1}: cannot be read: {error}") from None
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
-    """The rows below a line of column names, by the line that they end on; every cell is text."""
-    csv.field_size_limit(2**31 - 1)  # of a cell; the default is 128 KiB
-    with _reading(file, " as CSV"), open(file, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{file}:{reader.line_num}: the row has more or fewer cells than the first "
-                    f"line has column names ({', '.join(reader.fieldnames)})"
-                )
-            yield reader.line_num, row
-
-
 def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
-    with _reading(file, " as Parquet"), pyarrow.parquet.ParquetFile(file) as parquet:
+    with reading(file, " as Parquet"), pyarrow.parquet.ParquetFile(file) as parquet:
         batches = parquet.iter_batches(batch_size=1000)
         yield from enumerate(_from_arrow(row for b in batches for row in b.to_pylist()), start=1)
 
@@ -187,7 +107,7 @@ def _from_arrow(rows: Iterable[Row]) -> Iterator[Row]:
 def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[PlacedRow]:
     import datasets  # takes seconds to import and plain files do not need it
 
-    with _reading(folder, " as a saved dataset"):
+    with reading(folder, " as a saved dataset"):
         saved = datasets.load_from_disk(str(folder))
         name = split or "train"
         if isinstance(saved, datasets.DatasetDict):
@@ -216,6 +136,16 @@ def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f'{path}, split "{split}": {error}') from None
     return _placed(f"{path}/{split}", enumerate(_from_arrow(dataset), start=1))
+
+
+def as_number(value: Any) -> Any:
+    """The number or truth value that a text spells, as the cells of a CSV file do; else `value`."""
+    if isinstance(value, str):
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 KINDS = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}

@@ -8,6 +8,7 @@ formats         the table of formats, and how each is recognised
 columns         columns besides a format's own: renamed, left out, added or refused
 sources         one source's rows become pairs
 preferences     sources are mixed, split and cleaned
+oddities        warnings of rows that may not be meant as they are read
 tokenizer       the tokenizer of a model folder
 special_tokens  added tokens that a row's text spells out
 token_arrays    a data set as token ids, in flat arrays

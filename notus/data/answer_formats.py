@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from notus.curation.decontamination import Dropped
-from notus.curation.rows import PlacedRow, Row, read_text, reject_column
+from notus.curation.rows import PlacedRow, Row, as_number, read_text, reject_column
 from notus.data.messages import (
     ASSISTANT,
     MESSAGE_KEYS,
@@ -54,9 +54,10 @@ def convert_labelled(row: Row, where: str) -> Outcome:
 
 
 def _is_good(row: Row, where: str) -> bool:
-    if not isinstance(row.get("label"), bool):
+    label = as_number(row.get("label"))
+    if not isinstance(label, bool):
         reject_column(row, "label", where, "true or false")
-    return row["label"]
+    return label
 
 
 def pair_up(rows: Iterable[tuple[PlacedRow, Pair]]) -> Iterator[Pair | Dropped]:

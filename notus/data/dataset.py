@@ -121,7 +121,9 @@ def load_datasets(
             if not places:
                 raise UserError(f"data.eval.{each}: no pair is left after tokenization{data.notes}")
         if not len(data.pairs):
-            raise UserError(f"{name} data: no pair is left after tokenization{data.notes}")
+            paths = ", ".join(source.path for source in train)
+            place = paths if name == "train" else "data.eval"
+            raise UserError(f"{place}: no pair is left after tokenization{data.notes}")
         slots = slots_of(data.pairs.lengths, prefix_sharing)
         if slots.max() > tokens_per_microbatch:
             raise UserError(

@@ -264,17 +264,30 @@ def _unknown(row: Row, where: str) -> list[str]:
         ]
         return sum(has) / len(has) + 0.1 * sum(has)
 
-    # Of formats with the same columns the last, and of equally near ones a ready pair.
+    texts = sum(isinstance(value, str) for value in row.values())
+
+    def distance(name: str) -> tuple[float, ...]:
+        """Nearest is what lacks one column of several; then for three texts or more their pair."""
+        columns = FORMATS[name].columns
+        found = sum(column in row for column in columns)
+        lacks_one = 2 <= found == len(columns) - 1
+        is_pair = name == "turns" and texts >= len(PARTS)
+        others = -likeness(FORMATS[name]), not FORMATS[name].convert, name != "turns"
+        return not lacks_one, not is_pair, *others
+
+    # Of formats with the same columns the last, and of equally near ones a ready pair, "turns".
     known = {entry.columns: name for name, entry in FORMATS.items()}.values()
-    nearest = sorted(known, key=lambda n: (-likeness(FORMATS[n]), not FORMATS[n].convert))[:2]
+    nearest = sorted(known, key=distance)[:2]
     lines = [f"{where}: not a known preference format; found the columns {', '.join(row)}"]
     for name in nearest:
         entry = FORMATS[name]
         missing = ", ".join(column for column in entry.columns if column not in row)
         lines += [f'near is "{name}" without {missing}; a row of it:', entry.example]
+    named = "" if FORMATS[nearest[0]].recognises else f'"format": "{nearest[0]}", '
+    columns = json.dumps(dict.fromkeys(FORMATS[nearest[0]].columns, "..."))
     lines += [
         "if the columns have other names, say so in the source (dots lead into objects):",
-        '"columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
-        "docs/data.md has every format",
+        f'{named}"columns": {columns}',
+        "docs/your-data.md goes through an example; docs/data.md has every format",
     ]
     return lines

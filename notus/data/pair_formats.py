@@ -8,7 +8,7 @@ from os.path import commonprefix
 from typing import Any
 
 from notus.curation.decontamination import Dropped
-from notus.curation.rows import Row, read_text, reject_column
+from notus.curation.rows import Row, as_number, read_text, reject_column
 from notus.data.messages import (
     ASSISTANT,
     SHAREGPT_KEYS,
@@ -196,7 +196,7 @@ def convert_strength(columns: tuple[str, str, str, str], row: Row, where: str) -
         asked = read_messages(row, prompt, where)
     else:
         asked = helpsteer_turns(row, prompt, where)
-    found = row.get(strength)
+    found = as_number(row.get(strength))
     if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
         reject_column(row, strength, where, "a finite number")
     if found == 0:
@@ -207,7 +207,7 @@ def convert_strength(columns: tuple[str, str, str, str], row: Row, where: str) -
 
 def convert_saferlhf(label: str, row: Row, where: str) -> Outcome:
     """PKU-SafeRLHF by one of its labels, "better_response_id" (more helpful) or "safer_..."."""
-    better = row.get(label)
+    better = as_number(row.get(label))
     if isinstance(better, bool) or better not in (0, 1):
         reject_column(row, label, where, "0 or 1")
     responses = [read_text(row, f"response_{i}", where) for i in (0, 1)]

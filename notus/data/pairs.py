@@ -5,7 +5,7 @@ from types import NoneType
 from typing import Any
 
 from notus.curation.decontamination import Dropped
-from notus.curation.rows import Row, reject_column
+from notus.curation.rows import Row, as_number, reject_column
 from notus.data.messages import ASSISTANT, USER, Message
 
 
@@ -60,7 +60,7 @@ def scores_of(row: Row, where: str) -> Scores:
 
 
 def _score(place: Row, column: str, where: str) -> float | None:
-    found = place[column]
+    found = as_number(place[column] if place[column] != "" else None)
     if not isinstance(found, int | float | NoneType):
         reject_column(place, column, where, "a number")
     if found is None or found != found:  # NaN is pandas' missing number

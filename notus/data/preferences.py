@@ -151,8 +151,8 @@ def load_preferences(
         train_pairs = [pair for pair, leak in zip(train_pairs, leaks, strict=True) if leak is None]
         dropped += Counter({HELD_OUT_PROMPT: len(leaks) - len(train_pairs)})
     if not train_pairs or (holdout and not holdout_pairs):
-        name = "held out" if train_pairs else "left to train on"
+        problem = "held out" if train_pairs else "left"
         paths = ", ".join(source.path for source in sources)
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UserError(f"{paths}: no pair is {name}; dropped: {counts or 'none'}")
+        raise UserError(f"{paths}: no pair is {problem}; dropped: {counts or 'none'}")
     return Preferences(train_pairs, holdout_pairs, dict(dropped), remarks)

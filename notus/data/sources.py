@@ -68,7 +68,7 @@ class Reading:
         """A line on what was read and which columns had no use, and one for each ignored name."""
         found = [f'{self.path}: {self.rows:,} rows of the format "{self.format}"']
         if left := unused([*self.columns], self.format):
-            found[0] += f"; columns without use: {', '.join(left)}"
+            found[0] += f"; columns without use: {', '.join(name or '(no name)' for name in left)}"
         for name, rows in self.ignored.items():
             found.append(f'{self.path}: "{name}" of {rows:,} rows is ignored')
         return found
@@ -113,8 +113,7 @@ def read_found(
 ) -> Iterator[Found]:
     """A source's rows in file order; held_out: as for `Screen`, of a source with a curation."""
     reading = reading or Reading(source.path)
-    check_names(source.columns or {}, source.path)
-    rows = _prepared(source, reading)
+    rows = prepared(source, reading)
     where, row = first = next(rows)
     rule = source.curation.rule if source.curation else None
     name = reading.format = find_format(source.format, row, where, rated=rule is not None)
@@ -155,8 +154,12 @@ def read_found(
         screen.marks.require_all_found()
 
 
-def _prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
-    """The rows, with the names that the formats know and without what is ignored."""
+def prepared(source: Source, reading: Reading) -> Iterator[PlacedRow]:
+    """The rows, with the names that the formats know and without what is ignored.
+
+    reading: is filled. Raises UserError as `check_names`, `read_rows` and `rename` do.
+    """
+    check_names(source.columns or {}, source.path)
     for where, row in read_rows(source.path, source.split, source.longest_line):
         ignore = source.ignore or ()
         row = without_columns(row, ignore, reading.ignored) if ignore else row
@@ -193,8 +196,8 @@ def _check_use(source: Source, name: str, where: str, responses_only: bool) -> N
     rule = source.curation.rule if source.curation else None
     if name in ONLY_ANSWERS and not responses_only:
         raise UserError(
-            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs, '
-            'or "train": {"objective": "sft"}'
+            f'{where}: found answers without rejected ones (the format "{name}"); expected pairs '
+            '(only supervised fine-tuning, "train": {"objective": "sft"}, is without)'
         )
     if FORMATS[name].convert is None:
         check_rule(source.path, name, rule)

@@ -100,7 +100,10 @@ def check_written(
     if tools and start == 0 and text_of(messages) == text_of(messages, ()):
         raise UserError(f"{where}: {_lost('tools')}")
     for index, message in enumerate(messages[start:], start):
-        role, place = message["role"], f"message {index + 1}, of the {message['role']}"
+        role = message["role"]
+        # Counted by role, so that a system turn from the configuration or a column does not matter.
+        number = [one["role"] for one in messages[: index + 1]].count(role)
+        place = f'message {number} of the role "{role}"'
         for key in message.keys() - {"role", "content"}:
             is_link = role in TOOL_ROLES and key in LINKS
             without = {name: value for name, value in message.items() if name != key}
@@ -110,8 +113,8 @@ def check_written(
             if is_lost(index, {**message, "content": ""}):
                 raise UserError(
                     f"{where}, {place}: the chat template leaves it out; expected a template that "
-                    'writes messages of this role (a column "system" can be ignored by "ignore": '
-                    '["system"] in the source)'
+                    "writes messages of this role (a system turn may be from data.system_prompt; "
+                    'a column "system" can be ignored by "ignore": ["system"] in the source)'
                 )
 
 

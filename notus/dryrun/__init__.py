@@ -3,6 +3,5 @@
 preflight  the checks and the report
 estimate   what a run takes: memory, FLOPs, hours
 memory     the peak memory of a rank, by formula
-oddities   rows that may not be meant as they are read
 tokens     the data as the model sees them
 """

@@ -9,12 +9,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from notus.build import build_plan, find_models, load_data, make_loss, settings_now, settings_of
+from notus.build import (
+    attention_backend,
+    build_plan,
+    find_models,
+    load_data,
+    make_loss,
+    settings_of,
+)
 from notus.config import Config
-from notus.console import wrap
+from notus.console import counted
 from notus.data.dataset import Dataset
+from notus.data.oddities import oddities
 from notus.data.packing import slots_of
 from notus.data.planning import idle_text
 from notus.data.tokenizer import load_tokenizer
@@ -31,13 +40,15 @@ from notus.dryrun.estimate import (
     usable,
 )
 from notus.dryrun.memory import MODES
-from notus.dryrun.oddities import oddities
 from notus.dryrun.tokens import token_report
-from notus.engine import checkpoint, resume
+from notus.engine import checkpoint
 from notus.engine.distributed import Ranks
 from notus.engine.flops import GIB, GPU, GPUS, gpu_named
 from notus.errors import UserError, agreed
 from notus.look.look import command_for
+from notus.model.attention import flex_tiles
+from notus.model.hf_config import ModelShape
+from notus.run_folder import check_output_dir
 from notus.tables import text_table
 
 
@@ -66,6 +77,8 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
         )
     with agreed():
         models = find_models(config, weights=False)
+        if gpu is not None:
+            attention_backend(config, models.shape, torch.device("cuda"))
     data = load_data(config, models, ranks)
     with agreed():
         if ranks.first:
@@ -75,9 +88,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     plan = build_plan(config, pairs, gpus)
     steps = [plan.pairs_of(step) for step in range(plan.steps)]
     estimate = estimate_run(config, gpus, models, make_loss(config), pairs, held_out, steps)
-    ranks.say(wrap(preflight(estimate, gpu, options.price)))
+    ranks.say(preflight(estimate, gpu, options.price))
     if refusal:
-        ranks.say(wrap(f"\nWOULD NOT START: {refusal}"))
+        ranks.say(f"\nWOULD NOT START: {refusal}")
     return 0 if not refusal and (gpu is None or estimate.fits(gpu)) else 1
 
 
@@ -89,14 +102,14 @@ def show_data(
 ) -> None:
     """Print what was read and tokenized, how to look at it, and what is odd about it."""
     style, unit = config.data.tokenization, config.train.unit
-    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
+    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n", verbatim=True)
     if config.train.objective == "dpo":  # the page shows pairs
         seed = config.train.seed if config.data.seed is None else config.data.seed
         commands = [command_for(source, seed) for source in config.data.train]
         ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
     rows = data["train"].rows
     for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
-        ranks.say(wrap(f"warning: {line}\n"))
+        ranks.say(f"warning: {line}\n")
 
 
 def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str:
@@ -104,7 +117,7 @@ def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str
     output = Path(config.output_dir)
     try:
         with agreed():
-            resume.check_output_dir(output, settings_of(config), options.resume, settings_now)
+            check_output_dir(output, settings_of(config), options.resume)
         if options.model_only:
             checkpoint.check_sound(Path(options.resume))
         else:
@@ -127,7 +140,7 @@ def preflight(estimate: Estimate, gpu: GPU | None, price: float | None) -> str:
             kept = estimate.gathers_once(usable(gpu))
             estimate = estimate.with_setting("parallel.keep_gathered", kept)
             chosen = ["  " + gathering_text(kept)]
-        chosen += faster_text(estimate, gpu)
+        chosen += [*faster_text(estimate, gpu), attention_text(estimate.config, estimate.shape)]
     memory = f"memory of one rank, on {estimate.gpus} x {kind}"
     parts = [*plan_text(estimate), "", memory, *memory_text(estimate)]
     if gpu is not None:
@@ -164,14 +177,12 @@ def plan_text(estimate: Estimate) -> Iterator[str]:
     yield "plan"
     yield f"  {unit:<13}{len(estimate.pairs):,} to train on, {held} held out"
     yield (
-        f"  steps        {steps:,} of {train.pairs_per_step} {unit}; "
+        f"  steps        {steps:,} of {counted(train.pairs_per_step, unit)}; "
         f"{per_epoch:,} per epoch x {train.epochs}{limit}"
     )
-    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of all slots hold one"
-    yield (
-        f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}; "
-        f"the longest row has {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
-    )
+    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of slots filled"
+    yield f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}"
+    yield f"  longest row  {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
     if idle := idle_text(train.pairs_per_step, estimate.gpus, unit):
         yield f"  {idle}"
 
@@ -203,6 +214,25 @@ def faster_text(estimate: Estimate, gpu: GPU) -> Iterator[str]:
     if fewer < rows:
         found = f"{1 - fewer / rows:.0%} fewer microbatches, {peak_text(doubled, gpu)}"
     yield f"  data.tokens_per_microbatch: {budget:,}; with {2 * budget:,}, {found}"
+
+
+def attention_text(config: Config, shape: ModelShape) -> str:
+    """The attention backend on CUDA and the tiles of its kernels, each with its reason."""
+    backend = attention_backend(config, shape, torch.device("cuda"))
+    reason = "as configured"
+    if config.parallel.attention == "auto":
+        reasons = {"flex": "it adds in a fixed order", "dense": "flex needs heads of 16 or more"}
+        reason = f"because {reasons[backend]}"
+    tiles = ""
+    if backend == "flex":
+        tiles = "; PyTorch's tiles, because its heads are not of 128 in bfloat16"
+        if found := flex_tiles(getattr(torch, config.model.compute_dtype), shape.head_dim):
+            sizes = " ".join(str(found[f"bwd_BLOCK_{name}"]) for name in ("M1", "N1", "M2", "N2"))
+            tiles = (
+                f"; backward tiles {sizes}, {found['bwd_num_stages']} stages, "
+                f"{found['bwd_num_warps']} warps, which spill few registers"
+            )
+    return f"  parallel.attention: {backend}, {reason}{tiles}"
 
 
 def peak_text(estimate: Estimate, gpu: GPU) -> str:

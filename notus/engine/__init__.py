@@ -12,11 +12,10 @@ log           metrics.jsonl, TensorBoard, progress on the console
 pair_records  the result of each held-out pair
 signals       SIGTERM and SIGUSR1 end or save at the end of a step
 lock          one run per output_dir
-host_memory   the host's free memory
+host_memory   the host's memory
 checkpoint    the files of a checkpoint: finding, checking, loading
 best          the best checkpoint, by a metric of held-out pairs
-saver         saving in the background, and the export of the model
-resume        what a run must have in common with the one it resumes
+saver         saving in the background
 history       the starts and ends of a run
 profiling     a trace of some steps
 warmup        the first row, which compiles and shows whether memory is enough

@@ -7,7 +7,6 @@ then, itself included, so a resumed run decides as one that was never interrupte
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,9 @@ from notus.engine.checkpoint import checkpoint_name, newest_state
 from notus.engine.log import warn
 from notus.engine.metrics import summarize
 from notus.errors import UserError
+from notus.files import Plain
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, Sums
-
-Plain = dict[str, Any]
 
 # Whether a higher value is better, for each metric of an evaluation.
 HIGHER_IS_BETTER = {

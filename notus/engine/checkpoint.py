@@ -22,7 +22,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ from torch.optim import Optimizer
 
 from notus.engine.metrics import Progress
 from notus.errors import UserError
-from notus.files import write_whole, writing
+from notus.files import Plain, write_whole, writing
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import Shape, check_shapes, header_shapes, read_rows
 
@@ -40,8 +39,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 # Prefixes of the files with trained parameters: those of a complete model, or next to a frozen base
 MODEL, ADAPTER = "model", "adapter"
-
-Plain = dict[str, Any]
 
 
 def checkpoint_name(step: int) -> str:
@@ -218,15 +215,14 @@ def sha256(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Add a manifest of an exported model's weights, the adapters' too, on rank 0 only.
+    """Add a manifest of an exported model's weights, the adapters' too.
 
     Other files are the user's to edit. Raises UserError when it cannot be written.
     """
-    if dist.get_rank() == 0:
-        with writing(folder):
-            weights = sorted(folder.rglob("*.safetensors"))
-            files = {path.relative_to(folder).as_posix(): entry(path) for path in weights}
-            write_whole(folder / MANIFEST, render_manifest(files), durable=True)
+    with writing(folder):
+        weights = sorted(folder.rglob("*.safetensors"))
+        files = {path.relative_to(folder).as_posix(): entry(path) for path in weights}
+        write_whole(folder / MANIFEST, render_manifest(files), durable=True)
 
 
 def entry(path: Path) -> Plain:

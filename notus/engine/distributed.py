@@ -55,10 +55,10 @@ class Ranks:
         """Whether this process prints and writes shared files."""
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """Print on rank 0 only."""
+    def say(self, text: str, verbatim: bool = False) -> None:
+        """Print on rank 0 only, as `emit` does."""
         if self.first:
-            emit(text)
+            emit(text, verbatim=verbatim)
 
 
 def start(device: str = "auto") -> Ranks:
@@ -109,26 +109,6 @@ def _wait_at_exit() -> None:
     abort unlikely; only PyTorch can exclude it.
     """
     atexit.register(time.sleep, SECONDS_AT_EXIT)
-
-
-def check_host_memory(parameters: int, ranks: Ranks) -> None:
-    """Raise UserError for a model whose training on the CPU does not fit into memory.
-
-    parameters: their number in the complete model. Counts 12 bytes each (float32 weight, gradient
-    and one optimiser moment) for this machine's share of the ranks.
-    """
-    if ranks.device.type != "cpu":
-        return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / ranks.count
-    needed = 12 * parameters * here / 2**30
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if needed > memory:
-        raise UserError(
-            f"no CUDA device was found (PyTorch {torch.__version__}), and {parameters:,} "
-            f"parameters take at least {needed:.0f} GiB of this machine's {memory:.0f} GiB to "
-            "train on the CPU; start on a machine with GPUs and a CUDA build of PyTorch, or check "
-            "everything else here with --dry-run"
-        )
 
 
 def map_over_ranks(

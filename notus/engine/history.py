@@ -37,41 +37,35 @@ def record_start(
     data: Mapping[str, Any],
     paths: Sequence[str],
 ) -> None:
-    """Record a start and what it runs on, on rank 0 only.
+    """Record a start and what it runs on.
 
     continues: the name of the checkpoint it resumes, if any. data: the counts of each data set,
     plain JSON. paths: of models and data, as configured; those on this machine are recorded as
-    local, the rest are hub ids. Raises UserError on rank 0 when the file cannot be written.
+    local, the rest are hub ids. Raises UserError when the file cannot be written.
     """
-    if dist.get_rank() == 0:
-        _append(
-            folder,
-            "start",
-            {
-                "continues": continues,
-                "command": [mask_word(word) for word in command(sys.argv, os.environ)],
-                "ranks": dist.get_world_size(),
-                "device": torch.cuda.get_device_name(device)
-                if device.type == "cuda"
-                else f"CPU ({platform.machine()})",
-                "versions": versions(),
-                "data": data,
-                "local": [mask_text(path) for path in dict.fromkeys(paths) if Path(path).exists()],
-            },
-        )
+    on_gpu = device.type == "cuda"
+    facts = {
+        "continues": continues,
+        "command": [mask_word(word) for word in command(sys.argv, os.environ)],
+        "ranks": dist.get_world_size(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()})",
+        "versions": versions(),
+        "data": data,
+        "local": [mask_text(path) for path in dict.fromkeys(paths) if Path(path).exists()],
+    }
+    _append(folder, "start", facts)
 
 
 def record_end(folder: Path, missing: float | None = None) -> None:
-    """Record the end of the last start, on rank 0 only. Raises UserError as above.
+    """Record the end of the last start. Raises UserError as above.
 
     missing: the time since 1970 of an end that is recorded only if none was.
     """
-    if dist.get_rank() == 0:
-        last = (_events(folder) or [None])[-1]
-        if missing is None:
-            _append(folder, "end", {})
-        elif last and last["event"] == "start":
-            _append(folder, "end", {}, datetime.fromtimestamp(missing, UTC))
+    last = (_events(folder) or [None])[-1]
+    if missing is None:
+        _append(folder, "end", {})
+    elif last and last["event"] == "start":
+        _append(folder, "end", {}, datetime.fromtimestamp(missing, UTC))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

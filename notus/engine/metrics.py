@@ -19,8 +19,8 @@ from notus.objective.logprobs import gather_pairs, pair_log_probs
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
 
-Sums = Sequence[float]  # a metric's numerator and denominator
-Snapshot = dict[str, list[list[float]]]  # `Sums` by name, of one part or more
+Quotient = Sequence[float]  # a metric's numerator and denominator, to be divided at the end
+Snapshot = dict[str, list[list[float]]]  # quotients by name, of one part or more
 
 
 @torch.no_grad()
@@ -113,17 +113,17 @@ class Totals:
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
-        self._sums: dict[str, Sums] = {}
+        self._sums: dict[str, Quotient] = {}
         for name, parts in (snapshot or {}).items():
             for part in parts:
                 self._add({name: part})
 
-    def add_step(self, sums: Mapping[str, Sums], finite: bool) -> None:
+    def add_step(self, sums: Mapping[str, Quotient], finite: bool) -> None:
         """Add numerators and denominators; of a step that is not finite, only `nonfinite`."""
         counted = sums if finite else dict.fromkeys(sums, (0.0, 0.0))
         self._add({**counted, "nonfinite": (float(not finite), 1.0)})
 
-    def _add(self, sums: Mapping[str, Sums]) -> None:
+    def _add(self, sums: Mapping[str, Quotient]) -> None:
         for name, (top, bottom) in sums.items():
             before = self._sums.get(name)
             self._sums[name] = (before[0] + top, before[1] + bottom) if before else (top, bottom)

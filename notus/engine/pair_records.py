@@ -14,8 +14,7 @@ from notus.data.dataset import Dataset
 from notus.data.formats import PARTS
 from notus.data.token_arrays import TokenizedPairs
 from notus.engine.log import warn
-from notus.engine.metrics import all_log_probs
-from notus.files import write_whole
+from notus.files import set_aside, write_whole
 from notus.objective.loss import Loss
 from notus.objective.losses import PairLogProbs, log_ratios
 
@@ -83,24 +82,19 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def record_pairs(
-    folder: Path,
-    about: Sequence[Record],
-    policy: Tensor,
-    reference: Tensor,
-    pairs: TokenizedPairs,
-    loss: Loss,
-) -> None:
+def record_pairs(folder: Path, about: Sequence[Record], scored: PairLogProbs, loss: Loss) -> None:
     """Write an evaluation's results into `folder`, in place of an earlier one's, on rank 0 only.
 
-    policy, reference: flat log-probs, see `evaluate`. A file system that refuses costs the file,
-    never the run. Nothing is written for a loss that ignores rejected responses.
+    A file system that refuses costs the file, never the run. Nothing is written for a loss that
+    ignores rejected responses.
     """
     if dist.get_rank() or not loss.uses_rejected:
         return
-    scored = all_log_probs(policy, reference, pairs)
     records = pair_records(about, scored, loss, loss.uses_reference)
+    path = folder / FILE
     try:
-        write_whole(folder / FILE, "".join(json.dumps(record) + "\n" for record in records))
+        if path.is_dir():
+            warn(f"{path} is damaged, a folder: kept as {set_aside(path).name}")
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:
-        warn(f"{folder / FILE}: {error.strerror}; it is not written, training continues")
+        warn(f"{path}: {error.strerror}; it is not written, training continues")

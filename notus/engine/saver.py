@@ -1,4 +1,4 @@
-"""Saving in the background: checkpoints during training, and the export of the trained model.
+"""Saving checkpoints in the background, during training.
 
 A save: every rank copies the complete tensors that it will write to the host; the next step then
 starts, while one thread per rank writes, syncs and hashes. Rank 0 writes the manifest, renames the
@@ -30,7 +30,6 @@ from notus.engine.checkpoint import (
     MANIFEST,
     MODEL,
     STATE,
-    Plain,
     Progress,
     checkpoint_name,
     checkpoints,
@@ -44,11 +43,12 @@ from notus.engine.distributed import TIMEOUT
 from notus.engine.host_memory import free_host_bytes
 from notus.engine.log import warn
 from notus.errors import UserError, agreed
-from notus.files import partial_path, remove, sync, write_json, write_whole, writing
+from notus.files import Plain, partial_path, remove, sync, write_json, write_whole, writing
 from notus.model.hf_config import decoder_config
 from notus.model.host_copies import copy_bytes
+from notus.model.hub import copy_tokenizer
 from notus.model.mistral import MistralForCausalLM
-from notus.model.weights import copy_tokenizer, gather_own, save_tensors
+from notus.model.weights import gather_own, save_tensors
 
 
 class Saver(AbstractContextManager):
@@ -166,7 +166,7 @@ class Saver(AbstractContextManager):
                     for prefix, index in indexes.items():
                         write_json(index_file(partial, prefix), index)
                     if MODEL in indexes:
-                        _describe_model(partial, torch.float32, self.source)
+                        describe_model(partial, torch.float32, self.source)
                     write_json(partial / STATE, state)
                     self._finish(folder, dict(entry for part in parts for entry in part))
         except UserError as error:
@@ -216,37 +216,6 @@ def superseded(root: Path, newest: Path, *, previous: int, keep: int) -> set[Pat
     return set(checkpoints(root)) - kept
 
 
-def export_model(folder: Path, model: MistralForCausalLM, source: Path) -> None:
-    """Write the trained model as a bfloat16 Hugging Face folder, which appears only when complete.
-
-    source: the folder of its config.json and tokenizer. Collective. Raises UserError, on every
-    rank, when it cannot be written.
-    """
-    partial, first = partial_path(folder), dist.get_rank() == 0
-    tensors = ((name, p.detach().to(torch.bfloat16)) for name, p in model.named_parameters())
-    index, file, own = gather_own(tensors, MODEL)
-    try:
-        with agreed(), writing(folder):
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        with agreed(), writing(folder):
-            if own:
-                save_tensors(partial / file, own)
-        with agreed(), writing(folder):
-            if first:
-                write_json(index_file(partial, MODEL), index)
-                _describe_model(partial, torch.bfloat16, source)
-                for path in (*partial.iterdir(), partial):
-                    sync(path)
-                os.rename(partial, folder)
-                sync(folder.parent)
-    except UserError:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _optimizer_tensors(model: MistralForCausalLM, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     """State tensors by "<state>/<parameter>"; none before the first update."""
     tensors = []
@@ -278,7 +247,7 @@ def _to_disk(path: Path) -> Plain:
     return entry(path)
 
 
-def _describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
+def describe_model(folder: Path, dtype: torch.dtype, source: Path) -> None:
     """Add what makes weights a Hugging Face folder: the configuration and the tokenizer."""
     config = decoder_config(source)
     config.pop("torch_dtype", None)  # the key's name before transformers 5

@@ -8,7 +8,8 @@ higher; a tie is wrong. Pairs are tokenized, packed and scored by the functions 
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 
 from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
-from notus.console import drawing
+from notus.console import drawing, emit
 from notus.curation.ratings import RULES
 from notus.curation.report import look_command
+from notus.data.oddities import oddities
+from notus.data.tokenizer import load_tokenizer
 from notus.engine import distributed
 from notus.engine.metrics import all_log_probs, summarize
 from notus.engine.pair_records import describe_pairs, pair_records
-from notus.errors import UserError, agreed
+from notus.errors import UserError, agreed, naming_options
 from notus.evals.accuracy import Row, section_scores, table
 from notus.evals.options import NewPath, model_path
 from notus.files import new_folder, write_json, write_whole
@@ -32,8 +35,8 @@ from notus.model.weights import load_weights, open_model
 from notus.objective.logprobs import score
 from notus.objective.losses import log_ratios
 from notus.objective.reference import no_reference
-from notus.strict import parse
-from notus.tables import markdown_table
+from notus.strict import parse, read_option
+from notus.tables import markdown_table, text_table
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -50,6 +53,8 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--data", nargs="+", required=True, help="files, folders or hub ids")
     add("--split", help="of the data, where it has splits")
     add("--format", help="of the data (default: recognized from the rows)")
+    add("--columns", metavar="JSON", help='as in a training source, e.g. {"prompt": "Question"}')
+    add("--ignore", nargs="+", metavar="NAME", help="columns and keys of messages to leave out")
     add("--rule", choices=RULES, help="how rated responses become pairs")
     add("--out", type=Path, action=NewPath, required=True, help="a new folder for the results")
     add("--loss", default="sigmoid", help="a name of objective/losses.py")
@@ -70,20 +75,22 @@ def configuration(options: argparse.Namespace) -> Config:
     def given(*keys: str) -> dict[str, Any]:
         return {key: value for key, value in vars(options).items() if key in keys}
 
-    source = given("split", "format") | {"curation": options.rule and {"rule": options.rule}}
+    source = given("split", "format", "ignore")
+    source |= {"columns": read_option("--columns", options.columns)}
+    source |= {"curation": options.rule and {"rule": options.rule}}
     data = given("max_length", "max_prompt_length", "tokens_per_microbatch")
     data |= given("tokenization", "system_prompt")
     sections = {
         "model": {"policy": options.model} | given("reference", "compute_dtype"),
         "data": data | {"train": [source | {"path": path} for path in options.data]},
         "loss": {"name": options.loss} | ({} if options.beta is None else given("beta")),
-        "train": {"seed": 0},
         "parallel": given("device"),
         "output_dir": str(options.out),
     }
     return parse(sections, Config)
 
 
+@naming_options("format", "columns", "ignore", "rule")
 def run(options: argparse.Namespace) -> None:
     """The command `preferences`: writes --out and prints the report."""
     config = configuration(options)
@@ -93,8 +100,12 @@ def run(options: argparse.Namespace) -> None:
     ranks = distributed.start(options.device)
     with agreed():
         open_model(options.model)  # refuses an adapter, which would have to be merged
-    setup, datasets = set_up(config, ranks)
+    setup, datasets = set_up(config, ranks, "evaluation")
     data = datasets["train"]
+    with agreed():
+        has_template = load_tokenizer(setup.models.tokenizer).chat_template is not None
+        for line in oddities(config.data.train, data.rows, has_template) if ranks.first else ():
+            ranks.say(f"warning: {line}")
     policy = log_probs(setup, setup.models.source, loss.uses_weights)
     reference = no_reference(data.pairs, ranks.device).flat
     if referenced:
@@ -110,7 +121,8 @@ def run(options: argparse.Namespace) -> None:
     rows = table(data.kept, margin, data.pairs.lengths)
     sections = section_scores(rows)
     against = f"against {options.reference}" if referenced else "without a reference"
-    report = as_markdown(f"Preferences of {options.model}, {against}", metrics, rows, sections)
+    title = f"Preferences of {options.model}, {against}"
+    report = f"# {title}\n\n{tables(markdown_table, metrics, rows, sections)}\n"
     if not ranks.first:
         return
     with new_folder(options.out) as new:
@@ -131,7 +143,8 @@ def run(options: argparse.Namespace) -> None:
     with drawing():  # the results are there before any figure
         drawn = "".join(f"\n![{n}]({n})\n" for n in figures(options.out, rows, margin, *scores))
         write_whole(options.out / "report.md", report + drawn)
-    print(f"\n{report}\nwrote {options.out}; look at the pairs: {look_command(options.out)}")
+    emit(f"\n{title}\n\n{tables(partial(text_table, digits=4), metrics, rows, sections)}\n")
+    emit(f"wrote {options.out}; look at the pairs:\n  {look_command(options.out)}")
 
 
 def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
@@ -142,10 +155,13 @@ def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Te
     return score(model, setup.pairs, range(len(setup.pairs)), setup.rows, sum_squares)
 
 
-def as_markdown(
-    title: str, metrics: Mapping[str, float], rows: Sequence[Row], sections: Mapping[str, float]
+def tables(
+    form: Callable[..., str],
+    metrics: Mapping[str, float],
+    rows: Sequence[Row],
+    sections: Mapping[str, float],
 ) -> str:
-    """The report of one evaluation."""
+    """The tables of one evaluation. form: `text_table` or `markdown_table`."""
     header = ("pairs", "n", "accuracy", "95 % interval", "margin", "longer response wins")
     cells = [
         (
@@ -154,10 +170,10 @@ def as_markdown(
         )
         for row in rows
     ]
-    tables = [markdown_table(("metric", "value"), metrics.items()), markdown_table(header, cells)]
+    parts = [form(("metric", "value"), metrics.items()), form(header, cells)]
     if sections:
-        tables.append(markdown_table(("RewardBench section", "accuracy"), sections.items()))
-    return "\n\n".join([f"# {title}", *tables]) + "\n"
+        parts.append(form(("RewardBench section", "accuracy"), sections.items()))
+    return "\n\n".join(parts)
 
 
 def figures(

@@ -13,8 +13,8 @@ from notus.errors import agreed
 from notus.generate.answering import respond_all
 from notus.generate.prompts import Prompt, read_prompt_set
 from notus.generate.samples import share_right
+from notus.model.hub import model_folder
 from notus.model.peft import merge
-from notus.model.weights import model_folder
 from notus.tables import text_table
 
 PROMPTS_AT_ONCE = 64

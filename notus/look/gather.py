@@ -2,25 +2,25 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from notus.curation.curate import Curation
 from notus.curation.marks import Marks
 from notus.curation.rated_rows import RATED
-from notus.curation.rows import read_rows
-from notus.data.columns import rename
+from notus.curation.text_files import reading
 from notus.data.formats import find_format
-from notus.data.sources import Source, read_found
+from notus.data.sources import Reading, Source, prepared, read_found
 from notus.errors import UserError
 from notus.files import read_object
 from notus.look.record import Record, make_record
 from notus.look.scores import MARGIN, Scores
-from notus.strict import parse_part
+from notus.strict import Text, parse_part
 
 CONTRADICTED = "the model contradicts the label"
-PAIRS = "pairs.jsonl"  # of a folder that `eval.py preferences` wrote
+# What `eval.py preferences` and an evaluation during training leave: pairs and their log-probs.
+PAIRS = ("pairs.jsonl", "eval_pairs.jsonl")
 MANIFEST = "manifest.json"  # of a folder that notus.curation wrote
 
 
@@ -83,26 +83,53 @@ class Gathering:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What a manifest of notus.curation says besides the settings of a source and a curation."""
+
+    input: Text
+    counts: dict[str, Any]
+    held_out: tuple[Text, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counts:
+    rows: int
+    pairs: int
+
+
 def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
     """The records of the rows that `source` names.
 
     A folder of notus.curation names the rows that it was made of, under its settings; one of
-    `eval.py preferences` for its pairs with their scores. Rated rows without a curation get the
-    rule that fits them. Raises UserError if a manifest, the scores or the first row is malformed.
+    `eval.py preferences` its pairs with their scores, and a run's output_dir the held-out pairs
+    with those of the newest evaluation. Rated rows without a curation get the rule that fits them.
+    Raises UserError if a manifest, the scores or the first row is malformed, or a run has no
+    held-out pairs.
     """
-    folder, held_out, expected = Path(source.path).expanduser(), (), None
-    if (folder / PAIRS).is_file():
-        source = replace(source, path=str(folder / PAIRS))
-    elif (folder / MANIFEST).is_file():
-        manifest = read_object(folder / MANIFEST)
-        held_out, seed = manifest.get("held_out") or (), manifest.get("seed", seed)
-        expected = {name: manifest.get("counts", {}).get(name) for name in ("rows", "pairs")}
-        manifest["path"] = manifest.get("input")
+    held_out, expected = (), None
+    with reading(source.path):  # no such home, a name that is too long
+        folder = Path(source.path).expanduser()
+        found = [folder / name for name in PAIRS if (folder / name).is_file()]
+        is_run, file = (folder / "metrics.jsonl").is_file(), folder / MANIFEST
+        manifest = read_object(file) if file.is_file() else {}
+    if found:
+        source = replace(source, path=str(found[0]))
+    elif is_run:
+        raise UserError(
+            f"{folder}: a run without held-out pairs (data.eval); expected a run that has some, or "
+            f"the folder that `python eval.py preferences {folder} --data FILE --out DIR` makes"
+        )
+    elif "input" in manifest:  # a judge's has none
         given = {key: value for key, value in manifest.items() if value not in (None, [])}
-        curation = parse_part(given, Curation, folder / MANIFEST)
-        source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
-    where, row = next(read_rows(source.path, source.split))
-    row = rename(row, source.columns, where) if source.columns else row
+        made = parse_part(given, _Made, file)
+        held_out, seed = made.held_out, seed if made.seed is None else made.seed
+        expected = asdict(parse_part(made.counts, _Counts, f"{file}: counts"))
+        curation = parse_part(given, Curation, file)
+        source = parse_part(given | {"path": made.input}, Source, file)
+        source = replace(source, curation=curation)
+    where, row = next(prepared(source, Reading(source.path)))
     name = find_format(source.format, row, where, rated=True)
     if name in RATED and source.curation is None:
         source = replace(source, curation=Curation(rule=RATED[name].rules[0]))

@@ -2,22 +2,22 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.console import emit
+from notus.console import run_command
 from notus.curation.curate import Curation
+from notus.curation.ratings import SEED
 from notus.curation.report import look_command
 from notus.data.sources import Source
-from notus.errors import UserError
+from notus.errors import naming_options
 from notus.files import write_whole, writing
 from notus.look.gather import Gathering, gather
 from notus.look.page import make_page
 from notus.look.scores import MARGIN
 from notus.look.selection import Selection
-from notus.strict import Count, Seed, parse, plain, read_json
+from notus.strict import Count, Seed, parse, plain, read_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make one page to look at pairs, sort, filter and mark them, without a server.",
     )
     add = parser.add_argument
-    add("source", help="what training reads, a folder of notus.curation or of eval.py preferences")
+    about = "what training reads, or the folder of a curation, of eval.py preferences, of a run"
+    add("source", help=about)
     add("--split", help="of the source, where it has splits")
     add("--format", help="of the source (default: recognized from the rows)")
     add("--columns", metavar="JSON", help='as in a training source, e.g. {"prompt": "Question"}')
@@ -35,15 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--curation", metavar="JSON", help='as in a training source, e.g. {"rule": "rating"}')
     add("--scores", type=Path, metavar="FILE", help="the pairs.jsonl of eval.py preferences")
     add("--rows", type=int, default=2000, help="at most so many in the page (2000)")
-    add("--seed", type=int, default=42, help="of curation's draws and of the sample (42)")
+    add("--seed", type=int, default=SEED, help=f"of curation's draws and of the sample ({SEED})")
     add("--out", type=Path, required=True, help="the page; an earlier one is replaced")
     options = parser.parse_args(arguments)
-    try:
-        emit(write_page(options))
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    return 0
+
+    def command() -> str:
+        with naming_options("format", "columns", "ignore", "curation"):
+            return write_page(options)
+
+    return run_command(command)
 
 
 def write_page(options: argparse.Namespace) -> str:
@@ -59,21 +60,13 @@ def write_page(options: argparse.Namespace) -> str:
         selection.add(record)
     records, chosen = selection.chosen()
     if gathering.scores:
-        pairs = gathering.counts["pairs"]
-        chosen += f"; the model's scores are known of {gathering.scores.found:,} of {pairs:,} pairs"
+        found, pairs = gathering.scores.found, gathering.counts["pairs"]
+        chosen += f"; the model's scores are known for {found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, make_page(f"Pairs of {options.source}", content))
     return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
-
-
-def read_option(name: str, text: str | None) -> Any:
-    """The value of an option that takes an object. Raises UserError if it is not JSON."""
-    try:
-        return None if text is None else read_json(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
 
 
 def page_content(

@@ -176,13 +176,14 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> 
     return out.squeeze(0).transpose(0, 1)
 
 
+def flex_tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """FlexAttention's options that set its tiles; empty where they are PyTorch's."""
+    return TILES if (dtype, head_dim) == (torch.bfloat16, 128) else {}
+
+
 def _kernel_options(q: Tensor) -> dict[str, int] | None:
     """FlexAttention's, for queries [1, N, T, H]; None leaves all to PyTorch."""
-    if q.shape[2] % BLOCK:
-        return None
-    return {"IS_DIVISIBLE": True} | (
-        TILES if (q.dtype, q.shape[3]) == (torch.bfloat16, 128) else {}
-    )
+    return None if q.shape[2] % BLOCK else {"IS_DIVISIBLE": True} | flex_tiles(q.dtype, q.shape[3])
 
 
 def _attend_in_segments(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: SegmentMask) -> Tensor:

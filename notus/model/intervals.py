@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
 from notus.data.packing import Layout, pack
 from notus.data.token_arrays import TokenizedPairs
@@ -64,6 +65,8 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
     after = torch.arange(1, size + 1, dtype=torch.int32, device=device)
     keys = keys_before(stop) - keys_before(first) + keys_before(after) - keys_before(own)
     allowed = keys.diff()  # pairs of slots, for each block of queries and of keys
+    if size == BLOCK:  # the compiler takes a size of 1 for a constant, and would compile twice
+        allowed = pad(allowed, (0, 1, 0, 1))
     full = allowed == BLOCK**2
     partial = (allowed > 0) & ~full
 

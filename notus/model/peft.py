@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from notus.errors import UserError, agreed
-from notus.files import PARTIAL, new_folder, read_object, write_json, writing
+from notus.console import run_command
+from notus.errors import UserError
+from notus.files import new_folder, read_object, write_json
 from notus.model.hf_config import INDEX, ModelShape, Size, decoder_config, has_vision
+from notus.model.hub import copy_tokenizer, model_folder
 from notus.model.lora import ALL_LINEAR, LoraSettings, adapter_parameters
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_shapes,
-    copy_tokenizer,
     decoder_name,
     header_shapes,
-    model_folder,
     open_model,
     save_tensors,
     stored_tensors,
@@ -190,27 +190,6 @@ def save_adapter(
     write_json(folder / CONFIG, config)
 
 
-def export_adapter(
-    folder: Path, model: nn.Module, settings: LoraSettings, *, base_name: str, base: Path
-) -> None:
-    """Write a trained model's `folder`: adapter/, and with `settings.merge` the merged model too.
-
-    base_name: path or hub id of the base, for PEFT; base: its folder, whose tokenizer is copied.
-    The folder appears only when it is complete. Collective. Raises UserError, on every rank, when
-    it cannot be written.
-    """
-    tensors = adapter_tensors(model)
-    with agreed():
-        if dist.get_rank() == 0:
-            for left in folder.parent.glob(f"{PARTIAL}*-{folder.name}"):  # of a killed export
-                shutil.rmtree(left, ignore_errors=True)
-            with writing(folder), new_folder(folder) as partial:
-                save_adapter(partial / "adapter", tensors, settings, base_name)
-                copy_tokenizer(base, partial / "adapter")
-                if settings.merge:
-                    _write_merged(partial, base, partial / "adapter")
-
-
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Write the base with the adapter added to its weights as a Hugging Face folder.
 
@@ -220,13 +199,11 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     files. Not collective: one process calls it. Raises UserError when either folder is unusable,
     the adapter was made for another base, or `out` cannot be written.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give a folder that does not")
-    with writing(out), new_folder(out) as partial:
-        _write_merged(partial, base, adapter)
+    with new_folder(out) as partial:
+        write_merged(partial, base, adapter)
 
 
-def _write_merged(folder: Path, base: Path, adapter: Path) -> None:
+def write_merged(folder: Path, base: Path, adapter: Path) -> None:
     """Write the files of the merged model into an existing folder."""
     opened = read_adapter(adapter)
     base, shape = open_model(str(base))
@@ -281,13 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT folder or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, not there yet")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> str:
         merge(model_folder(options.base), model_folder(options.adapter), options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.out}")
-    return 0
+        return f"wrote {options.out}"
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,12 @@ ranks by bytes, so that every rank writes one file and none ever holds the entir
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,17 +22,9 @@ from notus.files import read_object
 from notus.masking import mask_text
 from notus.model.hf_config import INDEX, SINGLE, ModelShape, read_shape
 from notus.model.host_copies import HostCopies
+from notus.model.hub import model_folder
 from notus.model.mistral import MistralForCausalLM
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names of those that weights may have
 # Buffers that old checkpoints carry; the decoder computes them.
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -62,37 +45,6 @@ class Stored(NamedTuple):
     file: Path
     name: str
     shape: Shape
-
-
-# Why a hub id cannot be used: the first class that fits. The library's words are for programmers.
-HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
-    (HFValidationError, "and cannot be a Hugging Face hub id"),
-    (GatedRepoError, "and on the hub it is gated: ask for access on its page and log in"),
-    (RepositoryNotFoundError, "and the hub has no such model, or it is private: log in"),
-    (LocalEntryNotFoundError, "not in the hub's local cache, and the hub is out of reach"),
-)
-
-
-def model_folder(path: str, weights: bool = True) -> Path:
-    """The local folder of a model: `path` itself, or a hub id's snapshot (downloaded if needed).
-
-    weights: False if only config.json and the tokenizer are needed.
-    Raises UserError when `path` is neither a folder nor an accessible repository.
-    """
-    if os.path.isdir(path):  # unlike pathlib's, False for a name that no file can have
-        return Path(path)
-    if os.path.exists(path):
-        raise UserError(f"{path}: found a file, expected the folder of a model")
-    wanted = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
-    if weights:
-        wanted += ["*.safetensors", "*.safetensors.index.json"]
-    try:
-        return Path(snapshot_download(path, allow_patterns=wanted))
-    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
-        first_line = str(error).strip().split("\n")[0]
-        known = (reason for kind, reason in HUB_REASONS if isinstance(error, kind))
-        reason = next(known, f"and the Hugging Face hub does not provide it ({first_line})")
-        raise UserError(f"{path}: no such model folder here, {reason}") from None
 
 
 def decoder_name(stored: str) -> str | None:
@@ -302,10 +254,3 @@ def gather_own(
     copies.wait()
     index = {"metadata": {"total_size": sum(given)}, "weight_map": weight_map}
     return index, f"{prefix}-{rank + 1:05d}-of-{ranks:05d}.safetensors", own
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files unchanged: writing them again could change their effect."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

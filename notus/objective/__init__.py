@@ -6,5 +6,6 @@ loss             the configured loss: options, weighted sums, coupling over a st
 rounding         how far two honest computations of one log-prob may differ
 reference        the frozen model's log-probs: looked up, or computed in every step
 turns            the first of several runs that need the same file computes it, the others wait
-reference_cache  the reference's log-probs on disk: identity, interrupted passes, audit
+cache_files      the files of one cache of log-probs, and of an unfinished pass
+reference_cache  the reference's log-probs on disk: identity, one pass, audit
 """

@@ -97,12 +97,12 @@ def score(
     indices: Sequence[int] | np.ndarray,
     rows: Rows,
     sum_squares: bool = False,
-    scored: Callable[[int], object] = lambda pairs: None,
+    after_batch: Callable[[int], object] = lambda pairs: None,
 ) -> Tensor:
     """Log-probs of the response tokens of the pairs `indices`, in that order: float32, flat.
 
-    With `sum_squares`, [2, tokens], see `token_log_probs`. scored: is called after each microbatch
-    with the number of pairs in it, over all ranks. Leaves the model in evaluation mode.
+    With `sum_squares`, [2, tokens], see `token_log_probs`. after_batch: is called after each
+    microbatch with the number of pairs in it, over all ranks. Leaves the model in evaluation mode.
     Collective: all ranks pass the same indices, share the work and get all results.
     """
     wanted = pairs.select(indices)
@@ -115,7 +115,7 @@ def score(
     batches = pack_division(division, wanted, dist.get_rank(), rows)
     for batch, of_ranks in zip(batches, division.bins, strict=True):
         flat[..., flat_positions(batch, starts)] = token_log_probs(model, batch, sum_squares)
-        scored(sum(map(len, of_ranks)))
+        after_batch(sum(map(len, of_ranks)))
     dist.all_reduce(flat)  # every entry is written by one rank and 0 on all others
     return flat
 

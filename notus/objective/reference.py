@@ -55,14 +55,14 @@ class OnlineReference:
     def of_pairs(
         self,
         indices: Sequence[int] | np.ndarray,
-        scored: Callable[[int], object] = lambda pairs: None,
+        after_batch: Callable[[int], object] = lambda pairs: None,
     ) -> Tensor:
         """The response tokens of the pairs `indices`, in that order: float32, flat. Collective.
 
-        scored: as for `score`.
+        after_batch: as for `score`.
         """
         with adapters_off(self.model):
-            return score(self.model, self.pairs, indices, self.rows, scored=scored)
+            return score(self.model, self.pairs, indices, self.rows, after_batch=after_batch)
 
 
 Reference = CachedReference | OnlineReference

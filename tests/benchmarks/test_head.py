@@ -72,11 +72,13 @@ def interpreted(options: list[str], path: Path) -> dict:
 
 @needs_interpreter
 def test_the_triton_kernels_in_their_interpreter(tmp_path):
-    methods = ["eager-float32", "chunked", "triton"]
-    report = interpreted(["--methods", *methods], tmp_path / "head.json")
+    methods = ["eager-float32", "chunked", "descriptors", "triton"]
+    options = ["--chunk-rows", "64", "--methods", *methods]
+    report = interpreted(options, tmp_path / "head.json")
+    assert report["chunk_rows"] == 64
     rows = [row for row in report["results"] if "log_prob_error" in row]
     assert [row["method"] for row in rows] == methods * 2
-    for widened, *ours in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+    for widened, *ours in zip(*(rows[n::4] for n in range(4)), strict=True):
         for row in ours:
             assert row["log_prob_error"] <= 2 * widened["log_prob_error"]
 

@@ -370,7 +370,8 @@ def test_any_set_of_rated_responses(place, run):
         [None, "1", "a", "c", 10.0, -1.0, None],
     ]
     report = (place / "out" / "report.md").read_text()
-    assert "Not screened" in report and "| pairs | 60 | 60 |" in report
+    assert "Not screened" in report and "| pairs | 60 |\n" in report  # of one source
+    assert "| agree | no |" in report and "| marks | none |" in report
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -388,7 +389,7 @@ def test_any_set_of_rated_responses(place, run):
         ("in.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}),
          ("--rule", "rating"), 'with a rule for rows in the format "preference", which are pairs'),
         ("in.jsonl", json.dumps({"text": "a"}), (), "in.jsonl:1: not a known preference format"),
-        ("in.jsonl", json.dumps({"messages": []}), (), "not for rows of one response each"),
+        ("in.jsonl", json.dumps({"messages": []}), (), "found rows of one response each"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--rule", "rating"),
          "fewer than two rated completions"),
         ("in.jsonl", json.dumps({"prompt": "a", "responses": [], "ratings": []}),
@@ -400,7 +401,7 @@ def test_any_set_of_rated_responses(place, run):
          'in.jsonl:1: "model" is a number; expected text'),
         ("in.jsonl", json.dumps(raw("text")), (), '"completions" is a list; expected a list of ob'),
         ("in.jsonl", json.dumps(ROWS[2]), (),
-         'no pair is left under the rule "mean-rating"; 1 rows, dropped: 1 tied ratings'),
+         'no pair is left under the rule "mean-rating"; 1 row, dropped: 1 tied ratings'),
         ("in.jsonl", "", (), "in.jsonl: holds no rows"),
         ("in.jsonl", json.dumps(ROWS[0]), ("--decontaminate", "no.jsonl"),
          "no.jsonl: no such file or folder"),
@@ -529,7 +530,7 @@ def test_counts_add_up(tmp_path_factory, rows, settings, seed):
     place = tmp_path_factory.mktemp("set")
     always = raw(completion("5555", 9), completion("1111", 2), prompt="another one")
     path = write(place / "raw.jsonl", [*rows, always])
-    counts = curate(path, None, place / "out", settings, (), seed)
+    counts = curate(Source(path, settings), place / "out", (), seed)
     assert counts["rows"] == len(rows) + 1
     assert counts["pairs"] + sum(counts["dropped"].values()) == counts["rows"]
     assert len(read_lines(place / "out" / "jsonl" / "train.jsonl")) == counts["pairs"]
@@ -625,3 +626,53 @@ def test_ready_pairs_have_no_options_of_rated_ones(tmp_path, capsys, options):
     file.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")
     assert main([str(file), "--out", str(out), *options]) == 2 and not out.exists()
     assert 'do nothing for rows in the format "preference"' in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------- a source of one's own
+
+SHEET = """Question,Good,Bad,context,subset
+"Why, so?","So
+it is.",No.,a,chat
+How?,same,same,,chat
+"""
+NAMES = {"prompt": "Question", "chosen": "Good", "rejected": "Bad"}
+MAPPED = ("--format", "turns", "--columns", json.dumps(NAMES))
+
+
+def test_a_set_with_other_columns(tmp_path, run, capsys):
+    """The folder is the pairs that training reads from the source with the same keys."""
+    (tmp_path / "sheet.csv").write_text(SHEET)
+    code, said = run("sheet.csv", "--out", "out", *MAPPED)
+    assert code == 2 and said.startswith('error: sheet.csv:2: "context" is not read by the format')
+    assert said.endswith("\n  as options of this command: --ignore context\n")
+    assert main(["sheet.csv", "--out", "out", *MAPPED, "--ignore", "context"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == [
+        'sheet.csv: 2 rows of the format "turns"',
+        'sheet.csv: "context" of 1 rows is ignored',
+        "wrote out: 2 pairs; 2 rows, dropped: none; of these pairs training drops: 1 identical "
+        "responses; not screened for benchmarks",
+    ]
+    source = Source("sheet.csv")
+    source.format, source.columns, source.ignore = "turns", NAMES, ("context",)
+    direct, folder = (load_preferences([one], seed=0) for one in (source, Source("out")))
+    (pair,), (read_back,) = direct.train, folder.train
+    assert replace(read_back, where=pair.where) == pair
+    assert read_back.labels == pair.labels == {"subset": "chat"}
+    assert direct.dropped == folder.dropped == {"identical responses": 1}
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert {key: manifest[key] for key in ("format", "columns", "ignore")} == {
+        "format": "turns",
+        "columns": NAMES,
+        "ignore": ["context"],
+    }
+
+
+def test_how_to_match_needs_something_to_match(place, run):
+    for match in ("exact", "n-grams"):
+        code, said = run("raw.jsonl", "--out", "out", "--match", match)
+        assert code == 2 and f"--match {match}: has no effect without --decontaminate" in said
+    assert (
+        run("raw.jsonl", "--out", "out", "--match", "exact", "--decontaminate", "bench.jsonl")[0]
+        == 0
+    )

@@ -148,7 +148,7 @@ def test_a_spreadsheet_is_a_source(tmp_path):
     names = {"prompt": "Question", "chosen": "Good", "rejected": "Bad"}
     (pair,) = load_preferences([Source(str(path), format="turns", columns=names)], seed=0).train
     assert (pair.prompt, pair.chosen) == ([user("Why, so?")], [assistant("So\nit is.")])
-    assert pair.where == f"{path}:3"
+    assert pair.where == f"{path}:2"
 
 
 def test_parts_of_text_are_joined_and_others_refused(tmp_path):

@@ -105,7 +105,7 @@ def test_what_cannot_be_used_is_refused(zephyr, tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:1: the pair takes \d+ tokens, but tokens_per_m"):
         load(zephyr, [source], tokens_per_microbatch=4)
     short = CLEAN | {"truncation": "drop", "max_length": 2}
-    with pytest.raises(UserError, match="train data: no pair is left .*; 2 dropped: longer than"):
+    with pytest.raises(UserError, match="a.jsonl: no pair is left .*; 2 dropped: longer than"):
         load(zephyr, [source], tokenization=short)
     with pytest.raises(UserError, match="absent.jsonl: no such file"):
         load(zephyr, [source], [Source("absent.jsonl")])

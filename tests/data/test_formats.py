@@ -109,7 +109,7 @@ def test_responses_with_labels_pair_up_by_their_prompt(tmp_path):
     ):
         with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
             load(tmp_path, broken)
-    with pytest.raises(UserError, match='"curation" is not for rows of one response each'):
+    with pytest.raises(UserError, match="found rows of one response each .*curation is for pairs"):
         load(tmp_path, *rows, curation=Curation())
 
 
@@ -117,6 +117,33 @@ def test_scores_may_lie_in_metadata(tmp_path):
     row = {**SINGLE_TURN["implicit"], "metadata": {"score_chosen": 7, "score_rejected": 7.0}}
     pair = load_one(tmp_path, row)
     assert (pair.chosen_score, pair.rejected_score) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("names", "cells", "form", "scores"),
+    [
+        ("prompt,chosen,rejected,score_chosen,score_rejected", "Q,+,-,5,1.5", "turns", (5.0, 1.5)),
+        ("prompt,chosen,rejected,score_chosen,score_rejected", "Q,+,-,,", "turns", (None, None)),
+        ("prompt,response_1,response_2,preference_strength", "Q,-,+,2", None, (2.0, 0.0)),
+        (
+            "prompt,response_0,response_1,safer_response_id",
+            "Q,-,+,1",
+            "saferlhf-safer",
+            (None,) * 2,
+        ),
+    ],
+)
+def test_numbers_in_a_spreadsheet_are_texts(tmp_path, names, cells, form, scores):
+    (tmp_path / "a.csv").write_text(f"{names}\n{cells}\n")
+    (pair,) = load_preferences([Source(str(tmp_path / "a.csv"), format=form)], seed=0).train
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("+", "-")
+    assert (pair.chosen_score, pair.rejected_score) == scores
+
+
+def test_thumbs_in_a_spreadsheet_are_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nQ,+,True\nQ,-,false\n")
+    (pair,) = load_preferences([Source(str(tmp_path / "a.csv"))], seed=0).train
+    assert (pair.chosen, pair.rejected) == ("+", "-")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +175,7 @@ def test_text_stays_text(tmp_path):
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, '"chosen" is a number'),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, '"prompt" is null; expected text'),
         ({"prompt": "a", "chosen": "b", "rejected": []}, '"rejected" is a list; expected text'),
-        ({"chosen": "b", "rejected": "c", "score_chosen": "9", "score_rejected": 1}, "a number"),
+        ({"chosen": "b", "rejected": "c", "score_chosen": "good", "score_rejected": 1}, "a number"),
         (
             {"chosen": "b", "rejected": "c", "score_chosen": 10**400, "score_rejected": 1},
             '"score_chosen" is a number; expected one below 1e308',
@@ -197,9 +224,42 @@ def test_an_unknown_format_shows_the_nearest_ones(tmp_path):
         '  near is "preference" without chosen, rejected; a row of it:',
         f"  {FORMATS['preference'].example}",
         "  if the columns have other names, say so in the source (dots lead into objects):",
-        '  "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
-        "  docs/data.md has every format",
+        '  "format": "turns", "columns": {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        "  docs/your-data.md goes through an example; docs/data.md has every format",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [
+        ("prompt,answer_a,answer_b,winner", "turns"),
+        ("Question,Good answer,Bad answer", "turns"),
+        ("id,question,answer1,answer2,label", "turns"),
+        ("instruction,chosen_answer,rejected_answer", "turns"),
+        ("prompt,response_a,response_b,preference", "turns"),
+        ("prompt,model_a,model_b,conversation_a,conversation_b,winner", "turns"),
+        ("prompt,chosen,bad", "turns"),
+        ("user,good,bad", "turns"),
+        # one column of several is missing
+        ("question,chosen,bad", "question"),
+        ("prompt,response_1,response_2,preference", "helpsteer2-preference"),
+        ("prompt,response,score", "helpsteer2"),
+        ("instruction,generations,scores", "distilabel"),
+        ("prompt,responses,scores", "rated"),
+        # fewer texts than a pair has
+        ("prompt,reply", "completion"),
+        ("conversation", "conversations"),
+    ],
+)
+def test_columns_of_ones_own_are_nearest_to_a_pair_of_texts(columns, nearest):
+    row = {
+        name: ["x"] if name in ("responses", "generations") else "x" for name in columns.split(",")
+    }
+    with pytest.raises(UserError, match=f'near is "{nearest}" without') as raised:
+        find_format(None, row, "here:1")
+    named = [line for line in str(raised.value).splitlines() if line.startswith("  near is")]
+    assert f'near is "{nearest}"' in named[0]
+    assert all(f'"{name}": "..."' in str(raised.value) for name in FORMATS[nearest].columns)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -214,7 +274,7 @@ def test_an_example_is_a_row_of_its_format(tmp_path, name):
     source = Source(path, format=name, curation=curation)
     single = name in ("unpaired", "helpsteer2", "halos-scored")
     if single:
-        with pytest.raises(UserError, match="no pair is left to train on; dropped: [12]"):
+        with pytest.raises(UserError, match="no pair is left; dropped: [12]"):
             load_preferences([source], seed=0)
         return
     (pair,) = load_preferences([source], seed=0, responses_only=name in ONLY_ANSWERS).train

@@ -257,7 +257,7 @@ def test_a_preference_of_strength_zero_is_none(tmp_path):
     found = load(tmp_path, *rows, {**rows[0], "overall_preference": 0})
     assert found.dropped == {"neither response preferred": 1}
     with pytest.raises(UserError, match='"overall_preference" is text; expected a finite number'):
-        load(tmp_path, {**rows[0], "overall_preference": "3"})
+        load(tmp_path, {**rows[0], "overall_preference": "much"})
 
 
 def test_the_rule_has_to_read_the_ratings(tmp_path):

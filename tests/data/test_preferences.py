@@ -77,7 +77,7 @@ def test_rows_that_curation_left_out_are_not_held_out(tmp_path):
 
 
 def test_nothing_left_is_an_error_with_the_counts(tmp_path):
-    with pytest.raises(UserError, match="no pair is left to train on; dropped: 2 identical"):
+    with pytest.raises(UserError, match="no pair is left; dropped: 2 identical"):
         load(tmp_path, *[{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2)
 
 

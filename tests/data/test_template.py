@@ -171,10 +171,11 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ("row", "message"),
     [
         ({"tools": [WEATHER]}, 'the chat template leaves "tools" out; .*"ignore": .*tools'),
-        ({"prompt": [SYSTEM, user("a")]}, "message 1, of the system: the chat template leaves it"),
-        ({"prompt": [user("a"), assistant("b"), RESULT]}, "message 3, of the tool: the chat temp"),
-        ({"rejected": [call({"city": "Rome"})]}, 'message 2, of the assistant: .*"tool_calls" out'),
-        ({"chosen": [{**assistant("a"), "weight": 1}]}, 'of the assistant: .*leaves "weight" out'),
+        ({"prompt": [SYSTEM, user("a")]}, 'message 1 of the role "system": the chat template lea'),
+        ({"prompt": [user("a"), assistant("b"), RESULT]}, 'message 1 of the role "tool": the ch'),
+        ({"rejected": [call({"city": "Rome"})]}, 'message 1 of .*"assistant": .*"tool_calls" out'),
+        ({"prompt": [user("a"), assistant("b"), {**user("c"), "x": "d"}]}, '2 of .*"user": '),
+        ({"chosen": [{**assistant("a"), "weight": 1}]}, 'role "assistant": .*leaves "weight" out'),
         ({"chosen": [{**assistant("a"), "reasoning_content": "b"}]}, '"reasoning_content" out'),
         ({"chat_template_kwargs": {"enable_thinking": True}}, 'has "enable_thinking", which is no'),
     ],
@@ -186,7 +187,9 @@ def test_a_template_that_drops_what_a_row_holds_is_noticed(tokenizers, tmp_path,
     try:
         for style in ("clean", "trl-0.7.4"):
             with pytest.raises(UserError, match=rf"rows.jsonl:1.*{message}"):
-                tokenize(tokenizer, load_one(tmp_path, {**base, **row}), style=style)
+                tokenize(
+                    tokenizer, load_one(tmp_path, {**base, **row}), style=style, system_prompt=""
+                )
         empty = {key: [] if key == "tools" else "" for key in ("tools", "chat_template_kwargs")}
         assert len(tokenize(tokenizer, load_one(tmp_path, {**base, **empty})).pairs) == 1
     finally:
@@ -198,7 +201,9 @@ def test_reasoning_of_earlier_turns_may_be_left_out(tokenizers):
     thought = {**assistant("b"), "reasoning_content": "Because."}
     messages = [user("a"), thought, user("c"), assistant("d")]
     check_written(tokenizers["chatml"], messages, "here:1")
-    with pytest.raises(UserError, match='here:1, message 2, .*"reasoning_content"'):
+    with pytest.raises(
+        UserError, match='here:1, message 1 of the role "assistant": .*"reasoning_content"'
+    ):
         check_written(tokenizers["llama"], messages, "here:1")
 
 

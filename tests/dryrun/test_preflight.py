@@ -2,6 +2,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from safetensors.torch import save_file
 
 import train
 from benchmarks.memory import model_shape
-from notus.dryrun.preflight import size_text
+from notus.config import load_config
+from notus.dryrun.preflight import attention_text, size_text
 from notus.engine.flops import GPUS
 from notus.errors import UserError
-from notus.model import weights
+from notus.model import hub
 from notus.model.weights import open_model
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +63,10 @@ def test_the_published_recipe_without_gpu_weights_or_network(place, demo, capfd)
 
 def test_what_was_chosen_and_what_would_be_faster(place, capfd, monkeypatch):
     """Eight short pairs on eight GPUs are one row each: a larger budget saves none."""
-    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setenv("COLUMNS", "80")
     assert train.main([*place, "--gpus", "8", "--gpu", "a100-40gb"]) == 0
     report = capfd.readouterr().out.partition("\nplan\n")[2]
-    assert max(map(len, report.splitlines())) <= 80  # not a terminal
+    assert max(map(len, report.splitlines())) <= 80
     said = " ".join(report.split())
     assert "parallel.keep_gathered: on, because rows of the full budget fit" in said
     mode = (
@@ -72,6 +74,34 @@ def test_what_was_chosen_and_what_would_be_faster(place, capfd, monkeypatch):
     )
     assert re.search(mode, said), said
     assert "tokens_per_microbatch: 8,192; with 16,384, no fewer microbatches" in said
+    assert (
+        "parallel.attention: flex, because it adds in a fixed order; backward tiles 64 64 64 64, "
+        "2 stages, 8 warps, which spill few registers"
+    ) in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width", "words"),
+    [
+        (
+            ["model.compute_dtype=float32"],
+            128,
+            "flex, because it adds in a fixed order; PyTorch's ",
+        ),
+        (
+            ["parallel.attention=flex"],
+            64,
+            "flex, as configured; PyTorch's tiles, because its heads",
+        ),
+        ([], 8, "dense, because flex needs heads of 16 or more"),
+        (["parallel.attention=varlen"], 128, "varlen, as configured"),
+    ],
+)
+def test_attention_and_why(overrides, width, words):
+    config = load_config(ROOT / "configs/notus.json", overrides)
+    found = attention_text(config, replace(MISTRAL_7B, head_dim=width))
+    assert found.startswith(f"  parallel.attention: {words}")
+    assert (";" in found) == (";" in words)
 
 
 def test_a_larger_budget_that_saves_microbatches(place, capfd):
@@ -141,6 +171,7 @@ def test_every_known_gpu_without_one_named(place, capfd):
         ("--gpus 0", ("--gpus 0: expected at least 1",)),
         ("--price -1 --gpu h100", ("--price -1:",)),
         ("--price 2.5", ("--price 2.5:", "with --gpu")),
+        ("--gpu h100 data.tokens_per_microbatch=8200", ("8200, expected a multiple of 128",)),
         ("--gpus 8 parallel.replicate=3", ("parallel.replicate (3)", "--gpus is 8")),
     ],
 )
@@ -165,7 +196,7 @@ def test_nothing_large_is_downloaded(place, monkeypatch):
         asked[path] = allow_patterns
         return "policy"
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     folder, shape = open_model("some/model", weights=False)
     assert (folder, shape.num_hidden_layers) == (Path("policy"), 32)
     assert "config.json" in asked["some/model"] and "tokenizer.json" in asked["some/model"]

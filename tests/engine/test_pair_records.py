@@ -75,7 +75,7 @@ def test_a_pair_is_the_same_in_both_sets_if_its_tokens_are(run):
     assert len({record["sha256"] for record in one.values()}) == len(one)
 
 
-def test_numbers_that_json_lacks_are_null_and_a_full_disk_is_no_error(
+def test_numbers_that_json_lacks_are_null_and_a_disk_that_refuses_is_no_error(
     group, tmp_path, monkeypatch, capsys
 ):
     ones = torch.ones(2)
@@ -91,7 +91,11 @@ def test_numbers_that_json_lacks_are_null_and_a_full_disk_is_no_error(
     def full(path, content):
         raise OSError(28, "No space left on device")
 
+    (tmp_path / "eval_pairs.jsonl").mkdir()
+    pair_records.record_pairs(tmp_path, [{}, {}], scored, loss)
+    assert "a folder: kept as eval_pairs.jsonl.damaged" in capsys.readouterr().err
+    assert lines(tmp_path / "eval_pairs.jsonl") == found
+
     monkeypatch.setattr(pair_records, "write_whole", full)
-    monkeypatch.setattr(pair_records, "all_log_probs", lambda *given: scored)
-    pair_records.record_pairs(tmp_path, [{}, {}], None, None, None, loss)
+    pair_records.record_pairs(tmp_path, [{}, {}], scored, loss)
     assert "eval_pairs.jsonl: No space left on device" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import gc
 import json
 import weakref
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from saving import one_process, saver, updated  # noqa: F401
 
 from notus.engine import saver as saver_module
 from notus.engine.checkpoint import Progress, checkpoints, load_checkpoint, load_trained
-from notus.engine.host_memory import free_host_bytes
 from notus.engine.saver import superseded
 from notus.errors import UserError
 from notus.model.mistral import MistralForCausalLM
@@ -176,22 +174,3 @@ def test_a_save_that_fails_is_said_once_and_the_next_one_counts(
         saving.save(tiny_model, optimizer, None, Progress(3, {}, 0))
         assert saving.wait() is None
     assert [path.name for path in checkpoints(root)] == ["step-00000001", "step-00000003"]
-
-
-def test_memory_within_a_control_group(tmp_path, monkeypatch):
-    membership = "1:cpu:/\n0::/pod\n"
-    read = Path.read_text
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda path: membership if path == Path("/proc/self/cgroup") else read(path),
-    )
-    free = free_host_bytes(tmp_path)
-    assert 2**20 < free < 2**50
-    (tmp_path / "pod").mkdir()
-    (tmp_path / "pod/memory.max").write_text("max\n")
-    assert 2**20 < free_host_bytes(tmp_path) < 2**50
-    (tmp_path / "pod/memory.max").write_text("1000\n")
-    (tmp_path / "pod/memory.current").write_text("900\n")
-    (tmp_path / "pod/memory.stat").write_text("anon 300\nfile 600\n")
-    assert free_host_bytes(tmp_path) == 1000 - 900 + 600

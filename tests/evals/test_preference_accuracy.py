@@ -1,5 +1,6 @@
 """eval.py preferences against transformers, one response at a time, and its tables by hand."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -34,7 +35,7 @@ def data(demo, tmp_path_factory):
 def expected(demo, other, data):
     """(chosen, rejected) log-probs of model and reference, transformers, one text at a time."""
     source = Source(path=str(data), curation=Curation(rule="mean-rating"))
-    pairs = load_preferences([source], seed=0).train
+    pairs = load_preferences([source], seed=42).train  # as curation draws
     tokenizer = load_tokenizer(demo / "sft")
     tokens = tokenize_pairs(
         pairs,
@@ -136,7 +137,42 @@ def test_rated_rows_are_told_the_option(demo, data, tmp_path, capsys):
         w for w in arguments(demo, data, tmp_path / "out") if w not in ("--rule", "mean-rating")
     ]
     assert command.main(words) == 2
-    assert "(eval.py preferences: --rule mean-rating)" in capsys.readouterr().err
+    assert "  as options of this command: --rule mean-rating\n" in capsys.readouterr().err
+
+
+def test_data_with_other_columns(demo, tmp_path, capsys):
+    """A spreadsheet with the columns' names as options gives what the same pairs as messages do."""
+    texts = [("Say a.", "a", "b"), ("Say b.", "b", "c")]
+    rows = tmp_path / "rows.csv"
+    with rows.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("Question", "Good", "Bad", "context"), *(row + ("x",) for row in texts)])
+    plain = tmp_path / "rows.jsonl"
+    lines = [{"question": q, "chosen": good, "rejected": bad} for q, good, bad in texts]
+    plain.write_text("".join(map("{}\n".format, map(json.dumps, lines))))
+
+    def measure(data, name, *more):
+        words = arguments(demo, data, tmp_path / name, *more)
+        code = command.main([word for word in words if word not in ("--rule", "mean-rating")])
+        return code, capsys.readouterr()
+
+    names = json.dumps({"prompt": "Question", "chosen": "Good", "rejected": "Bad"})
+    options = ["--columns", names, "--format", "turns"]
+    code, told = measure(rows, "refused", *options)
+    assert code == 2 and "as options of this command: --ignore context\n" in told.err
+    code, told = measure(rows, "mapped", *options, "--ignore", "context")
+    assert code == 0 and "evaluation data: 2 pairs" in told.out and "train" not in told.out
+    assert '"context" of 2 rows is ignored' in told.out
+    code, told = measure(plain, "plain")
+    assert code == 0 and "warning" not in told.out
+    mapped, same = (
+        json.loads((tmp_path / n / "summary.json").read_text()) for n in ("mapped", "plain")
+    )
+    assert mapped["metrics"] == same["metrics"]
+    code, told = measure(rows, "text", *options[:2], "--ignore", "context")
+    assert code == 0 and "warning: " in told.out and "2 rows are text" in told.out
+    code, told = measure(rows, "odd", "--columns", "{Question}")
+    assert code == 2 and "--columns: not JSON" in told.err
 
 
 def test_figures(tmp_path):

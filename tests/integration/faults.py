@@ -79,7 +79,7 @@ def wait_in_step(number: int, obeys: bool = True, held: Path = Path("nowhere")) 
 
 def small_parts(refused: int | None = None) -> None:
     """The reference pass writes every 8 pairs, slowly; there is no space for the `refused`th."""
-    from notus.objective import reference_cache
+    from notus.objective import cache_files
 
     plain_open, writes = builtins.open, iter(range(1, 1000))
 
@@ -90,7 +90,7 @@ def small_parts(refused: int | None = None) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         return plain_open(file, mode, *others, **options)
 
-    reference_cache.PART, builtins.open = 8, slow
+    cache_files.PART, builtins.open = 8, slow
 
 
 def spoil_pair(lengths: tuple[int, int], factor: float) -> None:

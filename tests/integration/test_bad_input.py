@@ -267,7 +267,7 @@ def test_an_unknown_option_shows_the_usage(place, capfd):
                 GOOD_ROW | {"rejected": " "},
             ],
             (
-                "pairs.jsonl: no pair is left to train on;",
+                "pairs.jsonl: no pair is left;",
                 "1 identical responses, 1 empty chosen response, 1 empty rejected response",
             ),
         ),
@@ -293,7 +293,7 @@ def test_no_pair_is_short_enough(place, capfd):
     data = {"train": [{"path": "pairs.jsonl"}], "truncation": "drop", "max_length": 1}
     edit("config.json", data=data)
     message = refuse(capfd)
-    check(message, "train data: no pair is left", "8 dropped: longer than max_length")
+    check(message, "pairs.jsonl: no pair is left", "8 dropped: longer than max_length")
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def yarn() -> None:
         ),
         (
             lambda: edit("policy/config.json", rope_parameters={"rope_theta": "1e4"}),
-            ('policy/config.json: rope_theta: found "1e4", expected a number above 0',),
+            ('policy/config.json: rope_theta: found "1e4", expected a number above 1',),
         ),
         (
             lambda: edit("policy/config.json", rope_parameters=[1]),

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from benchmarks.flex_tiles import spills
 from conftest import random_pairs
 from notus.data.packing import PADDING, pack
+from notus.data.planning import Plan
 from notus.demo import write_demo
+from notus.engine.metrics import Meter
+from notus.engine.saver import Saver
 from notus.model import attention
 from notus.model.attention import attend, build_mask, may_attend
 from runs import base_config, metrics, stored
@@ -137,6 +141,79 @@ def test_another_process_resumes_to_the_bit(wide_demo, tmp_path):
     ours, theirs = (stored(out / "checkpoints/step-00000004", "model") for out in (resumed, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_steps_neither_compile_nor_wait(wide_demo, tmp_path, monkeypatch):
+    """Rows of several lengths have the warm-up's kernels; only the verdict and a save wait."""
+    loop, divide, lengths = train.train, Plan.division, set()
+
+    def waiting(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def allowed(*arguments, **options):
+            torch.cuda.set_sync_debug_mode("default")
+            result = function(*arguments, **options)
+            torch.cuda.set_sync_debug_mode("error")
+            return result
+
+        monkeypatch.setattr(owner, name, allowed)
+
+    def divided(*arguments):
+        division = divide(*arguments)
+        lengths.add(division.slots)
+        return division
+
+    def watched(*arguments):
+        monkeypatch.setattr(Plan, "division", divided)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                return loop(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    waiting(Meter, "end_step")
+    waiting(Saver, "save")
+    monkeypatch.setattr(train, "train", watched)
+    device = "parallel.device=cuda"
+    found = run_steps(wide_demo, tmp_path / "run", device, "data.tokens_per_microbatch=1024")
+    assert len(found) == 4 and len(lengths) > 1
+
+
+def test_evaluations_are_those_of_the_cpu(wide_demo, tmp_path):
+    model, prompts = str(wide_demo / "sft"), str(wide_demo / "prompts.jsonl")
+    data = ["--data", str(wide_demo / "heldout.jsonl"), "--rule", "mean-rating"]
+    data += ["--compute-dtype", "float32", "--max-length", "96", "--max-prompt-length", "48"]
+    answers = ["--reference", model, "--prompts", prompts, "--max-new-tokens", "4"]
+    metrics, pages = [], []
+    for device in ("cuda", "cpu"):
+        pairs, page = (tmp_path / f"{device}-{name}" for name in ("pairs", "samples.md"))
+        own = ["--device", device, "--out"]
+        assert evaluation.main(["preferences", model, *data, *own, str(pairs)]) == 0
+        options = [*answers, "--dtype", "float32", *own, str(page)]
+        assert evaluation.main(["samples", model, *options]) == 0
+        metrics.append(json.loads((pairs / "summary.json").read_text())["metrics"])
+        pages.append(page.read_text())
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-3)
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    ("pairs", "mesh"),
+    [(15, ["parallel.shard=2"]), (15, ["parallel.shard=1", "parallel.replicate=2"]), (1, [])],
+)
+def test_two_gpus_train_as_the_cpu(wide_demo, tmp_path, pairs, mesh):
+    """NCCL adds what the CPU adds; of one pair in a step, one of the ranks gets none."""
+    size = f"train.pairs_per_step={pairs}"
+    expected = run_steps(wide_demo, tmp_path / "cpu", "parallel.device=cpu", size)
+    config, output = tmp_path / "cpu/config.json", tmp_path / "two"
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
+    words = [str(config), size, "train.max_steps=4", f"output_dir={output}", *mesh]
+    subprocess.run([*program, *words], cwd=Path(train.__file__).parent, check=True)
+    for ours, theirs in zip(metrics(output), expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
 
 
 def untimed(line: dict) -> dict:

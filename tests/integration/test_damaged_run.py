@@ -13,7 +13,8 @@ import train
 from notus import start
 from notus.card import card
 from notus.engine.history import read_history
-from notus.objective import reference_cache
+from notus.objective import cache_files
+from notus.objective.cache_files import CacheFiles
 from runs import base_config, checkpoints, metrics
 
 STEPS = 3
@@ -258,13 +259,13 @@ def fresh(run, monkeypatch) -> Path:
     """The same before its first start; the reference pass writes every 8 pairs."""
     shutil.rmtree(run)
     shutil.rmtree("reference-cache")
-    monkeypatch.setattr(reference_cache, "PART", 8)
+    monkeypatch.setattr(cache_files, "PART", 8)
     return run
 
 
 def test_a_stop_in_the_reference_pass_keeps_its_parts(ended, fresh, capfd, monkeypatch):
     with monkeypatch.context() as patch:
-        signalled(patch, reference_cache, "_append", signal.SIGTERM, call=2)
+        signalled(patch, CacheFiles, "append", signal.SIGTERM, call=2)
         said = again(capfd)
     assert "stopped by a signal before the first step" in said
     (parts,) = (fresh / "reference").iterdir()
@@ -273,8 +274,8 @@ def test_a_stop_in_the_reference_pass_keeps_its_parts(ended, fresh, capfd, monke
     assert (fresh / "lock").read_text() == "" and not (fresh / "metrics.jsonl").exists()
     with monkeypatch.context() as patch:
         begun = []
-        append = reference_cache._append
-        patch.setattr(reference_cache, "_append", lambda *a: (begun.append(a[1]), append(*a)))
+        append = CacheFiles.append
+        patch.setattr(CacheFiles, "append", lambda *a: (begun.append(a[1]), append(*a)))
         again(capfd)
     assert begun[0] == 16  # after two parts
     for one, other in zip(metrics(fresh), metrics(ended / "run"), strict=True):

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ROWS = (4096, 256, 1152, 8192, 16384)  # one of 128, a single block, has kernels of its own
+ROWS = (4096, 128, 256, 1152, 8192, 16384)
 # Stands in for the driver. The autograd engine asks for the devices, and whether they are in use.
 DRIVER = """
 int count;

@@ -16,11 +16,9 @@ from notus.model.hf_config import decoder_config, has_vision, read_shape
 from notus.model.mistral import MistralForCausalLM
 from notus.model.weights import (
     check_weights,
-    copy_tokenizer,
     gather_own,
     hash_weights,
     load_weights,
-    model_folder,
     open_model,
     save_tensors,
     stored_tensors,
@@ -248,21 +246,3 @@ def test_what_is_gathered_and_written_is_every_tensor(tmp_path):
     }
     saved = load_file(tmp_path / "model-00001-of-00001.safetensors")
     assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
-
-
-def test_tokenizer_files_are_copied_as_they_stand(tmp_path):
-    (tmp_path / "to").mkdir()
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"odd": " spacing"}))
-    copy_tokenizer(tmp_path, tmp_path / "to")
-    assert (tmp_path / "to/tokenizer.json").read_bytes() == b'{"odd": " spacing"}'
-    assert len(list((tmp_path / "to").iterdir())) == 1
-
-
-@pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "\ud800"])
-def test_a_name_that_no_folder_can_have_is_refused(path):
-    with pytest.raises(UserError, match="no such model folder here"):
-        model_folder(path)
-
-
-def test_a_local_folder_is_taken_as_it_is(tmp_path):
-    assert model_folder(str(tmp_path)) == tmp_path

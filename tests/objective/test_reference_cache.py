@@ -14,7 +14,8 @@ import torch
 from conftest import random_pairs
 from notus.data.packing import Rows
 from notus.errors import UserError
-from notus.objective import reference_cache, turns
+from notus.objective import cache_files, turns
+from notus.objective.cache_files import CacheFiles
 from notus.objective.reference import OnlineReference
 from notus.objective.reference_cache import audit_sample, cache_identity, cached_log_probs
 
@@ -85,7 +86,7 @@ def test_a_shape_field_that_a_cache_lacks_has_its_default(
     later = make_dataclass(
         "Later", [("sandwich_norm", bool, False)], bases=(type(shape),), frozen=True
     )
-    monkeypatch.setattr(reference_cache, "ModelShape", later)
+    monkeypatch.setattr(cache_files, "ModelShape", later)
     edited = later(**asdict(shape), sandwich_norm=value)
     online.calls.clear()
     other = cache_identity(online.pairs, REFERENCE, edited, torch.float32)
@@ -118,7 +119,7 @@ def test_a_half_written_cache_is_computed_again(setting):
 def test_an_interrupted_pass_is_resumed(setting, monkeypatch, interrupted, torn):
     """Parts of 8 of 30 pairs; killed during the third, or while its end was being written."""
     folder, identity, online = setting
-    monkeypatch.setattr(reference_cache, "PART", 8)
+    monkeypatch.setattr(cache_files, "PART", 8)
     whole = cached_log_probs(folder / "whole", folder / "whole", identity, online)
     parts = [[*range(0, 8)], [*range(8, 16)], [*range(16, 24)], [*range(24, 30)]]
     assert online.calls == parts
@@ -149,9 +150,9 @@ def test_an_interrupted_pass_is_resumed(setting, monkeypatch, interrupted, torn)
 def interrupted_pass(setting, monkeypatch, changed=lambda log_probs: log_probs):
     """The file of all parts of 8 pairs, killed before the cache was written."""
     folder, identity, online = setting
-    monkeypatch.setattr(reference_cache, "PART", 8)
+    monkeypatch.setattr(cache_files, "PART", 8)
     with monkeypatch.context() as refused:
-        refused.setattr(reference_cache, "_write", no_space)
+        refused.setattr(CacheFiles, "write", no_space)
         with pytest.raises(UserError):
             other = Counted(online.model, online.pairs, online.rows, changed=changed)
             cached_log_probs(folder, folder, identity, other)
@@ -176,7 +177,7 @@ def test_damaged_parts_are_computed_again(setting, monkeypatch, pair):
     whole = cached_log_probs(folder / "whole", folder / "whole", identity, online)
     file = interrupted_pass(setting, monkeypatch)
     content = bytearray(file.read_bytes())
-    content[4 * int(online.pairs.response_starts[pair]) + pair // 8 * reference_cache.SEAL] ^= 1
+    content[4 * int(online.pairs.response_starts[pair]) + pair // 8 * cache_files.SEAL] ^= 1
     file.write_bytes(content)
     online.calls.clear()
     said = []
@@ -191,16 +192,16 @@ def test_parts_of_another_set_are_computed_again(setting, monkeypatch):
     folder, identity, online = setting
     file = interrupted_pass(setting, monkeypatch)
     other = identity | {"compute_dtype": "bfloat16"}
-    file.rename(folder / f"{reference_cache._key(other)}.parts")
+    file.rename(folder / CacheFiles(folder, folder, other, []).parts.name)
     online.calls.clear()
     cached_log_probs(folder, folder, other, online)
     assert online.calls[0] == [*range(8)]
 
 
-@pytest.mark.parametrize("refused", ["_read", "_read_parts", "_append", "_write"])
+@pytest.mark.parametrize("refused", ["read", "read_parts", "append", "write"])
 def test_a_file_system_that_refuses_is_named(setting, monkeypatch, refused):
     folder, identity, online = setting
-    monkeypatch.setattr(reference_cache, refused, no_space)
+    monkeypatch.setattr(CacheFiles, refused, no_space)
     with pytest.raises(UserError, match=r"\.(parts|safetensors): cannot.*No space left on device"):
         cached_log_probs(folder, folder, identity, online)
 
@@ -311,7 +312,7 @@ def test_an_earlier_cache_in_the_own_folder_is_read(setting):
 def hold(folder, identity):
     """The lock of another run on the cache of this identity: its file, open."""
     folder.mkdir(exist_ok=True)
-    file = (folder / f"{reference_cache._key(identity)}.lock").open("w")
+    file = CacheFiles(folder, folder, identity, []).path.with_suffix(".lock").open("w")
     file.write('{"pid": 7}')
     file.flush()
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -378,10 +379,10 @@ def test_without_locks_every_run_computes_its_own(setting, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    write, found = reference_cache.write_whole, []
+    write, found = cache_files.write_whole, []
 
     def write_twice(path, content, **options):
-        monkeypatch.setattr(reference_cache, "write_whole", write)
+        monkeypatch.setattr(cache_files, "write_whole", write)
         rows = Rows(200, True, CPU)
         second = OnlineReference(online.model, online.pairs, rows)
 
@@ -391,7 +392,7 @@ def test_without_locks_every_run_computes_its_own(setting, monkeypatch):
 
         write(path, both, **options)
 
-    monkeypatch.setattr(reference_cache, "write_whole", write_twice)
+    monkeypatch.setattr(cache_files, "write_whole", write_twice)
     found.append(cached_log_probs(folder / "shared", folder / "one", identity, online))
     assert len(found) == 2 and torch.equal(*found)
     online.calls.clear()

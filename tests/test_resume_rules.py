@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from notus import resume
 from notus.data.token_arrays import TokenizedPairs
-from notus.engine import resume
-from notus.engine.resume import check_checkpoint, check_output_dir, differences, what_must_match
 from notus.errors import UserError
 from notus.model.hf_config import ModelShape, read_shape
+from notus.resume import check_checkpoint, differences, what_must_match
+from notus.run_folder import check_output_dir
 
 DEFAULTS = {
     "data": {"train": [], "eval": None, "shuffle": True, "tokens_per_microbatch": 8},
@@ -80,11 +81,13 @@ def problems(
     common = what_must_match(settings, shape, PAIRS, {"sha256": "r"}, None, 9)
     said = []
     for check in (
-        lambda: check_output_dir(folder, settings, "auto", reader(today)),
-        lambda: check_checkpoint(saved, common, settings, reader(today)),
+        lambda: check_output_dir(folder, settings, "auto"),
+        lambda: check_checkpoint(saved, common, settings),
     ):
         try:
-            check()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(resume, "settings_now", reader(today))
+                check()
         except UserError as error:
             said.append(str(error))
     return said
@@ -155,4 +158,4 @@ def test_the_nested_entry_that_differs_is_named():
 def test_a_folder_with_another_config_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        check_output_dir(tmp_path, DEFAULTS, "auto", reader(DEFAULTS))
+        check_output_dir(tmp_path, DEFAULTS, "auto")

@@ -1,4 +1,4 @@
-"""Rows that are read, though perhaps not as they were meant: warnings of `--dry-run`."""
+"""Rows that are read, though perhaps not as meant: warnings of `--dry-run` and `eval.py`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +28,8 @@ def oddities(sources: Sequence[Source], pairs: Sequence[Pair], has_template: boo
         elif text and has_template:
             yield (
                 f"{file}: {len(text):,} rows are text, first {text[0].where}, and the tokenizer "
-                "has a chat template, which text does not go through; give messages if the model "
-                "is to chat"
+                'has a chat template, which text does not go through; give the source "format": '
+                '"turns" if they are turns of a chat'
             )
     for source in sources:
         yield from _changing_columns(source)

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from notus.data.oddities import oddities
 from notus.data.preferences import Source, load_preferences
-from notus.dryrun.oddities import oddities
 from notus.errors import UserError
 
 TEXT = {"prompt": "Where is Rome?", "chosen": "In Italy.", "rejected": "In Spain."}
@@ -26,6 +26,7 @@ def warnings(folder, rows, has_template=True):
 def test_text_despite_a_chat_template(tmp_path):
     (line,) = warnings(tmp_path, [TEXT, TEXT])
     assert line.startswith("pairs.jsonl: 2 rows are text, first pairs.jsonl:1, and the tokenizer")
+    assert line.endswith('give the source "format": "turns" if they are turns of a chat')
     assert warnings(tmp_path, [TEXT, TEXT], has_template=False) == []
 
 
