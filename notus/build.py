@@ -126,9 +126,15 @@ def load_data(
     return datasets
 
 
+MOST_STEPS = 10**7  # of a run; a start looks at each of them, for the longest row
+
+
 def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
-    """The pairs of every step, and their division over `ranks` ranks and microbatches."""
-    return Plan(
+    """The pairs of every step, and their division over `ranks` ranks and microbatches.
+
+    Raises UserError for more than MOST_STEPS.
+    """
+    plan = Plan(
         slots_of(pairs.lengths, config.data.prefix_sharing),
         pairs_per_step=config.train.pairs_per_step,
         epochs=config.train.epochs,
@@ -138,6 +144,12 @@ def build_plan(config: Config, pairs: TokenizedPairs, ranks: int) -> Plan:
         ranks=ranks,
         budget=config.data.tokens_per_microbatch,
     )
+    if plan.steps > MOST_STEPS:
+        raise UserError(
+            f"train.epochs: found {plan.epochs:,}, which makes {plan.steps:,} steps; expected at "
+            f"most {MOST_STEPS:,} (train.max_steps limits them)"
+        )
+    return plan
 
 
 @dataclass(frozen=True, kw_only=True)

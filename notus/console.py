@@ -9,13 +9,15 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from notus.errors import UserError
 
 COMMAND = re.compile(" *(python|torchrun|pip) ")
 
@@ -46,6 +48,22 @@ def report_error(error: Exception, prints: bool) -> None:
         content = {"message": f"error: {error}", "timestamp": int(time.time())}
         with suppress(OSError):
             Path(file).write_text(json.dumps(content))
+
+
+def run_command(command: Callable[[], str]) -> int:
+    """Print the line that `command` returns; the exit code, 2 after a user's mistake.
+
+    Under torchrun one process speaks.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        told = command()
+    except UserError as error:
+        report_error(error, prints=speaks)
+        return 2
+    if speaks:
+        emit(told)
+    return 0
 
 
 def quiet_libraries() -> None:

@@ -17,6 +17,7 @@ Held-out instructions are new strings, but their facts may have been seen in ano
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -36,8 +37,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from notus.console import emit
+from notus.console import emit, run_command
 from notus.errors import UserError
+from notus.evals.options import at_least
+from notus.files import PARTIAL, remove_partial, writing
 from notus.rounds import ROOT, rounds_table, run_rounds
 
 SEED = 42
@@ -282,19 +285,26 @@ FILES |= {f"{model}/{name}" for model in ("init", "sft") for name in MODEL_FILES
 
 def check_folder(folder: Path) -> None:
     """Raise UserError unless `folder` is missing, empty or holds only the demo's own files."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder} is a file; the demo is written into a folder")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    for name in sorted(found - FILES - {"init", "sft"}):
+    own = {name for name in found if name.startswith(PARTIAL)}  # of a killed process
+    for name in sorted(found - FILES - {"init", "sft"} - own):
         raise UserError(
             f"{folder} holds {name}, which is not the demo's; give another folder with --out"
         )
 
 
 def save_model(folder: Path, model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.save_pretrained(folder)
-    # The template goes into tokenizer_config.json, where older readers look for it too.
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    """Write a model folder. Raises OSError."""
+    try:
+        model.save_pretrained(folder)
+        # The template goes into tokenizer_config.json, where older readers look for it too.
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
+    except OSError:
+        raise
+    except Exception as error:  # what safetensors and tokenizers make of a full disk
+        raise OSError(errno.EIO, str(error), str(folder)) from None
 
 
 def write_demo(
@@ -307,13 +317,31 @@ def write_demo(
     """Write the complete demo into `folder`, in place of an earlier demo.
 
     Small arguments give a folder of the same layout in a few seconds, with a policy that answers
-    nothing; with sft_passes=0 the policy is the initial model. Raises UserError when the folder
-    holds anything else, or the policy cannot be trained.
+    nothing; with sft_passes=0 the policy is the initial model. Raises UserError, leaving what was
+    there, when the folder holds anything else or cannot be written, or the policy is not trained.
     """
     folder = Path(folder)
-    check_folder(folder)
-    shutil.rmtree(folder / "sft", ignore_errors=True)  # an old policy must not pass for a new one
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        made = not folder.exists()
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            remove_partial(folder)
+            with TemporaryDirectory(prefix=PARTIAL, dir=folder) as place:
+                fill_folder(Path(place), rows, sft_passes, hidden_size, vocabulary)
+                for name in sorted(FILES):
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    os.replace(Path(place) / name, folder / name)
+        except BaseException:
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def fill_folder(
+    folder: Path, rows: int | None, sft_passes: int, hidden_size: int, vocabulary: int
+) -> None:
+    """Write the demo into an empty folder. Raises OSError, or UserError as `write_demo`."""
     data = make_data(rows, sft_passes)
     for name, lines in data.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -326,27 +354,25 @@ def write_demo(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m notus.demo", description="Write the demo.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
     told = "then sample, check and train N times, below runs/demo-rounds (docs/rounds.md)"
-    parser.add_argument("--rounds", type=int, default=0, metavar="N", help=told)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--rounds", type=at_least(0), default=0, metavar="N", help=told)
+    return run_command(lambda: make(parser.parse_args(arguments)))
+
+
+def make(options: argparse.Namespace) -> str:
+    """Write the demo and run the rounds that are asked for; returns what to say at the end."""
     folder = options.out
     logging.disable_progress_bar()
-    try:
-        if not (options.rounds and all((folder / name).is_file() for name in FILES)):
-            emit(f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)")
-            write_demo(folder)
-        if options.rounds:
-            run_rounds(options.rounds, folder, ROUNDS)
-            table = rounds_table(ROUNDS, options.rounds)
-            emit(f"\nof held-out prompts, after each round:\n{table}")
-            return 0
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    emit(f"Wrote {folder}. Next:\n  torchrun --nproc_per_node 2 train.py configs/demo.json")
-    return 0
+    if not (options.rounds and all((folder / name).is_file() for name in FILES)):
+        emit(f"Writing {folder}: data, a tokenizer and an SFT policy (about a minute)")
+        write_demo(folder)
+    if options.rounds:
+        run_rounds(options.rounds, folder, ROUNDS)
+        return f"\nof held-out prompts, after each round:\n{rounds_table(ROUNDS, options.rounds)}"
+    return f"Wrote {folder}. Next:\n  torchrun --nproc_per_node 2 train.py configs/demo.json"
 
 
 if __name__ == "__main__":

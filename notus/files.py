@@ -94,10 +94,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     first to finish wins. A killed process leaves its partial folder. Raises UserError if `path`
     exists, or the file system refuses.
     """
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path}: exists already; expected the name of a new folder")
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
+        if os.path.lexists(path):
+            raise UserError(f"{path}: exists already; expected the name of a new folder")
         partial.mkdir(parents=True)
         yield partial
         os.rename(partial, path)

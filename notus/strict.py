@@ -154,8 +154,10 @@ def read_json(text: str) -> Any:
     """JSON for `parse`, which rejects a key that one object holds twice. Raises JSONDecodeError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        return {name: _REPEATED if names.count(name) > 1 else value for name, value in pairs}
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            found[name] = _REPEATED if name in found else value
+        return found
 
     # Python limits the digits of an integer with an error of its own; no key needs over 64 bits.
     def integer(digits: str) -> int | float:
@@ -168,8 +170,8 @@ def read_option(name: str, text: str | None) -> Any:
     """The value of an option that takes an object. Raises UserError if it is not JSON."""
     try:
         return None if text is None else read_json(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{name}: not JSON: {error}; expected {{"name": ...}}') from None
 
 
 _REPEATED = object()  # the value of a repeated key, until `parse` knows its dotted key

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus import demo
@@ -194,15 +195,41 @@ def test_without_steps_the_policy_is_the_initial_model(tmp_path: Path) -> None:
         assert (tmp_path / "sft" / name).read_bytes() == (tmp_path / "init" / name).read_bytes()
 
 
-def test_a_training_that_fails_leaves_no_policy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_training_that_fails_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    demo.write_demo(tmp_path / "demo", **SMALL | {"sft_passes": 0})
+    before = {name: (folder / name).read_bytes() for name in demo.FILES}
     (tmp_path / "train.py").write_text("import sys; sys.exit(2)")
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    with pytest.raises(UserError, match="ended with 2"):
-        demo.write_demo(tmp_path / "demo", **SMALL)
-    assert not (tmp_path / "demo/sft").exists()  # rather none than one that looks trained
+    for place in (folder, tmp_path / "demo"):
+        with pytest.raises(UserError, match="ended with 2"):
+            demo.write_demo(place, **SMALL)
+    assert not (tmp_path / "demo").exists()  # rather none than one that looks trained
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.*")}
+    assert before == {name: path.read_bytes() for name, path in found.items()}
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors and tokenizers have exceptions of their own for a full disk."""
+
+    def full(model: object, folder: Path) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setattr(demo.MistralForCausalLM, "save_pretrained", full)
+    monkeypatch.setattr(demo, "make_data", lambda *given, make=demo.make_data: make(30, 0))
+    for name, message in (
+        ("file/demo", "file/demo: cannot be written (Not a directory)"),
+        ("link", "link is a file; the demo is written into a folder"),
+        ("new", "/init: No space left on device (os error 28))"),
+    ):
+        assert demo.main(["--out", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("error:") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
 def test_a_demo_is_written_over_with_the_same_bytes(folder: Path) -> None:

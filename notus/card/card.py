@@ -14,7 +14,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from notus.card.curves import draw_curves
-from notus.console import counted, drawing, emit
+from notus.console import counted, drawing, run_command
 from notus.engine.checkpoint import checkpoints
 from notus.engine.history import read_history
 from notus.errors import UserError
@@ -396,10 +395,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base-model", metavar="ID", type=hub_id, help=about)
     parser.add_argument("--datasets", metavar="ID", type=hub_id, nargs="+", default=[], help=about)
     options = parser.parse_args(arguments)
-    try:
-        card = write_card(options.run, options.license, options.base_model, options.datasets)
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    emit(f"wrote {card}")
-    return 0
+    given = (options.run, options.license, options.base_model, options.datasets)
+    return run_command(lambda: f"wrote {write_card(*given)}")

@@ -8,7 +8,6 @@ both give the same pairs. Rows that are pairs already are screened, and written 
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 import pyarrow.parquet
 from tqdm import tqdm
 
-from notus.console import counted, emit
+from notus.console import counted, run_command
 from notus.curation.curate import (
     Curation,
     Screen,
@@ -259,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=SEED, help=f"of the draw of rejected responses ({SEED})")
     options = parser.parse_intermixed_args(arguments)
     reading = Reading(options.input)
-    try:
+
+    def command() -> str:
         if options.match and not options.decontaminate:
             raise UserError(f"--match {options.match}: has no effect without --decontaminate FILE")
         curation = Curation(
@@ -277,11 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = replace(parse(keys, Source), curation=curation)
         with naming_options("format", "columns", "ignore", "rule"):
             counts = curate(source, options.out, options.held_out, options.seed, reading)
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    emit("\n".join(reading.lines()))
-    pairs = counted(counts["pairs"], "pairs")
-    emit(f"wrote {options.out}: {pairs}; {_counts_text(counts, curation)}")
-    emit(f"look at the rows:\n  {look_command(options.out)}")
-    return 0
+        pairs = counted(counts["pairs"], "pairs")
+        told = f"wrote {options.out}: {pairs}; {_counts_text(counts, curation)}"
+        look = f"look at the rows:\n  {look_command(options.out)}"
+        return "\n".join((*reading.lines(), told, look))
+
+    return run_command(command)

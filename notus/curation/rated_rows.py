@@ -34,7 +34,11 @@ class RatedRow(NamedTuple):
 
 def read_ultrafeedback(row: Row, where: str) -> RatedRow:
     """openbmb/UltraFeedback, in any of its revisions."""
-    prompt = read_text(row, "instruction", where)
+    prompt = row.get("instruction")
+    if isinstance(prompt, list):  # what a judge was asked about conversations
+        prompt = as_text(read_messages(row, "instruction", where))
+    else:
+        prompt = read_text(row, "instruction", where)
     # null means no completions: Parquet files written from JSON hold it for missing lists.
     completions = [] if row.get("completions", ()) is None else row.get("completions")
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
@@ -74,16 +78,16 @@ def read_nectar(row: Row, where: str) -> RatedRow:
         {"response": one.get("answer"), "model": one.get("model"), "rating": -one["rank"]}
         for one in answers
     ]
-    return RatedRow(_as_text(turns), completions, None)
+    return RatedRow(as_text(turns), completions, None)
 
 
 def _prompt(row: Row, column: str, where: str) -> str | list[Message]:
     if isinstance(row.get(column), list):
-        return _as_text(read_messages(row, column, where))
-    return _as_text(helpsteer_turns(row, column, where))
+        return as_text(read_messages(row, column, where))
+    return as_text(helpsteer_turns(row, column, where))
 
 
-def _as_text(prompt: str | list[Message]) -> str | list[Message]:
+def as_text(prompt: str | list[Message]) -> str | list[Message]:
     """The prompt, as text if it is a single question."""
     if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].keys() == {"role", "content"}:
         return prompt[0]["content"] if prompt[0]["role"] == USER else prompt

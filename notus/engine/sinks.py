@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -71,8 +71,8 @@ def open_sinks(
     for each, sink in zip(EXTRAS, (Wandb, Trackio), strict=True):
         if each in names:
             try:
-                run_id = _run_id(folder)
-                found.append(sink(folder, project, name, list(tags), dict(settings), run_id))
+                run = Run(_run_id(folder), folder, project, name, list(tags), dict(settings))
+                found.append(sink(run))
             except UserError:
                 raise
             except Exception as error:  # each library has its own
@@ -89,31 +89,34 @@ def _run_id(folder: Path) -> str:
     return str(read_object(path)["id"])
 
 
+class Run(NamedTuple):
+    """What a service is told of a run. name: None if the folder's name is to serve."""
+
+    id: str
+    folder: Path
+    project: str
+    name: str | None
+    tags: list[str]
+    settings: dict[str, Any]
+
+
 class Wandb:
     """A run in Weights & Biases, found again by its id. WANDB_MODE=offline keeps it in `folder`."""
 
     name = "wandb"
 
-    def __init__(
-        self,
-        folder: Path,
-        project: str,
-        name: str | None,
-        tags: list[str],
-        settings: dict[str, Any],
-        run_id: str,
-    ) -> None:
+    def __init__(self, run: Run) -> None:
         import wandb  # an extra
 
         self._table = wandb.Table
         self._run = wandb.init(
-            project=project,
-            name=name or folder.resolve().name,
-            id=run_id,
+            project=run.project,
+            name=run.name or run.folder.resolve().name,
+            id=run.id,
             resume="allow",
-            tags=tags,
-            config=settings,
-            dir=str(folder),
+            tags=run.tags,
+            config=run.settings,
+            dir=str(run.folder),
             settings=wandb.Settings(console="off"),
         )
         # A resumed run repeats steps, which W&B's own count of them refuses.
@@ -134,22 +137,14 @@ class Trackio:
 
     name = "trackio"
 
-    def __init__(
-        self,
-        folder: Path,
-        project: str,
-        name: str | None,
-        tags: list[str],
-        settings: dict[str, Any],
-        run_id: str,
-    ) -> None:
+    def __init__(self, run: Run) -> None:
         import trackio  # an extra
 
         self._table = trackio.Table
         self._run = trackio.init(
-            project=project,
-            name=name or f"{folder.resolve().name}-{run_id}",
-            config=settings | {"tags": tags},
+            project=run.project,
+            name=run.name or f"{run.folder.resolve().name}-{run.id}",
+            config=run.settings | {"tags": run.tags},
             resume="allow",
             embed=False,
         )

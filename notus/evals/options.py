@@ -1,6 +1,7 @@
 """Options that commands share: bounded numbers, new files, decoding, --json and its report."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ class NewPath(argparse.Action):
     """Store the path of a file or folder to be written; a UserError if it exists already."""
 
     def __call__(self, parser: Any, options: Any, path: Any, option: str | None = None) -> None:
-        if path.exists():
+        if os.path.lexists(path):
             raise UserError(f"{option} {path}: exists already and is not overwritten")
         setattr(options, self.dest, path)
 
@@ -28,12 +29,14 @@ def model_path(text: str) -> str:
     return str(final) if final.is_dir() and (Path(text) / "metrics.jsonl").is_file() else text
 
 
-def at_least(minimum: int, kind: type = int) -> Callable[[str], Any]:
+def at_least(minimum: float, kind: type = int, below: float = float("inf")) -> Callable[[str], Any]:
     """A converter for argparse: finite numbers of a type, from `minimum` on."""
 
     def number(text: str) -> Any:
-        if not minimum <= kind(text) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}; expected a number of at least {minimum}")
+        if not minimum <= kind(text) < below:
+            limit = f" and below {below:g}" if below < float("inf") else ""
+            expected = f"expected a number of at least {minimum}{limit}"
+            raise argparse.ArgumentTypeError(f"{text}; {expected}")
         return kind(text)
 
     return number

@@ -6,5 +6,5 @@ reward     judging by a reward model on this project's decoder
 judge      judging by a language model, in the shape of UltraFeedback
 rubric     what a language model is asked, and how its answer is read
 server     a server with OpenAI's interface, asked until it answers or is clearly gone
-record     a language model's answers, kept so that nothing is asked twice
+record     the answers and scores so far, kept so that nothing is asked or computed twice
 """

@@ -17,9 +17,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from notus.console import run_command
 from notus.curation.rows import Row, read_text
 from notus.errors import UserError
-from notus.feedback.responses import Sampled, hash_of_rows, read_responses, run_judge, write_rated
+from notus.feedback.responses import (
+    Sampled,
+    hash_of_rows,
+    judge_parser,
+    read_responses,
+    write_rated,
+)
 from notus.generate.samples import is_right
 
 Check = Callable[[str, Row], Any]  # a response and its row -> a number, true, false or None
@@ -62,7 +69,7 @@ def load_check(named: str) -> Check:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise UserError(f"--check {named}: {file} cannot be run ({error!r})") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -87,11 +94,12 @@ def rate(sampled: Sampled, check: Check, needs_answer: bool) -> list[float | Non
             found = check(response, row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             raise UserError(f"{where}: the check failed with {error!r}") from error
-        if found is not None and not isinstance(found, bool | int | float):
+        if found is not None and not (isinstance(found, int | float) and abs(found) < 1e300):
             raise UserError(
-                f"{where}: the check gave {found!r:.60}; expected a number, True, False or None"
+                f"{where}: the check gave {found!r:.60}; expected a finite number, True, False or "
+                "None"
             )
         ratings.append(None if found is None else float(found))
     return ratings
@@ -124,18 +132,12 @@ def judge(options: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m notus.feedback.check",
-        description="Rate sampled responses by whether they are right.",
-    )
+    parser = judge_parser("check", "Rate sampled responses by whether they are right.")
     add = parser.add_argument
     own = "your function (response, row) -> a number, True, False or None for not rated; it is run"
-    add("responses", help="the rows of eval.py generate --samples")
-    add("--out", required=True, type=Path, help="the folder to make")
     add("--how", choices=HOW, default="exact", help="the answer, or as the last number in it")
     add("--check", metavar="FILE:FUNCTION", help=own)
-    options = parser.parse_args(arguments)
-    return run_judge(lambda: judge(options))
+    return run_command(lambda: judge(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

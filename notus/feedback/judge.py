@@ -17,17 +17,22 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
 
+from notus.console import run_command
 from notus.curation.rows import Row
 from notus.engine.log import progress
-from notus.errors import UserError
-from notus.evals.options import NewPath, at_least
+from notus.evals.options import at_least
 from notus.feedback import rubric as rubrics
 from notus.feedback.record import ANSWERS, Answer, Record
-from notus.feedback.responses import Sampled, hash_of_rows, read_responses, run_judge, write_rated
+from notus.feedback.responses import (
+    Sampled,
+    hash_of_rows,
+    judge_parser,
+    read_responses,
+    write_rated,
+)
 from notus.feedback.rubric import Asked, Rubric, Unreadable
 from notus.feedback.server import Refused, Reply, Server
 
@@ -46,14 +51,9 @@ class Question(NamedTuple):
     order: list[int]
 
 
-def distinct(responses: Sequence[str]) -> list[str]:
-    """The responses without repetitions: equal ones are judged once, and get the same ratings."""
-    return list(dict.fromkeys(responses))
-
-
 def questions_of(row: int, sampled: Sampled, rubric: Rubric, seed: int) -> list[Question]:
     """The questions about a row; each aspect shows the responses in a random order of its own."""
-    count, found = len(distinct(sampled.responses)), []
+    count, found = len(sampled.distinct), []
     for name in rubric.aspects:
         draws = random.Random(f"{seed}:{name}:{sampled.prompt}")
         found.append(Question(row, len(found), name, draws.sample(range(count), count)))
@@ -96,8 +96,7 @@ class Judge:
 
     def _asked(self, question: Question) -> Asked:
         sampled = self.sampled[question.row]
-        responses = distinct(sampled.responses)
-        shown = [responses[index] for index in question.order]
+        shown = [sampled.distinct[index] for index in question.order]
         if question.number < len(self.rubric.aspects):
             criterion = self.rubric.aspects[question.name]
             return rubrics.ask_aspect(question.name, criterion, sampled.prompt, shown)
@@ -134,7 +133,7 @@ def rated_row(sampled: Sampled, found: Sequence[tuple[Question, dict]], aspects:
 
     found: each question with the ratings of the distinct responses; the first are the aspects.
     """
-    row, number = sampled.row, {text: i for i, text in enumerate(distinct(sampled.responses))}
+    row, number = sampled.row, {text: i for i, text in enumerate(sampled.distinct)}
     completions = []
     for response in sampled.responses:
         index = number[response]
@@ -163,8 +162,6 @@ def rated_row(sampled: Sampled, found: Sequence[tuple[Question, dict]], aspects:
 def judge(options: argparse.Namespace) -> str:
     """Rate the responses of a file into the new folder of --out; returns a line about it."""
     rubric = rubrics.read_rubric(options.rubric) if options.rubric else rubrics.ULTRAFEEDBACK
-    if not options.url.startswith(("http://", "https://")) or "@" in options.url:
-        raise UserError(f"--url {options.url}: expected http://HOST/v1, without a user or a key")
     sampled = read_responses(options.responses)
     settings = {
         "judge": "language model",
@@ -176,9 +173,10 @@ def judge(options: argparse.Namespace) -> str:
         "rows_sha256": hash_of_rows(sampled),
     }
     partial_folder = options.out.with_name(f"{options.out.name}.partial")
-    record = Record(partial_folder, settings)
     given = {"timeout": options.timeout, "max_tokens": options.max_tokens}
-    judge = Judge(sampled, rubric, Server(options.url, options.model, **given), record)
+    server = Server(options.url, options.model, **given)
+    record = Record(partial_folder, settings, Answer)
+    judge = Judge(sampled, rubric, server, record)
     by_row = [questions_of(i, one, rubric, options.seed) for i, one in enumerate(sampled)]
     settle = partial(
         judge.settle,
@@ -259,26 +257,21 @@ def count(rows: Sequence[Row], record: Record) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m notus.feedback.judge",
-        description="Rate sampled responses by a language model behind a server.",
-    )
+    parser = judge_parser("judge", "Rate sampled responses by a language model behind a server.")
     add = parser.add_argument
-    add("responses", help="the rows of eval.py generate --samples")
     add("--url", required=True, help="of the server, up to /v1; its key: NOTUS_JUDGE_KEY")
     add("--model", required=True, help="the judge's name at the server")
-    add("--out", required=True, type=Path, action=NewPath, help="the folder to make")
     add("--rubric", metavar="FILE", help="criteria in place of UltraFeedback's (docs/rounds.md)")
     add("--parallel", type=at_least(1), default=8, help="requests at a time (default: 8)")
     add("--attempts", type=at_least(1), default=3, help="of a question (default: 3)")
     add("--temperature", type=at_least(0, float), default=0.0, help="of the first (default: 0)")
     add("--max-tokens", type=at_least(1), default=2048, help="of an answer (default: 2048)")
-    add("--timeout", type=at_least(0.01, float), default=120.0, help="seconds (default: 120)")
+    seconds = at_least(0.01, float, below=1e6)
+    add("--timeout", type=seconds, default=120.0, help="seconds (default: 120)")
     add("--seed", type=at_least(0), default=0, help="of orders and answers (default: 0)")
     money = "per million tokens read and written, for the manifest"
     add("--price", type=at_least(0, float), nargs=2, metavar=("IN", "OUT"), help=money)
-    options = parser.parse_args(arguments)
-    return run_judge(lambda: judge(options))
+    return run_command(lambda: judge(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

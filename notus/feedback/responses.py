@@ -1,44 +1,65 @@
 """Sampled responses in, rated rows out: the files that every judge reads and writes."""
 
+import argparse
 import hashlib
 import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from notus.console import emit
+from notus.curation.rated_rows import as_text
 from notus.curation.rows import Row, kind_of, read_rows, read_text, reject_column
+from notus.data.messages import ASSISTANT, MESSAGE_KEYS, TOOL_ROLES, USER, Message, read_messages
 from notus.errors import UserError
+from notus.evals.options import NewPath
 from notus.files import new_folder, write_json
 
 RATED, MANIFEST = "train.jsonl", "manifest.json"  # the first is read as the split "train"
 
 
 class Sampled(NamedTuple):
-    """A row of sampled responses: the user's question, two responses or more, the unchanged row."""
+    """A row of sampled responses: what they answer, two of them or more, the unchanged row.
 
-    prompt: str
+    prompt: a question of the user as text, or the messages of a conversation that ends with one.
+    """
+
+    prompt: str | list[Message]
     responses: list[str]
     row: Row
     where: str
+
+    @property
+    def distinct(self) -> list[str]:
+        """The responses without repetitions: equal ones are judged once, and rated the same."""
+        return list(dict.fromkeys(self.responses))
+
+    def answered(self, response: str) -> list[Message]:
+        """The conversation that ends with the response."""
+        single = [{"role": USER, "content": self.prompt}]
+        turns = single if isinstance(self.prompt, str) else self.prompt
+        return [*turns, {"role": ASSISTANT, "content": response}]
+
+
+def judge_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The command line of the module `name` with what every judge takes: responses and --out."""
+    parser = argparse.ArgumentParser(prog=f"python -m notus.feedback.{name}", description=about)
+    parser.add_argument("responses", help="the rows of eval.py generate --samples")
+    parser.add_argument(
+        "--out", required=True, type=Path, action=NewPath, help="the folder to make"
+    )
+    return parser
 
 
 def read_responses(path: str) -> list[Sampled]:
     """The rows of `eval.py generate --samples`, or any rows with "prompt" and "responses".
 
-    Raises UserError that names the row if the prompt is not text (one question of the user), or
-    there are not at least two responses, all of them text.
+    Raises UserError that names the row if the prompt is neither text nor messages of text, the last
+    one the user's, or there are not at least two responses, all of them text.
     """
     found = []
     for where, row in read_rows(path):
-        if isinstance(row.get("prompt"), list):
-            raise UserError(
-                f'{where}: "prompt" is a conversation of {len(row["prompt"])} messages; expected '
-                "text, a single question, because rated rows hold one"
-            )
-        prompt, responses = read_text(row, "prompt", where), row.get("responses")
+        prompt, responses = _read_prompt(row, where), row.get("responses")
         if not isinstance(responses, list):
             reject_column(row, "responses", where, "a list of texts")
         if len(responses) < 2:
@@ -54,6 +75,19 @@ def read_responses(path: str) -> list[Sampled]:
     return found
 
 
+def _read_prompt(row: Row, where: str) -> str | list[Message]:
+    if not isinstance(row.get("prompt"), list):
+        return read_text(row, "prompt", where)
+    messages = read_messages(row, "prompt", where)
+    for number, message in enumerate(messages):
+        if message["role"] in TOOL_ROLES or message.keys() != set(MESSAGE_KEYS):
+            raise UserError(f'{where}: "prompt[{number}]" holds more than text; expected only text')
+    if not messages or messages[-1]["role"] != USER:
+        found = f"a message of the {messages[-1]['role']}" if messages else "no message"
+        raise UserError(f'{where}: "prompt" ends with {found}; expected one of the user')
+    return as_text(messages)
+
+
 def write_rated(
     out: Path, rows: Iterable[Row], settings: Mapping[str, Any], others: Mapping[str, str] = {}
 ) -> None:
@@ -62,7 +96,7 @@ def write_rated(
     others: the contents of further files by name. As a training source the folder is its RATED.
     It appears only when it is complete. Raises UserError if it exists or cannot be written.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(map(_line_of, rows))
     with new_folder(out) as folder:
         hashes = {}
         for name, content in {RATED: text, **others}.items():
@@ -71,26 +105,15 @@ def write_rated(
         write_json(folder / MANIFEST, {**settings, "files_sha256": hashes})
 
 
+def _line_of(row: Row) -> str:
+    """A row as a line of JSON; half a surrogate pair, which UTF-8 has not, remains escaped."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def hash_of_rows(sampled: Sequence[Sampled]) -> str:
     """A hash of the rows' content, whatever the kind of file that they were read from."""
     digest = hashlib.sha256()
     for one in sampled:
         digest.update(json.dumps(one.row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-def run_judge(judge: Callable[[], str]) -> int:
-    """Print the line that `judge` returns; the exit code, 2 after a user's mistake.
-
-    Under torchrun one process speaks.
-    """
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        told = judge()
-    except UserError as error:
-        if speaks:
-            emit(f"error: {error}", sys.stderr)
-        return 2
-    if speaks:
-        emit(told)
-    return 0

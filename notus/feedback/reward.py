@@ -3,6 +3,7 @@
     python -m notus.feedback.reward responses.jsonl --model FOLDER_OR_ID --out scored
     torchrun --nproc_per_node 8 -m notus.feedback.reward ...       # the GPUs share the responses
 
+While it runs, OUT.partial keeps every score; the same command resumes and computes only the others.
 Each response is scored by itself, in a row of its own without padding, so its score depends on
 nothing but the model and its conversation: not on a batch, other responses or the number of ranks.
 """
@@ -12,13 +13,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from notus.console import run_command
+from notus.data.messages import Message
 from notus.data.packing import PROMPT, Layout
 from notus.data.tokenization import render
 from notus.data.tokenizer import load_tokenizer
@@ -26,13 +31,20 @@ from notus.engine import distributed
 from notus.engine.distributed import map_over_ranks
 from notus.engine.log import progress
 from notus.errors import UserError, agreed
-from notus.evals.options import NewPath
-from notus.feedback.responses import Sampled, hash_of_rows, read_responses, run_judge, write_rated
+from notus.feedback.record import Record, Score
+from notus.feedback.responses import (
+    Sampled,
+    hash_of_rows,
+    judge_parser,
+    read_responses,
+    write_rated,
+)
 from notus.files import read_object
 from notus.model.attention import build_mask
-from notus.model.hf_config import ModelShape, read_shape
+from notus.model.hf_config import ModelShape, architecture_of, read_shape
 from notus.model.mistral import Decoder
 from notus.model.weights import hash_weights, load_weights, model_folder, stored_tensors
+from notus.strict import show
 
 # A classifier's class, and that of the language model with the same decoder.
 CLASSES = {
@@ -73,10 +85,8 @@ class Scorer(NamedTuple):
     device: torch.device
 
     @torch.inference_mode()
-    def __call__(self, prompt: str, response: str, where: str) -> float:
-        """The score of a response to a question of the user. Raises UserError."""
-        pairs = (("user", prompt), ("assistant", response))
-        messages = [{"role": role, "content": content} for role, content in pairs]
+    def __call__(self, messages: Sequence[Message], where: str) -> float:
+        """The score of the response that ends a conversation. Raises UserError."""
         text = render(self.tokenizer, messages, where, opens_answer=False)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         last = max((i for i, token in enumerate(ids) if token != self.pad), default=0)
@@ -94,14 +104,16 @@ def open_reward_model(name: str) -> tuple[Path, ModelShape, int | None]:
     folder = model_folder(name)
     path = folder / "config.json"
     config = read_object(path)
-    found = (config.get("architectures") or [None])[0]
+    found, pad = architecture_of(config), config.get("pad_token_id")
     if "auto_map" in config:
         raise UserError(
             f"{path}: the model brings code of its own (auto_map), which is never run here; "
             f"expected {' or '.join(CLASSES)}"
         )
-    if found not in CLASSES:
+    if found not in tuple(CLASSES):
         raise UserError(f"{path}: architecture is {found}, expected {' or '.join(CLASSES)}")
+    if type(pad) not in (int, NoneType):
+        raise UserError(f"{path}: pad_token_id: found {show(pad)}, expected an integer or null")
     head = stored_tensors(folder).get(HEAD)
     if head is None or head.shape[:1] != (1,):
         labels = "no score" if head is None else f"{head.shape[0]} labels"
@@ -113,7 +125,7 @@ def open_reward_model(name: str) -> tuple[Path, ModelShape, int | None]:
             shape = read_shape(Path(place))
         except UserError as error:
             raise UserError(str(error).replace(place, str(folder))) from None
-    return folder, shape, config.get("pad_token_id")
+    return folder, shape, pad
 
 
 def load_scorer(
@@ -129,22 +141,31 @@ def load_scorer(
     return Scorer(model.to(dtype), tokenizer, pad, device)
 
 
-def score_all(sampled: Sequence[Sampled], score: Scorer) -> list[list[float]]:
-    """The scores of all rows' responses, of which each rank computes a share. Collective."""
-    texts = [(one.prompt, response, one.where) for one in sampled for response in one.responses]
-    once = list(dict.fromkeys(texts))
+def score_all(
+    sampled: Sequence[Sampled], score: Scorer, record: Record[Score]
+) -> list[list[float]]:
+    """The scores of all rows' responses; each rank computes a share of those not on record.
 
-    def share(part: Sequence[tuple[str, str, str]]) -> list[float]:
-        found = []
+    Collective.
+    """
+    keys = [(row, n) for row, one in enumerate(sampled) for n in range(len(one.distinct))]
+
+    def share(part: Sequence[tuple[int, int]]) -> dict[tuple[int, ...], Score]:
         with progress(len(part), 0, "response") as bar:
-            for text in part:
-                found.append(score(*text))
+            for row, number in part:
+                one = sampled[row]
+                found = score(one.answered(one.distinct[number]), one.where)
+                record.add(Score(row, number, found))
                 bar.update()
-        return found
+        return record.answers
 
-    scores = [number for part in map_over_ranks(once, share) for number in part]
-    known = dict(zip(once, scores, strict=True))
-    return [[known[one.prompt, r, one.where] for r in one.responses] for one in sampled]
+    known: dict[tuple[int, ...], Score] = {}
+    for part in map_over_ranks([key for key in keys if key not in record.answers], share):
+        known |= part
+    return [
+        [known[row, one.distinct.index(response)].score for response in one.responses]
+        for row, one in enumerate(sampled)
+    ]
 
 
 def judge(options: argparse.Namespace) -> str:
@@ -155,41 +176,40 @@ def judge(options: argparse.Namespace) -> str:
         opened = open_reward_model(options.model)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
         scorer = load_scorer(*opened, ranks.device, dtype)
-    sha256 = hash_weights(options.model, opened[0])["sha256"]
-    scores = score_all(sampled, scorer)
-    rows = [one.row | {"ratings": own} for one, own in zip(sampled, scores, strict=True)]
-    flat = [score for own in scores for score in own]
     settings = {
         "judge": "reward model",
         "model": options.model,
-        "model_sha256": sha256,
+        "model_sha256": hash_weights(options.model, opened[0])["sha256"],
         "dtype": options.dtype,
         "responses": options.responses,
         "rows_sha256": hash_of_rows(sampled),
-        "rows": len(rows),
-        "rated": len(flat),
-        "mean rating": sum(flat) / len(flat),
     }
+    partial_folder = options.out.with_name(f"{options.out.name}.partial")
+    with agreed():  # every rank has read the folder before any rank writes
+        record = Record(partial_folder, settings, Score, ranks.rank)
+    try:
+        scores = score_all(sampled, scorer, record)
+    finally:
+        record.close()
+    rows = [one.row | {"ratings": own} for one, own in zip(sampled, scores, strict=True)]
+    flat = [score for own in scores for score in own]
+    mean = sum(flat) / len(flat)
+    counts = {"rows": len(rows), "rated": len(flat), "mean rating": mean}
     with agreed():
         if ranks.first:
-            write_rated(options.out, rows, settings)
-    return f"wrote {options.out}: {len(flat):,} scores, {settings['mean rating']:.4f} on average"
+            write_rated(options.out, rows, settings | counts)
+            rmtree(partial_folder)
+    return f"wrote {options.out}: {len(flat):,} scores, {mean:.4f} on average"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m notus.feedback.reward",
-        description="Score sampled responses by a reward model.",
-    )
+    parser = judge_parser("reward", "Score sampled responses by a reward model.")
     add = parser.add_argument
-    add("responses", help="the rows of eval.py generate --samples")
     add("--model", required=True, help="a Hugging Face folder or hub id, a classifier of one label")
-    add("--out", required=True, type=Path, action=NewPath, help="the folder to make")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    options = parser.parse_args(arguments)
     try:
-        return run_judge(lambda: judge(options))
+        return run_command(lambda: judge(parser.parse_args(arguments)))
     finally:
         distributed.stop()
 

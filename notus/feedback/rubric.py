@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from notus.curation.rows import kind_of
+from notus.data.messages import Message
 from notus.errors import UserError
 from notus.files import read_object
 from notus.strict import Invalid, Text, parse
@@ -137,14 +138,16 @@ class Asked(NamedTuple):
     schema: dict[str, Any]
 
 
-def ask_aspect(name: str, criterion: Criterion, prompt: str, shown: Sequence[str]) -> Asked:
+def ask_aspect(
+    name: str, criterion: Criterion, prompt: str | Sequence[Message], shown: Sequence[str]
+) -> Asked:
     """The question about one aspect of all responses, numbered from 1 as they are shown."""
     values: list[int | str] = list(range(criterion.scale[0], criterion.scale[1] + 1))
     values += [NOT_APPLICABLE] * criterion.not_applicable
     answers = "\n\n".join(f"# Answer {n}\n\n{text}" for n, text in enumerate(shown, start=1))
     example = {"aspect": name, "ratings": [{"answer": 1, "rationale": "...", "rating": values[0]}]}
     text = (
-        f"# Criterion: {name}\n\n{criterion.asks}\n\n# The user's message\n\n{prompt}\n\n{answers}"
+        f"# Criterion: {name}\n\n{criterion.asks}\n\n{_answered(prompt)}\n\n{answers}"
         f"\n\n# Your reply\n\nA JSON object like {json.dumps(example)}, with one entry for each of "
         f"the {len(shown)} answers: its number, a rationale of a sentence or two, and the rating, "
         f"one of {', '.join(map(json.dumps, values))}"
@@ -163,16 +166,24 @@ def ask_aspect(name: str, criterion: Criterion, prompt: str, shown: Sequence[str
     return _asked(text, {"aspect": {"type": "string", "enum": [name]}, "ratings": entries})
 
 
-def ask_overall(criterion: Criterion, prompt: str, response: str) -> Asked:
+def ask_overall(criterion: Criterion, prompt: str | Sequence[Message], response: str) -> Asked:
     """The question for a critique and the overall score of one response."""
     low, high = criterion.scale
     text = (
-        f"# Task\n\n{criterion.asks}\n\n# The user's message\n\n{prompt}\n\n# The answer\n\n"
+        f"# Task\n\n{criterion.asks}\n\n{_answered(prompt)}\n\n# The answer\n\n"
         f'{response}\n\n# Your reply\n\nA JSON object like {{"critique": "...", "overall_score": '
         f"{low}}}, with a critique of a few sentences and a whole number from {low} to {high}."
     )
     score = {"type": "integer", "enum": list(range(low, high + 1))}
     return _asked(text, {"critique": {"type": "string"}, "overall_score": score})
+
+
+def _answered(prompt: str | Sequence[Message]) -> str:
+    """What is answered: the user's message, or the conversation with a heading for each message."""
+    if isinstance(prompt, str):
+        return f"# The user's message\n\n{prompt}"
+    turns = (f"## {message['role'].title()}\n\n{message['content']}" for message in prompt)
+    return "\n\n".join(("# The conversation whose last message is answered", *turns))
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import threading
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import (
@@ -20,6 +21,8 @@ from notus.feedback.rubric import Asked
 KEY = "NOTUS_JUDGE_KEY"  # the environment variable with the server's key
 TRIES = 7  # of one request, with pauses of BACKOFF, twice that, ... seconds between them
 BACKOFF, LONGEST = 1.0, 60.0
+LONGEST_ASKED_FOR = 3600.0  # seconds that a server may ask to be left in peace
+LONGEST_TOKEN = 100  # characters: a longer answer was not written within max_tokens
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that may pass
 NO_SCHEMA = {400, 415, 422, 501}  # statuses of a server that does not know response_format
 
@@ -57,7 +60,11 @@ class Server:
     """
 
     def __init__(self, url: str, model: str, *, timeout: float, max_tokens: int) -> None:
+        if not _is_address(url):
+            raise UserError(f"--url {url}: expected http://HOST/v1, without a user or a key")
         key = os.environ.get(KEY)
+        if key and not (key.isascii() and key.isprintable()):  # the client's error would show it
+            raise UserError(f"{KEY}: holds a line break or another character that no key has")
         # Without a key of its own, the client would send the hub's token to the server.
         self._client = _Client(base_url=url, api_key=key or "none", timeout=timeout)
         self._url, self._model, self._has_key = url, model, bool(key)
@@ -112,7 +119,13 @@ class Server:
         )
         choice, usage = found["choices"][0], found.get("usage") or {}
         tokens = (usage.get(f"{side}_tokens") or 0 for side in ("prompt", "completion"))
-        return Reply(choice["message"].get("content"), choice.get("finish_reason"), *tokens)
+        reply = Reply(choice["message"].get("content"), choice.get("finish_reason"), *tokens)
+        kinds = (str | None, str | None, int, int)
+        if not all(map(isinstance, reply, kinds)):
+            raise TypeError
+        if len(reply.text or "") > LONGEST_TOKEN * self._max_tokens:
+            raise ValueError
+        return reply
 
     def _without_schema(self, asked: Asked, seed: int, temperature: float, problem: str) -> Reply:
         self.has_schema = False
@@ -138,21 +151,31 @@ class Server:
             raise UserError("stopped")
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        return False
+    known = parts.scheme in ("http", "https") and parts.hostname is not None
+    return known and "@" not in url and url.isprintable()
+
+
 def _retry_after(header: str | None) -> float | None:
-    """The pause that a server asks for, in seconds or until a date."""
+    """The pause that a server asks for, in seconds or until a date, at most LONGEST_ASKED_FOR."""
     if header is None:
         return None
     try:
-        return max(float(header), 0.0)
+        seconds = float(header)
     except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(0.0, seconds), LONGEST_ASKED_FOR)  # 0 for nan
 
 
 def _words(error: HfHubHTTPError) -> str:
     """The server's message, or else the status, on one line."""
     text = error.server_message or error.response.text or str(error)
-    return " ".join(text.split())[:200]
+    return " ".join(text[:2000].split())[:200]

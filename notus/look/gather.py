@@ -2,20 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from notus.curation.curate import Curation
 from notus.curation.marks import Marks
 from notus.curation.rated_rows import RATED
+from notus.curation.text_files import reading
 from notus.data.formats import find_format
 from notus.data.sources import Reading, Source, prepared, read_found
 from notus.errors import UserError
 from notus.files import read_object
 from notus.look.record import Record, make_record
 from notus.look.scores import MARGIN, Scores
-from notus.strict import parse_part
+from notus.strict import Text, parse_part
 
 CONTRADICTED = "the model contradicts the label"
 # What `eval.py preferences` and an evaluation during training leave: pairs and their log-probs.
@@ -82,6 +83,22 @@ class Gathering:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What a manifest of notus.curation says besides the settings of a source and a curation."""
+
+    input: Text
+    counts: dict[str, Any]
+    held_out: tuple[Text, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counts:
+    rows: int
+    pairs: int
+
+
 def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
     """The records of the rows that `source` names.
 
@@ -91,22 +108,27 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
     Raises UserError if a manifest, the scores or the first row is malformed, or a run has no
     held-out pairs.
     """
-    folder, held_out, expected = Path(source.path).expanduser(), (), None
-    if found := [folder / name for name in PAIRS if (folder / name).is_file()]:
+    held_out, expected = (), None
+    with reading(source.path):  # no such home, a name that is too long
+        folder = Path(source.path).expanduser()
+        found = [folder / name for name in PAIRS if (folder / name).is_file()]
+        is_run, file = (folder / "metrics.jsonl").is_file(), folder / MANIFEST
+        manifest = read_object(file) if file.is_file() else {}
+    if found:
         source = replace(source, path=str(found[0]))
-    elif (folder / "metrics.jsonl").is_file():
+    elif is_run:
         raise UserError(
             f"{folder}: a run without held-out pairs (data.eval); expected a run that has some, or "
             f"the folder that `python eval.py preferences {folder} --data FILE --out DIR` makes"
         )
-    elif (folder / MANIFEST).is_file():
-        manifest = read_object(folder / MANIFEST)
-        held_out, seed = manifest.get("held_out") or (), manifest.get("seed", seed)
-        expected = {name: manifest.get("counts", {}).get(name) for name in ("rows", "pairs")}
-        manifest["path"] = manifest.get("input")
+    elif "input" in manifest:  # a judge's has none
         given = {key: value for key, value in manifest.items() if value not in (None, [])}
-        curation = parse_part(given, Curation, folder / MANIFEST)
-        source = replace(parse_part(given, Source, folder / MANIFEST), curation=curation)
+        made = parse_part(given, _Made, file)
+        held_out, seed = made.held_out, seed if made.seed is None else made.seed
+        expected = asdict(parse_part(made.counts, _Counts, f"{file}: counts"))
+        curation = parse_part(given, Curation, file)
+        source = parse_part(given | {"path": made.input}, Source, file)
+        source = replace(source, curation=curation)
     where, row = next(prepared(source, Reading(source.path)))
     name = find_format(source.format, row, where, rated=True)
     if name in RATED and source.curation is None:

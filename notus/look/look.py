@@ -2,17 +2,16 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.console import emit
+from notus.console import run_command
 from notus.curation.curate import Curation
 from notus.curation.ratings import SEED
 from notus.curation.report import look_command
 from notus.data.sources import Source
-from notus.errors import UserError, naming_options
+from notus.errors import naming_options
 from notus.files import write_whole, writing
 from notus.look.gather import Gathering, gather
 from notus.look.page import make_page
@@ -40,13 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=SEED, help=f"of curation's draws and of the sample ({SEED})")
     add("--out", type=Path, required=True, help="the page; an earlier one is replaced")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> str:
         with naming_options("format", "columns", "ignore", "curation"):
-            emit(write_page(options))
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    return 0
+            return write_page(options)
+
+    return run_command(command)
 
 
 def write_page(options: argparse.Namespace) -> str:
@@ -65,8 +63,8 @@ def write_page(options: argparse.Namespace) -> str:
         found, pairs = gathering.scores.found, gathering.counts["pairs"]
         chosen += f"; the model's scores are known for {found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, make_page(f"Pairs of {options.source}", content))
     return f"wrote {options.out}: {len(records):,} of {selection.count:,} rows, {chosen}"
 

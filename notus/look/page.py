@@ -25,7 +25,7 @@ def make_page(title: str, content: Mapping[str, Any]) -> str:
         for name in ("page.html", "page.css", *SCRIPTS)
     )
     script = "\n".join(scripts)
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packed = gzip.compress(data.encode("utf-8", "replace"), mtime=0)
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "

@@ -17,6 +17,7 @@ A record holds:
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -161,7 +162,10 @@ def _rationale(annotation: dict[str, Any]) -> str:
 
 
 def numbers_of(sides: Sequence[Record], pair: Pair | None) -> dict[str, float]:
-    """Lengths (characters), scores and ratings of a pair and what it differs by, by name."""
+    """Lengths (characters), scores and ratings of a pair and what it differs by, by name.
+
+    A difference that overflows is left out: the page's JSON has finite numbers only.
+    """
     if len(sides) < 2:
         return {}
     measured = {
@@ -179,6 +183,7 @@ def numbers_of(sides: Sequence[Record], pair: Pair | None) -> dict[str, float]:
         for side, value in zip(
             ("difference", *SIDES), (chosen - rejected, chosen, rejected), strict=True
         )
+        if math.isfinite(value)
     }
 
 

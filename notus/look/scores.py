@@ -71,20 +71,33 @@ class Scores:
 
 
 def _log_probs(record: Mapping[str, Any], where: str) -> dict[str, float]:
-    missing = [part for part in PARTS if part not in record]
+    unusable = [part for part in PARTS if not _is_text(record.get(part))]
+    labels = (f"{side}_score" for side in SIDES)
+    unusable += [n for n in labels if record.get(n) is not None and not _is_number(record[n])]
     numbers = {}
     for model in ("policy", "reference"):
         for name in (f"{model}_{side}" for side in SIDES):
-            if name in record or model == "policy":
-                if type(record.get(name)) not in (int, float):
-                    missing.append(name)
-                else:
-                    numbers[name.replace("_", " ")] = float(record[name])
-    if missing:
+            if _is_number(record.get(name)):
+                numbers[name.replace("_", " ")] = float(record[name])
+            elif name in record or model == "policy":
+                unusable.append(name)
+    if unusable:
         raise UserError(
-            f"{where}: no {', '.join(missing)}; expected a pairs.jsonl of `eval.py preferences`"
+            f"{where}: no usable {', '.join(unusable)}; expected a pairs.jsonl of `eval.py "
+            "preferences`, with finite numbers"
         )
     return numbers
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number whose difference to any other one is finite."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, str) or (
+        isinstance(part, list) and all(isinstance(message, dict) for message in part)
+    )
 
 
 def _shares_below(values: Sequence[float]) -> np.ndarray:

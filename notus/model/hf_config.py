@@ -38,6 +38,9 @@ SINGLE = "model.safetensors"
 Size = Annotated[int, Bound("an integer from 1 to 1048576", lambda x: 1 <= x <= 2**20)]
 Layers = Annotated[int, Bound("an integer from 1 to 1024", lambda x: 1 <= x <= 1024)]
 Span = Annotated[int, Bound("an integer from 1 to 2147483647", lambda x: 1 <= x < 2**31)]
+# Of YaRN; within them, and above a base of 1, the pair that turns so often is a finite number.
+Turns = Annotated[float, Bound("a number from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)]
+Base = Annotated[float, Bound("a number above 1", lambda x: x > 1)]
 Even = Annotated[
     int, Bound("an even number from 2 to 1048576", lambda x: 2 <= x <= 2**20 and x % 2 == 0)
 ]
@@ -62,8 +65,8 @@ class Yarn:
 
     factor: Positive
     original_max_position_embeddings: Span
-    beta_fast: Positive = 32.0
-    beta_slow: Positive = 1.0
+    beta_fast: Turns = 32.0
+    beta_slow: Turns = 1.0
     attention_factor: Positive | None = None  # null: from factor, mscale and mscale_all_dim
     mscale: NonNegative | None = None
     mscale_all_dim: NonNegative | None = None
@@ -88,7 +91,7 @@ class ModelShape:
     num_key_value_heads: Size  # in config.json by default num_attention_heads
     head_dim: Even  # in config.json by default hidden_size / num_attention_heads
     rms_norm_eps: Positive
-    rope_theta: Positive = 10000.0
+    rope_theta: Base = 10000.0
     rope_scaling: Llama3Rope | None = None
     sliding_window: Span | None = None
     tie_word_embeddings: bool = False
@@ -101,7 +104,7 @@ class ModelShape:
 
 def has_vision(folder: Path) -> bool:
     """Whether a folder that `decoder_config` reads holds a vision tower too."""
-    return _architecture(read_object(folder / "config.json")) == TOWER
+    return architecture_of(read_object(folder / "config.json")) == TOWER
 
 
 def decoder_config(folder: Path) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def decoder_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     config = read_object(path)
-    if _architecture(config) != TOWER:
+    if architecture_of(config) != TOWER:
         return config
     text = config.get("text_config")
     kind = text.get("model_type") if isinstance(text, dict) else None
@@ -145,7 +148,7 @@ def read_shape(folder: Path) -> ModelShape:
     """
     path = folder / "config.json"
     config = decoder_config(folder)
-    found = _architecture(config)
+    found = architecture_of(config)
     if found is None and (folder / "final/config.json").is_file():
         raise UserError(f"{folder}: the folder of a run; expected its model, {folder / 'final'}")
     if found not in ARCHITECTURES:
@@ -182,7 +185,8 @@ def read_shape(folder: Path) -> ModelShape:
     return shape
 
 
-def _architecture(config: dict[str, Any]) -> Any:
+def architecture_of(config: dict[str, Any]) -> Any:
+    """The class that a config.json names, or whatever else it has there; None without one."""
     named = config.get("architectures")
     return named[0] if isinstance(named, list) and named else named
 
@@ -199,13 +203,14 @@ def _stores_head(folder: Path) -> bool:
     names: Any = ()
     try:
         if (folder / INDEX).is_file():
-            names = read_object(folder / INDEX).get("weight_map")
+            found = read_object(folder / INDEX).get("weight_map")
+            names = found if isinstance(found, dict) else ()
         elif (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, framework="pt") as handle:
                 names = list(handle.keys())
     except (OSError, SafetensorError):
         pass  # named when the weights are opened
-    return any(str(name).endswith("lm_head.weight") for name in names or ())
+    return any(name.endswith("lm_head.weight") for name in names)
 
 
 def _window(config: dict[str, Any], architecture: str, path: Path) -> Any:

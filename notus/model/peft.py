@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from notus.console import emit
+from notus.console import run_command
 from notus.errors import UserError
 from notus.files import new_folder, read_object, write_json
 from notus.model.hf_config import INDEX, ModelShape, Size, decoder_config, has_vision
@@ -258,13 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT folder or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, not there yet")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> str:
         merge(model_folder(options.base), model_folder(options.adapter), options.out)
-    except UserError as error:
-        emit(f"error: {error}", sys.stderr)
-        return 2
-    emit(f"wrote {options.out}")
-    return 0
+        return f"wrote {options.out}"
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -123,3 +123,14 @@ def test_what_is_not_there_is_an_error(tmp_path, monkeypatch):
     for name in ("nobody/absent", "not a name"):
         with pytest.raises(UserError, match=f"{name}: neither a local .* reachable on the hub"):
             prompts(name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet"])
+def test_a_folder_or_a_link_to_nowhere_among_the_files(tmp_path, name):
+    for place in (tmp_path / "folder", tmp_path / "link"):
+        place.mkdir()
+    (tmp_path / "folder" / name).mkdir()
+    (tmp_path / "link" / name).symlink_to("nowhere")
+    for place in (tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            prompts(place)

@@ -19,7 +19,8 @@ class Call:
         found = re.search("# Criterion: (.*)", text)
         self.aspect = found and found[1]
         middle = text.split("\n\n# Your reply\n\n")[0]
-        self.prompt = middle.split("# The user's message\n\n")[1].split("\n\n# ")[0]
+        heading = r"# The (?:user's message|conversation whose last message is answered)\n\n"
+        self.prompt = re.split(heading, middle)[1].split("\n\n# ")[0]
         self.shown = re.split(r"\n\n# (?:Answer \d+|The answer)\n\n", middle)[1:]
 
 

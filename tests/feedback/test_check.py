@@ -40,8 +40,8 @@ def test_exact_answers_and_rows_without_one(responses, capsys):
     manifest = json.loads((responses.parent / "checked/manifest.json").read_text())
     assert manifest["how"] == "exact" and (manifest["rated"], manifest["not rated"]) == (5, 2)
     assert manifest["files_sha256"].keys() == {"train.jsonl"}
-    assert check.main([str(responses), "--out", str(responses.parent / "checked")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert check.main(["no/such.jsonl", "--out", str(responses.parent / "checked")]) == 2
+    assert "checked: exists already and is not overwritten" in capsys.readouterr().err
 
 
 def test_the_last_number_of_a_response(responses):
@@ -71,6 +71,20 @@ def test_the_folder_is_a_training_source(responses):
     assert (pair.chosen_score, pair.rejected_score) == (1.0, 0.0)
 
 
+def test_half_a_character_in_another_column_is_kept(responses):
+    responses.write_text(
+        '{"prompt": "\u00e9", "answer": "5", "responses": ["5", "6"], "x": "\\ud800"}'
+    )
+    assert check.main([str(responses), "--out", str(responses.parent / "checked")]) == 0
+    text = (responses.parent / "checked/train.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text)["x"] == "\ud800" and '"prompt": "\u00e9"' in text
+
+
+def test_a_name_that_is_too_long(responses, capsys):
+    assert check.main([str(responses), "--out", "a" * 300]) == 2
+    assert "cannot be written ([Errno 36] File name too long" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [
@@ -79,10 +93,16 @@ def test_the_folder_is_a_training_source(responses):
         ('{"prompt": "a"}', (), ':1: "responses" is missing; expected a list of texts'),
         ('{"prompt": "a", "responses": ["b", null]}', (), '"responses" holds null; expected texts'),
         (
-            '{"prompt": [{}, {}], "responses": []}',
+            '{"prompt": [{"role": "assistant", "content": "a"}], "responses": ["b", "c"]}',
             (),
-            "a conversation of 2 messages; expected text",
+            ':1: "prompt" ends with a message of the assistant; expected one of the user',
         ),
+        (
+            '{"prompt": [{"role": "user", "content": "a", "name": "n"}], "responses": ["b", "c"]}',
+            (),
+            ':1: "prompt[0]" holds more than text',
+        ),
+        ('{"prompt": [], "responses": ["b", "c"]}', (), '"prompt" ends with no message; expected'),
         (
             '{"prompt": "a", "responses": ["b", "c"]}',
             (),
@@ -95,21 +115,32 @@ def test_the_folder_is_a_training_source(responses):
         ),
         (None, ("--check", "none.py:f"), "--check none.py:f: no such file; expected FILE.py:FUNC"),
         (None, ("--check", "OWN:missing"), 'has no function "missing"'),
-        (None, ("--check", "OWN:text"), ":1: the check gave 'x'; expected a number"),
+        (None, ("--check", "OWN:text"), ":1: the check gave 'x'; expected a finite"),
         (None, ("--check", "OWN:fails"), ":1: the check failed with ZeroDivisionError"),
+        (None, ("--check", "OWN:leaves"), ":1: the check failed with SystemExit(0)"),
+        (None, ("--check", "OWN:unknown"), ":1: the check gave nan; expected a finite number"),
+        (None, ("--check", "OWN:huge"), ":1: the check gave 1000"),
+        (None, ("--check", "LEAVES:f"), "leaves.py cannot be run (SystemExit(0))"),
     ],
 )
 def test_mistakes_get_one_message_and_write_nothing(responses, text, more, message, capsys):
     own = responses.parent / "own.py"
-    own.write_text("text = lambda response, row: 'x'\nfails = lambda response, row: 1 / 0\n")
+    own.write_text(
+        "import sys\ntext = lambda response, row: 'x'\nfails = lambda response, row: 1 / 0\n"
+        "leaves = lambda response, row: sys.exit(0)\nunknown = lambda response, row: float('nan')\n"
+        "huge = lambda response, row: 10**400\n"
+    )
+    leaves = own.with_name("leaves.py")
+    leaves.write_text("raise SystemExit(0)\n")
     if text is not None:
         responses.write_text(text)
-    more = [one.replace("OWN", str(own)) for one in more]
+    more = [one.replace("OWN", str(own)).replace("LEAVES", str(leaves)) for one in more]
     assert judge(responses, *more) == (2, None)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert {path.name for path in responses.parent.iterdir()} <= {
         "responses.jsonl",
         "own.py",
+        "leaves.py",
         "__pycache__",
     }

@@ -7,7 +7,8 @@ import pytest
 from chat_stub import ASPECTS, Raw, completion, rating_of, right, score_of, serving
 
 from notus.curation.command import main as curate
-from notus.feedback import judge as module
+from notus.curation.curate import Curation
+from notus.data.preferences import Source, load_preferences
 from notus.feedback import server as server_module
 from notus.feedback.judge import main
 
@@ -207,6 +208,10 @@ FAILING = {
     "half an answer": Raw(body=HALF),
     "no completion": Raw(body=b'{"choices": []}'),
     "too slow": Raw(wait=0.5),
+    "a number as content": {"choices": [{"message": {"content": 7}}]},
+    "parts as content": {"choices": [{"message": {"content": [{"type": "text", "text": "{}"}]}}]},
+    "counts as text": completion("{}") | {"usage": {"prompt_tokens": "5"}},
+    "an endless answer": completion("x" * 1_000_000),
 }
 
 
@@ -264,6 +269,15 @@ def test_a_killed_run_resumes_and_asks_nothing_twice(responses, tmp_path, capsys
     assert not (tmp_path / "judged.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("nan", 0), ("inf", 3600), ("1e400", 3600), ("-5", 0), ("7", 7), ("soon", None), (None, None)]
+    + [("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 99 Oct 2015 07:28:00 GMT", None)],
+)
+def test_pauses_that_servers_ask_for(header, seconds):
+    assert server_module._retry_after(header) == seconds
+
+
 def test_a_server_without_schemas_is_asked_without(responses, tmp_path):
     with serving(lambda call: Raw(400) if "response_format" in call.body else None) as (url, calls):
         assert judge(responses, url) == 0
@@ -277,6 +291,23 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(responses, tmp
         assert judge(responses, url) == 0
     assert {call.headers["authorization"] for call in calls} == {"Bearer sk-secret"}
     assert not any(b"sk-secret" in content for content in contents(tmp_path / "judged").values())
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-s\u00e9cret"])
+def test_a_key_that_cannot_be_sent_is_not_shown(responses, monkeypatch, capsys, key):
+    monkeypatch.setenv(server_module.KEY, key)
+    assert judge(responses, "http://127.0.0.1:9/v1") == 2
+    told = capsys.readouterr().err
+    assert "NOTUS_JUDGE_KEY: holds a line break or" in told and "sk-" not in told
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:x/v1", "http://\ud800/v1", "h/v1", "http://[::1", "http://u@h"]
+)
+def test_an_address_that_is_none(responses, capsys, url):
+    assert judge(responses, url) == 2
+    assert ": expected http://HOST/v1, without" in capsys.readouterr().err
+    assert not list(responses.parent.glob("judged*"))
 
 
 def test_a_rubric_of_your_own(responses, tmp_path):
@@ -337,5 +368,28 @@ def test_an_offline_hub_is_named_as_the_reason(responses, monkeypatch, capsys):
     assert "HF_HUB_OFFLINE is set, and with it" in capsys.readouterr().err
 
 
-def test_equal_responses_are_shown_once():
-    assert module.distinct(["b", "a", "b"]) == ["b", "a"]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a pet."},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Another?"},
+]
+WRITTEN_OUT = "\n\n".join(f"## {turn['role'].title()}\n\n{turn['content']}" for turn in TURNS)
+
+
+def test_a_conversation_is_written_out_and_becomes_a_pair(tmp_path):
+    """A list of a single message of the user is a question like any text."""
+    file = tmp_path / "responses.jsonl"
+    single = [{"role": "user", "content": "Question 0?"}]
+    rows = [{"prompt": prompt, "responses": ["dog", "an ox"]} for prompt in (TURNS, single)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving() as (url, calls):
+        assert judge(file, url) == 0
+    shown = [call.prompt for call in calls]
+    assert sorted(shown) == [WRITTEN_OUT] * 6 + ["Question 0?"] * 6
+    assert WRITTEN_OUT.startswith("## System\n\nBe brief.\n\n## User\n\nName a pet.\n\n## Assist")
+    assert [row["instruction"] for row in rows_of(tmp_path / "judged")] == [TURNS, "Question 0?"]
+    source = Source(path=str(tmp_path / "judged"), curation=Curation(rule="overall-score"))
+    pair = load_preferences([source], seed=0).train[0]
+    assert pair.prompt == TURNS
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("an ox", "dog")

@@ -9,6 +9,8 @@ import torch
 import transformers
 
 from notus.data.tokenizer import load_tokenizer
+from notus.feedback import reward
+from notus.feedback.record import Record, Score
 from notus.feedback.reward import main
 from ranks import call
 
@@ -19,7 +21,9 @@ ROWS = [
     }
     for n in (2, 3, 5, 8)
 ]
-ROWS.append({"prompt": "Again?", "responses": ["same", "other", "same"], "id": 4})
+TURNS = [("system", "Be brief."), ("user", "Who?"), ("assistant", "She."), ("user", "Again?")]
+TURNS = [{"role": role, "content": content} for role, content in TURNS]
+ROWS.append({"prompt": TURNS, "responses": ["same", "other", "same"], "id": 4})
 KINDS = {
     "mistral": (transformers.MistralConfig, transformers.MistralForSequenceClassification),
     "llama": (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
@@ -77,8 +81,9 @@ def test_scores_are_transformers_one_by_one(demo, tmp_path, responses, kind, pad
     seen = []
     for row, own in zip(ROWS, ratings, strict=True):
         for response, rating in zip(row["responses"], own, strict=True):
-            turns = (("user", row["prompt"]), ("assistant", response))
-            messages = [{"role": role, "content": content} for role, content in turns]
+            single = [{"role": "user", "content": row["prompt"]}]
+            messages = row["prompt"] if isinstance(row["prompt"], list) else single
+            messages = [*messages, {"role": "assistant", "content": response}]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             with torch.no_grad():
@@ -107,6 +112,57 @@ def test_neither_other_responses_nor_ranks_change_a_bit(demo, tmp_path, response
     assert one.read_bytes() == two.read_bytes()
 
 
+def score_and_die(file, model, out):
+    """The command, which ends without any cleaning up when its rank has kept three scores."""
+    added = []
+
+    def add(self, answer):
+        added.append(answer)
+        if len(added) == 4:
+            os._exit(9)
+        keep(self, answer)
+
+    keep, Record.add = Record.add, add
+    return score_on_rank(file, model, out)
+
+
+def test_a_killed_run_resumes_and_equals_an_undisturbed_one(demo, tmp_path, responses, monkeypatch):
+    """Two ranks die after a few scores each, both within a line; one rank does the rest."""
+    folder, log = make("mistral", demo, tmp_path / "reward"), tmp_path / "ranks.log"
+    score(responses, folder)
+    code, _ = call(score_and_die, responses, folder, tmp_path / "killed", log=log, ranks=2)
+    assert code == 9 and not (tmp_path / "killed").exists()
+    files = sorted((tmp_path / "killed.partial").glob("*answers.jsonl"))
+    kept = [line for file in files for line in file.read_text().splitlines()]
+    assert [file.name for file in files] == ["1-answers.jsonl", "answers.jsonl"] and len(kept) == 6
+    for file in files:
+        file.write_text(file.read_text()[:-3])
+    computed = []
+    monkeypatch.setattr(reward.Scorer, "__call__", counting(reward.Scorer.__call__, computed))
+    assert score(responses, folder, "killed")[0] == 0
+    assert len(computed) == 20 - 4 and not (tmp_path / "killed.partial").exists()
+    for file in (tmp_path / "scored").iterdir():
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+
+
+def counting(function, calls):
+    def counted(self, *given):
+        calls.append(given)
+        return function(self, *given)
+
+    return counted
+
+
+def test_another_model_does_not_resume_the_record(demo, tmp_path, responses, capsys):
+    folder = make("mistral", demo, tmp_path / "reward")
+    record = Record(tmp_path / "scored.partial", {"dtype": "float32"}, Score)
+    record.add(Score(0, 0, 1.0))
+    record.close()
+    assert score(responses, folder) == (2, None)
+    error = capsys.readouterr().err
+    assert 'scored.partial: was started with judge null, now it is "reward model"' in error
+
+
 def edit(folder, **entries):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
@@ -123,6 +179,12 @@ def test_models_that_are_refused(demo, tmp_path, responses, capsys):
         demo / "sft": "architecture is MistralForCausalLM, expected MistralForSequenceClass",
         wide: f"{wide}/config.json: hidden_act is 'gelu', expected 'silu'",
     }
+    two_pads = edit(make("llama", demo, tmp_path / "pads"), pad_token_id=[1, 2])
+    refused[two_pads] = "pads/config.json: pad_token_id: found [1, 2], expected an integer or null"
+    for named in ({"a": 1}, [["a"]], 5):
+        (tmp_path / f"{len(refused)}").mkdir()
+        (tmp_path / f"{len(refused)}/config.json").write_text(json.dumps({"architectures": named}))
+        refused[tmp_path / f"{len(refused)}"] = "expected MistralForSequenceClassification or Llama"
     before = set(os.listdir(tmp_path))
     capsys.readouterr()  # transformers' progress of saving
     for folder, message in refused.items():

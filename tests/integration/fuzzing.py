@@ -8,20 +8,26 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import train
+from notus.curation.marks import fingerprint
 from notus.evals.published import MT_BENCH_TURNS
+from notus.feedback.check import main as check
+from notus.feedback.reward import main as score_responses
+from notus.files import remove
+from notus.look.look import main as look
 
 SECONDS = 20  # of one command
+MEMORY = 2 * 10**9  # bytes that one command may take on top of what this process holds
 ROWS = 6
 HUGE = "9" * 5000  # more digits than Python reads
 RAW = "\0raw\0"  # stands for text that is put into the file unquoted
@@ -211,9 +217,19 @@ def write_place(demo: Path, place: Path) -> None:
         "text": text | {"rejected_rating": 1.5},
         "rated": rated,
         "prompts": prompt,
+        "responses": prompt | {"responses": ["a", "b"]},
+        "pairs": text | {"policy_chosen": -1.5, "policy_rejected": -2, "chosen_score": 2},
+        "marks": {"prompt": fingerprint("p"), "responses": [fingerprint("answer 1")], "note": "n"},
     }
     for name, row in rows.items():
-        (place / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS)
+        count = 1 if name == "marks" else ROWS
+        (place / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * count)
+    manifest = {"input": "rated.jsonl", "split": None, "seed": 42, "rule": "mean-rating"}
+    manifest |= {"held_out": ["prompts.jsonl"], "min_margin": 1, "drop_sources": ["t"]}
+    manifest |= {"duplicates": "keep", "counts": {"rows": ROWS, "pairs": ROWS, "dropped": {}}}
+    (place / "curated").mkdir()
+    (place / "curated/manifest.json").write_text(json.dumps(manifest))
+    write_reward_model(place / "policy", place / "reward")
     config = {
         "model": {"policy": "policy", "compute_dtype": "float32", "lora": {"rank": 2, "alpha": 4}},
         "data": {
@@ -262,6 +278,18 @@ def write_place(demo: Path, place: Path) -> None:
     shutil.copytree(place / "run", place / "other")
 
 
+def write_reward_model(policy: Path, folder: Path) -> None:
+    """A reward model with the policy's decoder."""
+    shutil.copytree(policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["MistralForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    tensors["score.weight"] = torch.ones(1, config["hidden_size"])
+    save_file(tensors, folder / "model.safetensors")
+
+
 def dry_run(*overrides: str) -> Callable[[], int]:
     return lambda: train.main(["config.json", *overrides, "--dry-run"])
 
@@ -270,8 +298,13 @@ def score(*words: str) -> Callable[[], int]:
     return lambda: evaluate.main([*words, "--json", "new/score.json"])
 
 
+def made(main: Callable[[list[str]], int], *words: str) -> Callable[[], int]:
+    return lambda: main([*words, "--out", "new"])
+
+
 CHAT = ('data.train=[{"path": "chat.jsonl"}]', "data.eval=null", "evaluation.samples=null")
 RATED = 'data.train=[{"path": "rated.jsonl", "curation": {"rule": "mean-rating"}}]'
+MARKED = '{"rule": "mean-rating", "marks": "marks.jsonl"}'
 TARGETS = {
     "configuration": Target("config.json", spoil_json, dry_run()),
     "rows of text": Target("text.jsonl", spoil_lines, dry_run()),
@@ -301,6 +334,17 @@ TARGETS = {
     "lm_eval": Target("results.json", spoil_json, score("score", "lm_eval", "results.json")),
     "metrics": Target("run/metrics.jsonl", spoil_lines, score("compare", "run")),
     "a run's settings": Target("run/config.json", spoil_json, score("compare", "run")),
+    "responses": Target("responses.jsonl", spoil_lines, made(check, "responses.jsonl")),
+    "reward model": Target(
+        "reward/config.json",
+        spoil_json,
+        made(score_responses, "responses.jsonl", "--model", "reward"),
+    ),
+    "marks": Target("marks.jsonl", spoil_lines, made(look, "rated.jsonl", "--curation", MARKED)),
+    "scores of pairs": Target(
+        "pairs.jsonl", spoil_lines, made(look, "text.jsonl", "--scores", "pairs.jsonl")
+    ),
+    "manifest": Target("curated/manifest.json", spoil_json, made(look, "curated")),
     "a run's pairs": Target("run/eval_pairs.jsonl", spoil_lines, score("compare", "other", "run")),
 }
 
@@ -333,11 +377,19 @@ def spoilt(target: Target, rng: Random | None) -> Iterator[None]:
         path.write_bytes(content)
 
 
+def resident() -> tuple[int, int]:
+    """The memory of this process that is in RAM, now and at its highest, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return tuple(1024 * int(status.split(f"{name}:")[1].split()[0]) for name in ("VmRSS", "VmHWM"))
+
+
 def attempt(target: Target, rng: Random | None) -> int:
     """Run the command on a spoilt file in the working directory; its exit code.
 
-    rng: None leaves the file sound. Asserts the exit code, the one message of a refusal, and that
-    nothing is left behind.
+    rng: None leaves the file sound. Asserts the exit code, the one message of a refusal, that
+    nothing is left behind, and the highest memory in between. That is what counts for the user's
+    machine; a limit on the address space would count what PyTorch reserves and never touches, and
+    would turn a large allocation into an error that the command could catch.
     """
 
     def too_slow(number: int, frame: object) -> None:
@@ -346,6 +398,9 @@ def attempt(target: Target, rng: Random | None) -> int:
     said, told = io.StringIO(), io.StringIO()
     with spoilt(target, rng):
         before = set(Path().rglob("*"))
+        with suppress(OSError):  # where the kernel has no such file, the highest of all time counts
+            Path("/proc/self/clear_refs").write_text("5")  # the highest is now what is in use now
+        held, _ = resident()
         handler = signal.signal(signal.SIGALRM, too_slow)
         signal.alarm(SECONDS)
         try:
@@ -354,16 +409,19 @@ def attempt(target: Target, rng: Random | None) -> int:
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, handler)
+        taken = resident()[1] - held
+        assert taken < MEMORY, f"{taken:,} bytes of memory, after: {told.getvalue()}"
         made = {path for path in Path().rglob("*") if path not in before}
         if code == 0:
-            shutil.rmtree("new", ignore_errors=True)
+            remove(Path("new"))
             made = {path for path in made if path.parts[0] != "new"}
         assert not made, made
     if code == 1:  # a dry run that says what the run would be, except for its folder
         assert "WOULD NOT START: " in said.getvalue(), told.getvalue()
         return code
-    messages = [line for line in told.getvalue().splitlines() if line.startswith("error: ")]
+    lines = told.getvalue().splitlines()
+    messages = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     assert code in (0, 2) and len(messages) == (code == 2), (code, told.getvalue())
-    if code == 2:
-        assert told.getvalue().splitlines()[-1] == messages[0], told.getvalue()
+    for number in messages:  # the last lines: what continues a message is indented
+        assert all(line.startswith("  ") for line in lines[number + 1 :]), told.getvalue()
     return code

@@ -384,7 +384,7 @@ def yarn() -> None:
         ),
         (
             lambda: edit("policy/config.json", rope_parameters={"rope_theta": "1e4"}),
-            ('policy/config.json: rope_theta: found "1e4", expected a number above 0',),
+            ('policy/config.json: rope_theta: found "1e4", expected a number above 1',),
         ),
         (
             lambda: edit("policy/config.json", rope_parameters=[1]),

@@ -1,5 +1,7 @@
 """Whatever a file holds, a command ends with exit code 0 or 2, one message, and nothing left over.
 
+It takes at most 20 seconds and 2 GB.
+
 NOTUS_FUZZ=SECONDS spoils each kind of file for so long, at random; else it is a fixed few times.
 """
 
@@ -8,6 +10,7 @@ import time
 from random import Random
 
 import datasets
+import fuzzing
 import huggingface_hub
 import pytest
 from fuzzing import TARGETS, attempt, write_place
@@ -28,6 +31,14 @@ def place(demo, tmp_path_factory):
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         yield folder
+
+
+def test_memory_is_measured_at_its_highest(place, monkeypatch):
+    monkeypatch.setattr(fuzzing, "MEMORY", 2**27)
+    template = TARGETS["template"]._replace(spoil=lambda rng, content: b"{{ ('a' * 2**28)[:1] }}")
+    seed = next(seed for seed in range(99) if Random(seed).randrange(40) > 2)
+    with pytest.raises(AssertionError, match="bytes of memory"):
+        attempt(template, Random(seed))
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -14,6 +14,7 @@ from notus.data.preferences import Source, load_preferences
 from notus.errors import UserError
 from notus.look.gather import gather
 from notus.look.look import command_for, main
+from notus.look.scores import Scores
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -215,8 +216,11 @@ def test_mistakes(tmp_path, capsys):
     for words, message in (
         ([path, "--rows", "0"], "--rows: found 0, expected an integer of at least 1"),
         ([path, "--curation", "{"], "--curation: not JSON"),
+        ([path, "--columns", "[" * 100_000], "--columns: not JSON"),
+        (["~nobody-here/x"], "~nobody-here/x: cannot be read: Could not determine home"),
+        (["a" * 300], "File name too long"),
         ([path, "--curation", '{"rul": "rating"}'], "curation.rul: unknown key; nearest"),
-        ([path, "--scores", path], "a.jsonl:1: no policy_chosen, policy_rejected; expected a"),
+        ([path, "--scores", path], "a.jsonl:1: no usable policy_chosen, policy_rejected; expected"),
         ([path, "--scores", other], "other.jsonl: none of its pairs is in"),
         ([str(folder)], "raw.jsonl: gives 1 rows now, and gave 4 when the folder was made"),
         ([str(tmp_path / "run")], "run: a run without held-out pairs (data.eval); expected"),
@@ -252,11 +256,63 @@ def test_the_command_of_a_source_with_other_columns(tmp_path, form):
     assert [text.strip() for text in texts] == ["So.", "No."]
 
 
-def test_scores_that_are_nan(tmp_path):
-    row = {"prompt": "a", "chosen": "b", "rejected": "c", "policy_rejected": -2.0}
-    path = write(tmp_path / "pairs.jsonl", [row | {"policy_chosen": None}])
-    with pytest.raises(UserError, match="no policy_chosen"):
-        records(path)
+NO_NUMBERS = ("NaN", "Infinity", "1e400", "1" + "0" * 400, "[5]", '"5"')
+NO_USE = {
+    **dict.fromkeys(("policy_chosen", "reference_rejected"), ("null", *NO_NUMBERS)),
+    "chosen_score": NO_NUMBERS,
+    "prompt": ("null", "5", "NaN", "[5]"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in NO_USE for v in NO_USE[n]])
+def test_scores_that_are_of_no_use(tmp_path, name, value):
+    """The page's JSON holds finite numbers, or the browser would show nothing."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "rejected_score": 1.0}
+    row |= {"policy_chosen": -1.0, "policy_rejected": -2.0, name: ...}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row, default=lambda _: "VALUE").replace('"VALUE"', value))
+    with pytest.raises(UserError, match=f"pairs.jsonl:1: no usable {name}; expected"):
+        Scores(file)
+
+
+def test_a_margin_that_overflows_is_left_out(tmp_path):
+    row = {"prompt": "a", "responses": ["b", "c"], "ratings": [1e308, -1e308]}
+    (record,) = gather(Source(path=write(tmp_path / "a.jsonl", [row])), 7, None)
+    assert (
+        record["numbers"]["rating, chosen"] == 1e308
+        and "rating, difference" not in (record["numbers"])
+    )
+
+
+def test_the_page_is_not_written(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for out in (f"{path}/page.html", str(tmp_path), "/proc/none/page.html"):
+        assert main([path, "--out", out]) == 2
+        assert f"{out}: cannot be written" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "counts: missing, expected an object": {},
+    'counts: rows: found "4", expected an integer': {"counts": {"rows": "4", "pairs": 3}},
+    'held_out: found "a"': {"counts": {"rows": 4, "pairs": 3}, "held_out": "a"},
+    'seed: found "a", expected an integer': {"counts": {"rows": 4, "pairs": 3}, "seed": "a"},
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_a_damaged_manifest(tmp_path, message):
+    write(tmp_path / "train.jsonl", RAW)
+    manifest = {"input": str(tmp_path / "train.jsonl"), **DAMAGED[message]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as caught:
+        gather(Source(path=str(tmp_path)), 7, None)
+    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: {message}")
+
+
+def test_a_folder_of_rated_rows_has_a_manifest_too(tmp_path):
+    write(tmp_path / "train.jsonl", RAW)
+    (tmp_path / "manifest.json").write_text(json.dumps({"judge": "check", "rows": 4}))
+    assert len(list(gather(Source(path=str(tmp_path)), 7, None))) == len(RAW)
 
 
 def test_a_name_that_is_mapped_and_ignored(tmp_path):

@@ -24,6 +24,7 @@ BASE = {
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 MINISTRAL3 = {"architectures": ["Ministral3ForCausalLM"]}
 TOWER = {"architectures": ["Mistral3ForConditionalGeneration"]}
+HEAD = "language_model.lm_head.weight"
 FP8 = {"quant_method": "fp8", "weight_block_size": None}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -131,6 +132,14 @@ def test_a_config_file_of_2023_reads_the_same_as_a_new_one(tmp_path):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: found 1, expected true or false"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' found, expected none"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn.factor: missing, expected a number above"),
+        (
+            {"rope_parameters": YARN | {"rope_theta": 1}},
+            "rope_theta: found 1.0, expected .* above 1",
+        ),
+        (
+            {"rope_parameters": YARN | {"beta_fast": 1e308}},
+            r"yarn.beta_fast: found 1e\+308, expected a number from 1e-6 to 1e6",
+        ),
         (MINISTRAL3, "rope scaling 'default' without llama_4_scaling_beta found"),
         (
             MINISTRAL3 | {"rope_parameters": {k: v for k, v in YARN.items() if "llama" not in k}},
@@ -201,6 +210,17 @@ def test_settings_by_architecture(tmp_path):
     default = {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}
     shape = read(tmp_path, rope_parameters=default, max_position_embeddings=128)
     assert shape.yarn.original_max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("names", [5, ["lm_head.weight"], None])
+def test_an_index_without_names_stores_no_head(names, tmp_path):
+    """Its own refusal comes when the weights are opened."""
+    index = tmp_path / "model.safetensors.index.json"
+    text = {"model_type": "mistral", **BASE}
+    for content, tied in (({"weight_map": names}, True), ({"weight_map": {HEAD: "a"}}, False)):
+        index.write_text(json.dumps(content))
+        shape = read(tmp_path, **TOWER, text_config=text, tie_word_embeddings=True)
+        assert shape.tie_word_embeddings == tied
 
 
 def test_a_missing_or_broken_config_file_is_named(tmp_path):
