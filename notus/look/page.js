@@ -19,11 +19,16 @@ const counted = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : 
 // overrides, spaces without width. The joiners of emoji and of Persian remain.
 const HIDDEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
 
+// A browser takes minutes to lay out a text of millions of characters, so the rest is only counted.
+const MOST_SHOWN = 2e5;
+
 function texts(text) {
-  return text.split(HIDDEN).map((part, i) => {
+  const nodes = text.slice(0, MOST_SHOWN).split(HIDDEN).map((part, i) => {
     const code = i % 2 && `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
     return code ? el("span", { class: "hidden", title: "a character that is not visible" }, code) : part;
   });
+  const left = text.length - MOST_SHOWN;
+  return left > 0 ? [...nodes, el("span", { class: "hidden" }, counted(left, "more character"))] : nodes;
 }
 
 // ------------------------------------------------------------------------------ differences
@@ -121,7 +126,7 @@ const MARGIN = 20; // items that are drawn above and below those seen
 function item(i) {
   const row = rows[i], value = number(row, $("sort").value);
   const asked = row.turns.length ? row.turns[row.turns.length - 1][1] : "";
-  const head = asked.replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
+  const head = asked.slice(0, 1000).replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
   const button = el("button", { type: "button", ...(i === current ? { "aria-current": "true" } : {}) },
     el("span", { class: "head", dir: "auto" }, ...texts(head)),
     el("span", { class: "badge" }, marks.has(i) ? marks.get(i).mark ?? "note" : ""),
@@ -203,8 +208,9 @@ function show(i) {
   const both = pair ? [row.chosen, row.rejected] : [];
   let bodies = both.map((place) => texts(row.responses[place].text));
   if (pair) {
-    const [a, b] = both.map((place) => words(row.responses[place].text));
-    const flags = common(a.map((w) => w.trim()), b.map((w) => w.trim()));
+    const long = both.some((place) => row.responses[place].text.length > MOST_SHOWN);
+    const [a, b] = both.map((place) => long ? [] : words(row.responses[place].text));
+    const flags = long ? null : common(a.map((w) => w.trim()), b.map((w) => w.trim()));
     if (flags) bodies = [marked(a, flags[0]), marked(b, flags[1])];
     else $("row").append(el("p", { class: "hint" }, "Too long to compare word by word."));
   }
