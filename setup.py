@@ -24,7 +24,7 @@ setup(
         "notus.feedback",
         "notus.kernels",
     ],
-    package_data={"notus.look": ["page.html", "page.css", "page.js"]},
+    package_data={"notus.look": ["page.html", "page.css", "*.js"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton; platform_system == 'Linux'",

@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from notus.kernels import linear_log_probs as fused
 
 LOG2_E = fused.LOG2_E
-OCTET = tl.constexpr(8)
 
 
 @triton.jit(do_not_specialize=["S", "V", "splits", "tiles_per_split"])
@@ -46,8 +45,8 @@ def _described_statistics_kernel(
     split = within // group
     row = first_row + tl.arange(0, BLOCK_S)
     target = tl.load(targets + row, mask=row < S, other=0).to(tl.int32)
-    octets = tl.arange(0, BLOCK_V // OCTET)[None, :, None]
-    in_octet = tl.arange(0, OCTET)[None, None, :]
+    octets = tl.arange(0, BLOCK_V // 8)[None, :, None]
+    in_octet = tl.arange(0, 8)[None, None, :]
 
     largest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
@@ -68,12 +67,10 @@ def _described_statistics_kernel(
 
         # A thread's tokens are at few places of many octets. Compared with whole numbers of tokens,
         # all of its 64 would be kept in registers throughout the loop, and spill.
-        by_octet = tl.reshape(logits, (BLOCK_S, BLOCK_V // OCTET, OCTET))
+        by_octet = tl.reshape(logits, (BLOCK_S, BLOCK_V // 8, 8))
         if not EVEN_V:
             left = V - first_token
-            inside = (octets < left // OCTET) | (octets == left // OCTET) & (
-                in_octet < left % OCTET
-            )
+            inside = (octets < left // 8) | (octets == left // 8) & (in_octet < left % 8)
             by_octet = tl.where(inside, by_octet, -float("inf"))
             logits = tl.reshape(by_octet, (BLOCK_S, BLOCK_V))
         place = (target - first_token)[:, None, None]

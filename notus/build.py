@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from notus.config import Config, Holdout, to_dict
+from notus.console import counted
 from notus.data.dataset import Dataset, load_datasets
 from notus.data.packing import Rows, slots_of
 from notus.data.planning import Plan
@@ -120,7 +121,7 @@ def load_data(
         for remark in found.remarks:
             ranks.say(remark)
         sets = ", ".join(f"{len(places):,} {each}" for each, places in found.sets.items())
-        size = f"{len(found.pairs):,} {config.train.unit}{f' ({sets})' if sets else ''}"
+        size = f"{counted(len(found.pairs), config.train.unit)}{f' ({sets})' if sets else ''}"
         ranks.say(f"{purpose if name == 'train' else name} data: {size}{found.notes}")
     return datasets
 

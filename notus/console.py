@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import math
 import os
 import re
 import shutil
@@ -14,13 +15,23 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 from notus.errors import UserError
 
+COMMAND = re.compile(" *(python|torchrun|pip) ")
 
-def emit(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, on standard output by default; it is lost if that has no space or no reader."""
+
+def emit(text: str, stream: TextIO | None = None, verbatim: bool = False) -> None:
+    """Print lines, on standard output by default; they are lost if it has no space or no reader.
+
+    On a terminal they are wrapped, unless `verbatim`, and do not end up in the line of a progress
+    bar; in a pipe and a file they remain as they are.
+    """
+    stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        with tqdm.external_write_mode(stream):
+            print(text if verbatim else wrap(text, width(stream)), file=stream, flush=True)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _register()
 
@@ -65,23 +76,38 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()  # also huggingface_hub's
 
 
-def wrap(text: str) -> str:
-    """Its lines at the terminal's width, 80 columns where there is none.
+def width(stream: TextIO | None = None) -> float:
+    """The columns of a terminal, or those that COLUMNS gives; infinite for a pipe and a file.
 
-    What continues a line is below its text: behind its indentation and a first word that two or
-    more spaces set off.
+    stream: what is printed to, standard output by default.
     """
-    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    if os.environ.get("COLUMNS") or (stream or sys.stdout).isatty():
+        return max(40, shutil.get_terminal_size((80, 24)).columns)
+    return math.inf
+
+
+def wrap(text: str, width: float) -> str:
+    """The text with lines of at most `width` characters; longer words, such as paths, remain.
+
+    What continues a line is indented by two more spaces, or is below the text behind a first word
+    that two or more spaces set off. A line that is a command is not wrapped: it can be copied.
+    """
     lines = []
-    for line in text.splitlines():
-        if len(line) <= width:
+    for line in text.split("\n"):
+        if len(line) <= width or COMMAND.match(line):
             lines.append(line)
             continue
-        start = re.match(r" *(\S+ {2,}(?=\S))?", line).end()
-        indents = {"initial_indent": line[:start], "subsequent_indent": " " * (start or 2)}
+        found = re.match(r" *(\S+ {2,}(?=\S))?", line)
+        start, more = found.end(), 0 if found[1] else 2
+        indents = {"initial_indent": line[:start], "subsequent_indent": " " * (start + more)}
         unbroken = {"break_long_words": False, "break_on_hyphens": False}
         lines += textwrap.wrap(line[start:], width, **indents, **unbroken)
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """The number and `noun`, a plural, which loses its s after 1: "1 step", "2,000 steps"."""
+    return f"{number:,} {noun.removesuffix('s') if number == 1 else noun}"
 
 
 @contextmanager

@@ -372,8 +372,7 @@ def make(options: argparse.Namespace) -> str:
     if options.rounds:
         run_rounds(options.rounds, folder, ROUNDS)
         return f"\nof held-out prompts, after each round:\n{rounds_table(ROUNDS, options.rounds)}"
-    wrote = f"Wrote {', '.join(sorted(FILES))} into {folder}."
-    return f"{wrote}\nNext: torchrun --nproc_per_node 2 train.py configs/demo.json"
+    return f"Wrote {folder}. Next:\n  torchrun --nproc_per_node 2 train.py configs/demo.json"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from notus import build
 from notus.build import Setup
 from notus.config import Config, to_dict
+from notus.console import counted
 from notus.data.packing import pack_division
 from notus.data.planning import idle_text
 from notus.engine import checkpoint, history
@@ -176,9 +177,9 @@ def announce(setup: Setup) -> None:
     """Print the size of the run, the ranks that will idle, and the settings that are masked."""
     plan, ranks, unit = setup.plan, setup.ranks, setup.config.train.unit
     ranks.say(
-        f"{plan.steps:,} steps of {plan.pairs_per_step} {unit}, {plan.steps_per_epoch:,} per "
-        f"epoch; {count_parameters(setup.models.shape):,} parameters on "
-        f"{ranks.count} x {ranks.device.type}"
+        f"{counted(plan.steps, 'steps')} of {counted(plan.pairs_per_step, unit)}, "
+        f"{plan.steps_per_epoch:,} per epoch; {count_parameters(setup.models.shape):,} parameters "
+        f"on {ranks.count} x {ranks.device.type}"
     )
     if has_vision(setup.models.source):
         ranks.say(
@@ -243,7 +244,7 @@ def load_beginning(run: Run) -> Run:
     if run.checkpoint:
         models = run.policy, run.optimizer, run.following
         run = replace(run, progress=checkpoint.load_checkpoint(run.checkpoint, *models))
-        run.ranks.say(f"resumed from {run.checkpoint} after {run.progress.step:,} steps")
+        run.ranks.say(f"resumed from {run.checkpoint} after {counted(run.progress.step, 'steps')}")
     else:
         path = run.initial_weights["path"]
         with agreed():

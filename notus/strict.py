@@ -171,7 +171,7 @@ def read_option(name: str, text: str | None) -> Any:
     try:
         return None if text is None else read_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not JSON: {error}; expected an object") from None
+        raise UserError(f'{name}: not JSON: {error}; expected {{"name": ...}}') from None
 
 
 _REPEATED = object()  # the value of a repeated key, until `parse` knows its dotted key

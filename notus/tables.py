@@ -2,22 +2,43 @@
 
 from collections.abc import Iterable, Sequence
 
+from notus.console import width
+
 Cell = str | float | int | None
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[Cell]], digits: int = 2) -> str:
+def text_table(
+    header: Sequence[str], rows: Iterable[Sequence[Cell]], digits: int = 2, keys: int = 1
+) -> str:
     """Aligned columns: text to the left, numbers to the right, None as a dash.
 
     Floats are shown with `digits` decimals; a column is right-aligned if no cell of it is text.
+    Columns that a terminal is too narrow for are a further table below, behind the first `keys`
+    columns again.
     """
     rows = list(rows)
     shown = [[_text(cell, digits) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *shown, strict=True)]
-    lines = []
-    for row in (header, *shown):
-        cells = zip(row, widths, _numeric(header, rows), strict=True)
-        lines.append("  ".join(t.rjust(w) if right else t.ljust(w) for t, w, right in cells))
-    return "\n".join(line.rstrip() for line in lines)
+    columns = []
+    for texts, right in zip(zip(header, *shown, strict=True), _numeric(header, rows), strict=True):
+        most = max(map(len, texts))
+        columns.append([text.rjust(most) if right else text.ljust(most) for text in texts])
+    first, *others = _folded(columns, keys)
+    tables = [first, *(columns[:keys] + part for part in others)]
+    lines = (["  ".join(row).rstrip() for row in zip(*table, strict=True)] for table in tables)
+    return "\n\n".join(map("\n".join, lines))
+
+
+def _folded(columns: Sequence[list[str]], keys: int) -> list[list[list[str]]]:
+    """The columns in parts, each of which fits the terminal behind the first `keys` of them."""
+    parts, most = [[*columns[:keys]]], width()
+    used = reserved = sum(len(column[0]) + 2 for column in columns[:keys])
+    for column in columns[keys:]:
+        if reserved < used and used + len(column[0]) > most:
+            parts.append([])
+            used = reserved
+        parts[-1].append(column)
+        used += len(column[0]) + 2
+    return parts
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Cell]], digits: int = 4) -> str:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import sys
 import time
 
@@ -67,16 +68,55 @@ def test_what_is_refused_does_not_fail_again_at_the_end(tmp_path, monkeypatch):
         full.flush()
 
 
-def test_lines_wrap_below_their_text(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
+def test_lines_wrap_below_their_text():
     text = "  steps      one two three four five six seven\nshort  line\n\n    " + "a/" * 30 + " b"
-    assert console.wrap(text).splitlines() == [
+    assert console.wrap(text, 40).splitlines() == [
         "  steps      one two three four five six",
         "             seven",
         "short  line",
         "",
         "    " + "a/" * 30,
-        "    b",
+        "      b",
+    ]
+
+
+def test_only_a_terminal_wraps_and_commands_remain_whole(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    text = "error: " + "word " * 30 + "end\n  python -m notus.look " + "a " * 40 + "b"
+    console.emit(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.emit(text)
+    *wrapped, command = capsys.readouterr().out.splitlines()
+    assert command == text.splitlines()[1] and len(wrapped) > 1
+    assert " ".join(" ".join(wrapped).split()) == text.splitlines()[0]
+    assert max(map(len, wrapped)) <= max(80, shutil.get_terminal_size((80, 24)).columns)
+    console.emit(text, verbatim=True)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_line_is_above_a_progress_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar = progress(3, 0, "step")
+    bar.update(1)
+    bar.refresh()
+    console.emit("stopped")
+    line, *rest = screen.getvalue().split("\n")
+    bar.close()
+    assert [state for state in line.split("\r") if state.strip()][-1] == "stopped"
+    assert len(rest) == 1 and "1/3" in rest[0]  # and the bar is drawn again
+
+
+def test_one_is_no_plural():
+    assert [console.counted(n, "pairs") for n in (0, 1, 2000)] == [
+        "0 pairs",
+        "1 pair",
+        "2,000 pairs",
     ]
 
 

@@ -14,6 +14,21 @@ def test_text_tables_align_numbers_to_the_right():
     ]
 
 
+def test_a_table_folds_behind_its_key_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [["a", "x", 1, "y" * 20, 22], ["b", "x", 3, "y" * 20, 4]]
+    header = ("key", "other", "first", "second", "third")
+    table = "\n".join(line.rstrip() for line in text_table(header, rows, keys=2).splitlines())
+    assert table.split("\n\n") == [
+        "key  other  first  second\n"
+        "a    x          1  yyyyyyyyyyyyyyyyyyyy\n"
+        "b    x          3  yyyyyyyyyyyyyyyyyyyy",
+        "key  other  third\na    x         22\nb    x          4",
+    ]
+    wide = text_table(("key", "n"), [["k" * 50, 1]])
+    assert len(wide.splitlines()) == 2  # a column cannot be folded
+
+
 def test_markdown_tables_separate_thousands():
     assert markdown_table(HEADER, iter(ROWS), digits=1).splitlines() == [
         "| name | value | n | none |",

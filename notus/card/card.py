@@ -9,6 +9,7 @@ secret.
 """
 
 import argparse
+import html
 import json
 import re
 import shlex
@@ -23,7 +24,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from notus.card.curves import draw_curves
-from notus.console import drawing, run_command
+from notus.console import counted, drawing, run_command
 from notus.engine.checkpoint import checkpoints
 from notus.engine.history import read_history
 from notus.errors import UserError
@@ -165,8 +166,9 @@ def figures(record: Record) -> Iterator[str]:
         return
     yield "![Curves of training](figures/curves.png)"
     yield (
-        "Thin: logged steps; thick: their mean; circles: held-out pairs; dotted: epochs. Steps "
-        "with less than half of the pairs, at an epoch's end, are left out."
+        "Lines are logged steps, in long runs thin and their running mean thick; circles are "
+        "held-out pairs, dotted lines the ends of epochs. Left out are steps with less than half "
+        "of the pairs, at an epoch's end, and accuracies while policy and reference are equal."
     )
 
 
@@ -251,8 +253,9 @@ def introduction(record: Record, base: str | None) -> str:
     best = f"Its weights are those after step {step:,}, the best by {metric}. " if step else ""
     return (
         f"{'Low-rank adapters for' if record.lora else 'Made from'} {origin} by {method} on "
-        f"{record.count('train')}{record.unit}: {last['step']:,} steps, {last['epoch']:g} epochs. "
-        f"{best}Trained with notus. All numbers below are read from the run's own files."
+        f"{record.count('train')}{record.unit}: {counted(last['step'], 'steps')}, "
+        f"{last['epoch']:g} epoch{'s' * (last['epoch'] != 1)}. {best}Trained with notus. All "
+        "numbers below are read from the run's own files."
     )
 
 
@@ -347,9 +350,9 @@ def recipe_section(record: Record) -> Iterator[str]:
         note = f", without {killed} that were killed" if killed else ""
         hours = sum(ended, timedelta()) / timedelta(hours=1)
         rows = [["processes", f"{last['ranks']} x {last['device']}"], *last["versions"].items()]
-        yield markdown_table(["", ""], [*rows, ["hours", f"{hours:.2f}{note}"]])
-    yield "The resolved settings, which are a configuration themselves:"
-    yield json_block(record.settings)
+        shown = f"{hours:.2f}" if hours >= 0.01 else "less than 0.01"
+        yield markdown_table(["", ""], [*rows, ["hours", f"{shown}{note}"]])
+    yield json_block("The resolved settings, which are a configuration themselves", record.settings)
     yield "Paths outside the working directory are shortened; hashes identify the data."
 
 
@@ -366,13 +369,14 @@ def data_section(record: Record) -> Iterator[str]:
         places = (path, path.parent, path.parent.parent) if path.exists() else ()
         found = [place / "manifest.json" for place in places if (place / "manifest.json").is_file()]
         if found and "counts" in (manifest := read_object(found[0])):
-            yield f"Curated from {shown_path(manifest['input'])} by `python -m notus.curation`:"
-            yield json_block(manifest)
+            origin = html.escape(shown_path(manifest["input"]))
+            yield json_block(f"Curated from {origin} by <code>notus.curation</code>", manifest)
 
 
-def json_block(value: Plain) -> str:
-    """A value as a block of JSON, with its paths as `shown_text` shows them."""
-    return f"```json\n{shown_text(json.dumps(value, indent=2, ensure_ascii=False))}\n```"
+def json_block(title: str, value: Plain) -> str:
+    """A value as JSON to unfold, with its paths as `shown_text` shows them. title: HTML."""
+    text = shown_text(json.dumps(value, indent=2, ensure_ascii=False))
+    return f"<details><summary>{title}</summary>\n\n```json\n{text}\n```\n\n</details>"
 
 
 def hub_id(name: str) -> str:

@@ -21,12 +21,13 @@ class Panel(NamedTuple):
     level: float | None = None
 
 
+ACCURACIES = "rewards/accuracies"
 REWARDS = ("rewards/chosen", "rewards/rejected")
 RATIOS = ("displacement/chosen_per_token", "displacement/rejected_per_token")
 PANELS = (
-    Panel("Loss", "per pair, or per token", ("loss",)),
-    Panel("Accuracy", "share of pairs", ("rewards/accuracies",), 0.5),
-    Panel("Margin", "chosen - rejected reward, nats", ("rewards/margins",)),
+    Panel("Loss", "mean", ("loss",)),
+    Panel("Accuracy", "share of pairs", (ACCURACIES,), 0.5),
+    Panel("Margin", "chosen - rejected, nats", ("rewards/margins",)),
     Panel("Rewards", "beta x log-ratio, nats", REWARDS, 0.0),
     Panel("Log-ratio to the reference", "per token, nats", RATIOS, 0.0),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
@@ -49,27 +50,26 @@ def draw_curves(
     training, last = full_lines(training), training[-1]["step"]
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
-    figure = Figure(figsize=(4.8 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    # Small, so that letters can be read where a page shows the grid at half its width.
+    figure = Figure(figsize=(3.3 * columns, 2.6 * rows), dpi=150, layout="constrained")
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
         for key, colour in zip(panel.metrics, COLOURS, strict=False):
             part = key.rpartition("/")[2].removesuffix("_per_token")
-            label = f"{part}, " if len(panel.metrics) > 1 else ""
             steps, values = points(training, key)
             smooth = running_mean(values, len(values) // 80)
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-            axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label}training")
-            # An untrained policy ties with its reference, which counts as wrong: a 0 without sense.
-            first = 1 if key == "rewards/accuracies" else 0
-            held_out = points([e for e in evaluations if e["step"] >= first], f"eval_{key}")
-            if held_out.size:
-                axes.plot(*held_out, "o", color=colour, label=f"{label}held out")
+            axes.plot(steps, smooth, color=colour, linewidth=1.6, label=part)
+            held_out = points(evaluations, f"eval_{key}")
+            axes.plot(*held_out, "o", color=colour, markeredgecolor="white", zorder=3)
         if panel.level is not None:
             axes.axhline(panel.level, color="0.5", linewidth=1, linestyle="--", zorder=0)
         for epoch in range(steps_per_epoch, last, steps_per_epoch) if steps_per_epoch else ():
             axes.axvline(epoch, color="0.7", linewidth=1, linestyle=":", zorder=0)
         axes.set(title=panel.title, xlabel="optimiser step", ylabel=panel.unit)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(panel.metrics) > 1:
+            axes.legend(frameon=False, fontsize="small")
     path.parent.mkdir()
     figure.savefig(path)
 
@@ -84,7 +84,13 @@ def full_lines(training: Sequence[Line]) -> list[Line]:
 
 
 def points(lines: Sequence[Line], key: str) -> np.ndarray:
-    """The steps that have this metric, and its values: float64 [2, points]."""
+    """The steps that have this metric, and its values: float64 [2, points].
+
+    An accuracy is left out while policy and reference are equal: ties, which count as wrong, make
+    it a 0 that says nothing.
+    """
+    if key.endswith(ACCURACIES):
+        lines = [x for x in lines if x.get(key.replace(ACCURACIES, "rewards/margins")) != 0]
     found = [(line["step"], line[key]) for line in lines if key in line]
     return np.array(found, float).reshape(-1, 2).T
 

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 import pyarrow.parquet
 from tqdm import tqdm
 
-from notus.console import run_command
+from notus.console import counted, run_command
 from notus.curation.curate import (
     Curation,
     Screen,
@@ -219,7 +219,7 @@ def _counts_text(counts: dict[str, Any], curation: Curation) -> str:
         ", ".join(f"{n:,} {name}" for name, n in counts.get(kind, {}).items())
         for kind in ("dropped", "marks", "pairs that the trainer drops")
     )
-    text = f"{counts['rows']:,} rows, dropped: {dropped or 'none'}"
+    text = f"{counted(counts['rows'], 'rows')}, dropped: {dropped or 'none'}"
     text += f"; of these pairs training drops: {unusable}" if unusable else ""
     text += f"; marks: {marks}" if marks else ""
     return text if curation.decontaminate else f"{text}; not screened for benchmarks"
@@ -277,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = replace(parse(keys, Source), curation=curation)
         with naming_options("format", "columns", "ignore", "rule"):
             counts = curate(source, options.out, options.held_out, options.seed, reading)
-        told = f"wrote {options.out}: {counts['pairs']:,} pairs; {_counts_text(counts, curation)}"
-        return "\n".join((*reading.lines(), told, f"look at the rows: {look_command(options.out)}"))
+        pairs = counted(counts["pairs"], "pairs")
+        told = f"wrote {options.out}: {pairs}; {_counts_text(counts, curation)}"
+        look = f"look at the rows:\n  {look_command(options.out)}"
+        return "\n".join((*reading.lines(), told, look))
 
     return run_command(command)

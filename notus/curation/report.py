@@ -4,6 +4,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ LISTED = 100  # hits, and marks; all of them are in dropped.jsonl and the manife
 LISTED_SOURCES = 10  # the largest ones; the others share a column
 NO_SOURCE, OTHERS = "(no source)", "(others)"
 SIDES = ("chosen", "rejected")
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 def write_report(
@@ -35,12 +38,7 @@ def write_report(
     pairs, dropped: the records of train.jsonl and dropped.jsonl. ratings: those of all completions,
     by aspect.
     """
-    shown = {
-        key: ", ".join(value) or "none" if isinstance(value, tuple) else str(value)
-        for key, value in settings.items()
-    }
     tables = {
-        "Settings": markdown_table(["setting", "value"], shown.items()),
         "Rows": f"{_rows_table(pairs, dropped)}\n\nTo look at them: `{look_command(name)}`",
         "Responses": _responses_table(pairs),
     }
@@ -56,20 +54,31 @@ def write_report(
         tables["Benchmark prompts"] = "Not screened: no file of benchmark prompts was given."
     elif not hits:
         tables["Benchmark prompts"] = "No row holds one."
-    text = "# Curation\n" + "".join(f"\n## {title}\n\n{table}\n" for title, table in tables.items())
     if find_spec("matplotlib"):
         (folder / "figures").mkdir()
-        figures = []
+        figures = {}
+        if ratings:
+            figures["ratings"] = "Ratings of all completions by aspect", ratings
         if with_scores := scored(pairs):
             scores = {side: [pair[f"{side}_avg_rating"] for pair in with_scores] for side in SIDES}
-            figures.append(("scores", "Scores of the pairs under the rule", scores))
-        if ratings:
-            figures.insert(0, ("ratings", "Ratings of all completions by aspect", ratings))
-        for name, title, values in figures:
+            under = " under the rule" if settings["rule"] else ""
+            figures["scores"] = f"Scores of the pairs{under}", scores
+        for name, (title, values) in figures.items():
             with drawing():
-                _draw(folder / "figures" / f"{name}.png", title, values)
-                text += f"\n![{title}](figures/{name}.png)\n"
+                _draw(folder / "figures" / f"{name}.png", name.removesuffix("s"), values)
+                tables[title] = f"![{title}](figures/{name}.png)"
+    lines = [(name, _shown(value)) for name, value in settings.items()]
+    tables["Settings"] = markdown_table(["setting", "value"], lines)
+    text = "# Curation\n" + "".join(f"\n## {title}\n\n{table}\n" for title, table in tables.items())
     (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    words = ", ".join(value) if isinstance(value, tuple) else str(value)
+    return "none" if value is None else words or "none"
 
 
 def look_command(source: object, *options: str) -> str:
@@ -83,7 +92,7 @@ def scored(pairs: Sequence[Row]) -> list[Row]:
 
 
 def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
-    """How many rows became pairs or were dropped for a reason, by source."""
+    """How many rows became pairs or were dropped for a reason, by source if there are several."""
     outcomes: Counter[str] = Counter()
     by_source: Counter[tuple[str, str]] = Counter()
     for record in (*pairs, *dropped):
@@ -96,6 +105,7 @@ def _rows_table(pairs: Sequence[Row], dropped: Sequence[Row]) -> str:
         for outcome in outcomes:
             by_source[outcome, OTHERS] = sum(by_source[outcome, source] for source in others)
         sources.append(OTHERS)
+    sources = sources if len(sources) > 1 else []
     return markdown_table(
         ["", "all", *sources],
         [
@@ -129,16 +139,24 @@ def _hits_table(hits: Sequence[Row]) -> str:
     return markdown_table(["row", "found", "covered", "benchmark", "its prompt"], rows)
 
 
-def _draw(path: Path, title: str, values: Mapping[str, Sequence[float]]) -> None:
-    """A histogram of each sequence of values, side by side."""
+def _draw(path: Path, unit: str, values: Mapping[str, Sequence[float]]) -> None:
+    """A histogram of each sequence of values, side by side.
+
+    A bin is a point wide, or half a point where there are values in between.
+    """
     from matplotlib.figure import Figure  # an extra
 
     low, high = min(map(min, values.values())), max(map(max, values.values()))
-    width = max(0.5, (high - low) / 20)
+    whole = all(float(value).is_integer() for found in values.values() for value in found)
+    width = max(1 if whole else 0.5, (high - low) / 20)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     edges = np.arange(low, high + 1.5 * width, width)
-    axes.hist(list(values.values()), edges, align="left", label=list(values))
-    axes.set(xlabel="score", ylabel="count", title=title)
-    figure.legend(loc="outside right upper")
+    labels = [name.replace("_", " ") for name in values]
+    colours = list(islice(cycle(COLOURS), len(values)))
+    axes.hist(list(values.values()), edges, align="left", label=labels, color=colours)
+    axes.set(xlabel=unit, ylabel="count")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path)

@@ -21,7 +21,7 @@ from notus.build import (
     settings_of,
 )
 from notus.config import Config
-from notus.console import wrap
+from notus.console import counted
 from notus.data.dataset import Dataset
 from notus.data.oddities import oddities
 from notus.data.packing import slots_of
@@ -88,9 +88,9 @@ def dry_run(config: Config, ranks: Ranks, options: argparse.Namespace) -> int:
     plan = build_plan(config, pairs, gpus)
     steps = [plan.pairs_of(step) for step in range(plan.steps)]
     estimate = estimate_run(config, gpus, models, make_loss(config), pairs, held_out, steps)
-    ranks.say(wrap(preflight(estimate, gpu, options.price)))
+    ranks.say(preflight(estimate, gpu, options.price))
     if refusal:
-        ranks.say(wrap(f"\nWOULD NOT START: {refusal}"))
+        ranks.say(f"\nWOULD NOT START: {refusal}")
     return 0 if not refusal and (gpu is None or estimate.fits(gpu)) else 1
 
 
@@ -102,14 +102,14 @@ def show_data(
 ) -> None:
     """Print what was read and tokenized, how to look at it, and what is odd about it."""
     style, unit = config.data.tokenization, config.train.unit
-    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n")
+    ranks.say(f"\n{token_report(data, tokenizer, style, unit)}\n", verbatim=True)
     if config.train.objective == "dpo":  # the page shows pairs
         seed = config.train.seed if config.data.seed is None else config.data.seed
         commands = [command_for(source, seed) for source in config.data.train]
         ranks.say("\n  ".join(["look at the rows", *commands]) + "\n")
     rows = data["train"].rows
     for line in oddities(config.data.train, rows, tokenizer.chat_template is not None):
-        ranks.say(wrap(f"warning: {line}\n"))
+        ranks.say(f"warning: {line}\n")
 
 
 def refusal_of(config: Config, ranks: Ranks, options: argparse.Namespace) -> str:
@@ -177,14 +177,12 @@ def plan_text(estimate: Estimate) -> Iterator[str]:
     yield "plan"
     yield f"  {unit:<13}{len(estimate.pairs):,} to train on, {held} held out"
     yield (
-        f"  steps        {steps:,} of {train.pairs_per_step} {unit}; "
+        f"  steps        {steps:,} of {counted(train.pairs_per_step, unit)}; "
         f"{per_epoch:,} per epoch x {train.epochs}{limit}"
     )
-    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of all slots hold one"
-    yield (
-        f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}; "
-        f"the longest row has {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
-    )
+    yield f"  tokens       {filled:,}{saved}; {filled / rows.total:.1%} of slots filled"
+    yield f"  microbatches {rows.microbatches / steps:.2f} per rank and step, at most {rows.most}"
+    yield f"  longest row  {rows.slots:,} of {data.tokens_per_microbatch:,} slots"
     if idle := idle_text(train.pairs_per_step, estimate.gpus, unit):
         yield f"  {idle}"
 

@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from notus.console import counted, width, wrap
 from notus.curation.decontamination import whole_text, words_of
 from notus.data.dataset import Dataset
 from notus.data.formats import PARTS, Pair
@@ -23,20 +24,18 @@ LONG = 500  # characters of a text that are shown before its middle is left out
 def token_report(
     datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerFast, style: str, unit: str
 ) -> str:
-    """The report on the data sets "train" and perhaps "eval".
+    """The report on the data sets "train" and perhaps "eval", wrapped but for the pairs' texts.
 
     style: of the tokenization. unit: what a data set consists of, "pairs" or "responses".
     """
     train = datasets["train"]
     examples = telling_pairs(train.tokenized, 3)
-    sections = [
-        f"{len(examples)} of {len(train.pairs):,} training {unit}; special tokens: ⟦…⟧",
-        *(pair_text(train, index, tokenizer, style) for index in examples),
-        *("\n".join(_dataset_lines(name, data, unit)) for name, data in datasets.items()),
-    ]
+    shown = [f"{len(examples)} of {len(train.pairs):,} training {unit}; special tokens: ⟦…⟧"]
+    shown += [pair_text(train, index, tokenizer, style) for index in examples]
+    found = ["\n".join(_dataset_lines(name, data, unit)) for name, data in datasets.items()]
     if "eval" in datasets:
-        sections.append("\n".join(_leak_lines(train.kept, datasets["eval"].kept)))
-    return "\n\n".join(sections)
+        found.append("\n".join(_leak_lines(train.kept, datasets["eval"].kept)))
+    return "\n\n".join([*shown, wrap("\n\n".join(found), width())])
 
 
 def telling_pairs(tokenized: Tokenized, count: int) -> list[int]:
@@ -105,8 +104,7 @@ def _shortened(text: str) -> str:
 
 def _dataset_lines(name: str, data: Dataset, unit: str) -> Iterator[str]:
     tokenized = data.tokenized
-    yield f"{name}: {len(data.pairs):,} {unit}"
-    yield from (f"  {remark}" for remark in data.remarks)
+    yield f"{name}: {counted(len(data.pairs), unit)}"
     yield from (f"  {line}" for line in length_table(tokenized, unit).splitlines())
     for reason, number in data.dropped.items():
         yield f"  {number:,} dropped: {reason}"
@@ -150,8 +148,8 @@ def _leak_lines(train: Sequence[Pair], held_out: Sequence[Pair]) -> Iterator[str
     found = zip(train, find_leaks(train, held_out), strict=True)
     leaks = [(pair.where, other) for pair, other in found if other is not None]
     yield (
-        f"leakage: {len(leaks):,} of {len(train):,} training prompts are, or nearly are, held-out "
-        f"prompts ({len({other for _, other in leaks}):,} of {len(held_out):,})"
+        f"leakage: {len(leaks):,} of {len(train):,} training prompts are (nearly) held-out ones "
+        f"({len({other for _, other in leaks}):,} of {len(held_out):,})"
     )
     for where, other in leaks[:3]:
         yield f"  {where} is like {other}"

@@ -55,10 +55,10 @@ class Ranks:
         """Whether this process prints and writes shared files."""
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """Print on rank 0 only."""
+    def say(self, text: str, verbatim: bool = False) -> None:
+        """Print on rank 0 only, as `emit` does."""
         if self.first:
-            emit(text)
+            emit(text, verbatim=verbatim)
 
 
 def start(device: str = "auto") -> Ranks:

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from notus.console import emit
-from notus.engine.sinks import NoBoard, Sink, begin_hparams, end_hparams, shown_name
+from notus.engine.sinks import NoBoard, Sink, begin_hparams, begin_pictures, end_hparams, shown_name
 from notus.files import set_aside, write_whole, writing
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in output_dir: steps without an update, and their pairs
@@ -80,9 +80,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def warn(text: str) -> None:
-    """Print a warning to standard error, on its own line even below a progress bar."""
-    with tqdm.external_write_mode(sys.stderr):
-        emit(f"warning: {text}", sys.stderr)
+    """Print a warning to standard error."""
+    emit(f"warning: {text}", sys.stderr)
 
 
 _warn_once = cache(warn)
@@ -158,6 +157,7 @@ class MetricsLog:
             with writing(self._place):
                 self.board = SummaryWriter(str(self._place), purge_step=step + 1)
         self.show(lambda board: begin_hparams(board, settings))
+        self.show(lambda board: begin_pictures(board, settings))
         self.bar, self.most = progress(total, step, "step"), 0  # most pairs of a line
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

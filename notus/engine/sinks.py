@@ -172,6 +172,24 @@ class NoBoard:
         pass
 
 
+# The Custom Scalars tab: training and held-out pairs in one picture, as TensorBoard's tags.
+PICTURES = {
+    "Loss": ["(train|eval)/loss"],
+    "Accuracy": ["(train|eval)/rewards/accuracies"],
+    "Margin": ["(train|eval)/rewards/margins"],
+    "Rewards": ["(train|eval)/rewards/(chosen|rejected)"],
+    "Log-ratio to the reference, per token": ["(train|eval)/displacement/.*_per_token"],
+    "Gradient norm": ["train/grad_norm"],
+}
+
+
+def begin_pictures(board: SummaryWriter | NoBoard, settings: Mapping[str, Any]) -> None:
+    """Write which metrics TensorBoard's Custom Scalars tab shows: those that the run will log."""
+    sft = settings.get("train", {}).get("objective") == "sft"
+    names = ("Loss", "Gradient norm") if sft else PICTURES
+    board.add_custom_scalars({"Overview": {name: ["Multiline", PICTURES[name]] for name in names}})
+
+
 def begin_hparams(board: SummaryWriter | NoBoard, settings: Mapping[str, Any]) -> None:
     """Write the configuration to TensorBoard, whose HParams tab then sorts runs by it.
 

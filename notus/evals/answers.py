@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from notus.console import counted, emit
 from notus.engine import distributed
 from notus.engine.distributed import Ranks
 from notus.engine.log import progress
@@ -153,7 +154,7 @@ def generate(options: argparse.Namespace) -> None:
         text = benchmarks.answers_text(kind, prompts, answers, options.name)
     write_whole(options.out, text, durable=True)
     shutil.rmtree(partial_folder)
-    print(f"wrote {len(prompts)} answers of {options.name} to {options.out}")
+    emit(f"wrote {counted(len(prompts), 'answers')} of {options.name} to {options.out}")
 
 
 def start(options: argparse.Namespace) -> Ranks:

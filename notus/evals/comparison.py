@@ -22,7 +22,7 @@ from notus.evals.published import DPO_RUNS, METRICS, DpoRun
 from notus.evals.runs import read_evaluations
 from notus.files import read_object
 from notus.strict import show
-from notus.tables import text_table
+from notus.tables import Cell, text_table
 
 LIMIT = 2.0  # a difference of fewer standard errors counts as agreement
 STEP = 100  # the step of the first evaluation on the model cards
@@ -87,13 +87,14 @@ def compare_published(folder: Path, to: str, pairs: int | None, file: Path | Non
             )
 
     last = max(evaluations)
-    differences, notes = [], []
+    compared, notes = {}, []
     if STEP in evaluations and published.step_100:
-        at = f"step {STEP}"
-        differences += differences_at(at, evaluations[STEP], published.step_100, published, pairs)
+        compared[f"step {STEP}"] = evaluations[STEP], published.step_100
     elif published.step_100:
         notes.append(f"No evaluation at step {STEP} (evaluation.every), so none is compared.")
-    differences += differences_at("end", evaluations[last], published.end, published, pairs)
+    compared["end"] = evaluations[last], published.end
+    by_step = {at: differences_at(at, *both, published, pairs) for at, both in compared.items()}
+    differences = [difference for found in by_step.values() for difference in found]
     if not (folder / "final").is_dir():
         notes.append(f"The run has not ended: step {last} is taken as its end.")
     notes += recipe_notes(settings, published.recipe)
@@ -102,12 +103,17 @@ def compare_published(folder: Path, to: str, pairs: int | None, file: Path | Non
             "The run's number of held-out pairs is not known, so its own sampling error is left "
             "out and the differences look larger than they are: give --pairs."
         )
-    header = ("at", "metric", "run", to, "difference", "± s.e.", "in s.e.", "")
-    rows = [
-        (*d[:4], d.value - d.published, d.standard_error, *d[7:], d.pairs, d.published_pairs)
-        for d in differences
+    else:
+        notes.append(f"The run's values are means over {pairs:,} pairs.")
+    notes.append(
+        f"The published loss is a mean over {published.pairs:,} pairs, the other metrics over "
+        f"{published.reward_pairs:,}."
+    )
+    header = ("metric", "run", to, "difference", "± s.e.", "in s.e.", "")
+    tables = [
+        f"at {at}:\n{text_table(header, map(shown, found), digits=4)}"
+        for at, found in by_step.items()
     ]
-    table = text_table((*header, "n", "n published"), rows, digits=4)
     content = {
         "run": str(folder),
         "to": to,
@@ -115,8 +121,14 @@ def compare_published(folder: Path, to: str, pairs: int | None, file: Path | Non
         "last_step": last,
         "differences": [d._asdict() for d in differences],
     }
-    table += f"\n\n{to}: {published.source}\n\n{summary(differences)}"
-    report(table, notes, file, content)
+    tables += [f"{to}: {published.source}", summary(differences)]
+    report("\n\n".join(tables), notes, file, content)
+
+
+def shown(d: Difference) -> tuple[Cell, ...]:
+    """The row of a table."""
+    change = d.value - d.published
+    return d.metric, d.value, d.published, change, d.standard_error, *d[7:]
 
 
 def differences_at(

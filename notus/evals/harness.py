@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from notus.console import emit
 from notus.data.tokenizer import load_tokenizer
 from notus.errors import UserError
 from notus.evals.leaderboard import read_results, report_lm_eval
@@ -94,7 +95,7 @@ def run_harness(options: argparse.Namespace) -> None:
             write_whole(files[-1], text, durable=True)
     if files:
         report_lm_eval(files, options.json)
-        print(f"\nThe results are in {output}; `score lm_eval {output}` shows them again.")
+        emit(f"\nThe results are in {output}; `score lm_eval {output}` shows them again.")
 
 
 def task_names(tasks: str, known: Iterable[str]) -> list[str]:

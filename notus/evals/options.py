@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from notus.console import emit
 from notus.errors import UserError
 from notus.evals.benchmarks import TOP_K
 from notus.files import write_json
@@ -77,8 +78,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def report(table: str, notes: Sequence[str], file: Path | None, content: Mapping[str, Any]) -> None:
     """Print a table and the notes on it; keep `content` and the notes in the file of --json."""
-    print(table)
-    print("".join(f"\n{note}" for note in notes))
+    emit("\n".join([table, "", *notes]))
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

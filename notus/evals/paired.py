@@ -125,7 +125,8 @@ def differences_table(differences: Iterable[Difference]) -> str:
         cells = [_interval(*ends) for ends in zip(d.values, d.low, d.high, strict=True)]
         group = "all" if d.kind == "all" else f"{d.kind} {d.name}"
         rows.append((d.arm, d.labeling, group, d.pairs, cells[0], d.p, *cells[1:]))
-    return text_table(("", "pairs of", "group", "n", RESULTS[0], "p", *RESULTS[1:]), rows, digits=4)
+    header = ("", "pairs of", "group", "n", RESULTS[0], "p", *RESULTS[1:])
+    return text_table(header, rows, digits=4, keys=3)
 
 
 def _interval(value: float, low: float, high: float, sign: str = "+") -> str:

@@ -8,7 +8,8 @@ higher; a tie is wrong. Pairs are tokenized, packed and scored by the functions 
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from notus.build import Setup, build_model, make_loss, set_up
 from notus.config import Config
-from notus.console import drawing, wrap
+from notus.console import drawing, emit
 from notus.curation.ratings import RULES
 from notus.curation.report import look_command
 from notus.data.oddities import oddities
@@ -35,7 +36,7 @@ from notus.objective.logprobs import score
 from notus.objective.losses import log_ratios
 from notus.objective.reference import no_reference
 from notus.strict import parse, read_option
-from notus.tables import markdown_table
+from notus.tables import markdown_table, text_table
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     with agreed():
         has_template = load_tokenizer(setup.models.tokenizer).chat_template is not None
         for line in oddities(config.data.train, data.rows, has_template) if ranks.first else ():
-            ranks.say(wrap(f"warning: {line}"))
+            ranks.say(f"warning: {line}")
     policy = log_probs(setup, setup.models.source, loss.uses_weights)
     reference = no_reference(data.pairs, ranks.device).flat
     if referenced:
@@ -120,7 +121,8 @@ def run(options: argparse.Namespace) -> None:
     rows = table(data.kept, margin, data.pairs.lengths)
     sections = section_scores(rows)
     against = f"against {options.reference}" if referenced else "without a reference"
-    report = as_markdown(f"Preferences of {options.model}, {against}", metrics, rows, sections)
+    title = f"Preferences of {options.model}, {against}"
+    report = f"# {title}\n\n{tables(markdown_table, metrics, rows, sections)}\n"
     if not ranks.first:
         return
     with new_folder(options.out) as new:
@@ -141,7 +143,8 @@ def run(options: argparse.Namespace) -> None:
     with drawing():  # the results are there before any figure
         drawn = "".join(f"\n![{n}]({n})\n" for n in figures(options.out, rows, margin, *scores))
         write_whole(options.out / "report.md", report + drawn)
-    print(f"\n{report}\nwrote {options.out}; look at the pairs: {look_command(options.out)}")
+    emit(f"\n{title}\n\n{tables(partial(text_table, digits=4), metrics, rows, sections)}\n")
+    emit(f"wrote {options.out}; look at the pairs:\n  {look_command(options.out)}")
 
 
 def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Tensor:
@@ -152,10 +155,13 @@ def log_probs(setup: Setup, folder: Path, sum_squares: bool = False) -> torch.Te
     return score(model, setup.pairs, range(len(setup.pairs)), setup.rows, sum_squares)
 
 
-def as_markdown(
-    title: str, metrics: Mapping[str, float], rows: Sequence[Row], sections: Mapping[str, float]
+def tables(
+    form: Callable[..., str],
+    metrics: Mapping[str, float],
+    rows: Sequence[Row],
+    sections: Mapping[str, float],
 ) -> str:
-    """The report of one evaluation."""
+    """The tables of one evaluation. form: `text_table` or `markdown_table`."""
     header = ("pairs", "n", "accuracy", "95 % interval", "margin", "longer response wins")
     cells = [
         (
@@ -164,10 +170,10 @@ def as_markdown(
         )
         for row in rows
     ]
-    tables = [markdown_table(("metric", "value"), metrics.items()), markdown_table(header, cells)]
+    parts = [form(("metric", "value"), metrics.items()), form(header, cells)]
     if sections:
-        tables.append(markdown_table(("RewardBench section", "accuracy"), sections.items()))
-    return "\n\n".join([f"# {title}", *tables]) + "\n"
+        parts.append(form(("RewardBench section", "accuracy"), sections.items()))
+    return "\n\n".join(parts)
 
 
 def figures(

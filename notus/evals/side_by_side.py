@@ -8,6 +8,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+from notus.console import counted, emit
 from notus.engine import distributed
 from notus.errors import agreed
 from notus.evals.answers import default_name
@@ -55,8 +56,8 @@ def answer_both(options: argparse.Namespace) -> None:
         gc.collect()  # the next model needs the memory
     text = samples_markdown(prompts, columns)
     if options.out is None:
-        ranks.say(text)
+        ranks.say(text, verbatim=True)
     elif ranks.first:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, text)
-        print(f"wrote {len(prompts)} prompts with both answers to {options.out}")
+        emit(f"wrote {counted(len(prompts), 'prompts')} with both answers to {options.out}")

@@ -4,6 +4,6 @@ gather     the rows that SOURCE names, and their records
 record     a row -> what the page shows of it, and its numbers
 scores     what a model says of pairs
 selection  the rows that a page holds
-page       rows -> one HTML file
+page       rows -> one HTML file, with page.html, page.css and the scripts
 look       the command
 """

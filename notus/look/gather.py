@@ -19,7 +19,8 @@ from notus.look.scores import MARGIN, Scores
 from notus.strict import Text, parse_part
 
 CONTRADICTED = "the model contradicts the label"
-PAIRS = "pairs.jsonl"  # of a folder that `eval.py preferences` wrote
+# What `eval.py preferences` and an evaluation during training leave: pairs and their log-probs.
+PAIRS = ("pairs.jsonl", "eval_pairs.jsonl")
 MANIFEST = "manifest.json"  # of a folder that notus.curation wrote
 
 
@@ -102,16 +103,24 @@ def gather(source: Source, seed: int, scores: Path | None) -> Gathering:
     """The records of the rows that `source` names.
 
     A folder of notus.curation names the rows that it was made of, under its settings; one of
-    `eval.py preferences` for its pairs with their scores. Rated rows without a curation get the
-    rule that fits them. Raises UserError if a manifest, the scores or the first row is malformed.
+    `eval.py preferences` its pairs with their scores, and a run's output_dir the held-out pairs
+    with those of the newest evaluation. Rated rows without a curation get the rule that fits them.
+    Raises UserError if a manifest, the scores or the first row is malformed, or a run has no
+    held-out pairs.
     """
     held_out, expected = (), None
     with reading(source.path):  # no such home, a name that is too long
         folder = Path(source.path).expanduser()
-        file = folder / MANIFEST
-        pairs, manifest = (folder / PAIRS).is_file(), read_object(file) if file.is_file() else {}
-    if pairs:
-        source = replace(source, path=str(folder / PAIRS))
+        found = [folder / name for name in PAIRS if (folder / name).is_file()]
+        is_run, file = (folder / "metrics.jsonl").is_file(), folder / MANIFEST
+        manifest = read_object(file) if file.is_file() else {}
+    if found:
+        source = replace(source, path=str(found[0]))
+    elif is_run:
+        raise UserError(
+            f"{folder}: a run without held-out pairs (data.eval); expected a run that has some, or "
+            f"the folder that `python eval.py preferences {folder} --data FILE --out DIR` makes"
+        )
     elif "input" in manifest:  # a judge's has none
         given = {key: value for key, value in manifest.items() if value not in (None, [])}
         made = parse_part(given, _Made, file)

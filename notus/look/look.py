@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make one page to look at pairs, sort, filter and mark them, without a server.",
     )
     add = parser.add_argument
-    add("source", help="what training reads, a folder of notus.curation or of eval.py preferences")
+    about = "what training reads, or the folder of a curation, of eval.py preferences, of a run"
+    add("source", help=about)
     add("--split", help="of the source, where it has splits")
     add("--format", help="of the source (default: recognized from the rows)")
     add("--columns", metavar="JSON", help='as in a training source, e.g. {"prompt": "Question"}')
@@ -59,8 +60,8 @@ def write_page(options: argparse.Namespace) -> str:
         selection.add(record)
     records, chosen = selection.chosen()
     if gathering.scores:
-        pairs = gathering.counts["pairs"]
-        chosen += f"; the model's scores are known of {gathering.scores.found:,} of {pairs:,} pairs"
+        found, pairs = gathering.scores.found, gathering.counts["pairs"]
+        chosen += f"; the model's scores are known for {found:,} of {pairs:,} pairs"
     content = page_content(gathering, records, selection.count, chosen)
     with writing(options.out):
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,90 +1,13 @@
-// The page of `python -m notus.look`. Its data: {source, rule, of, chosen, counts, sort, rows};
-// a row is a record of notus/look/record.py. Every text of a row enters the page as a text node.
-"use strict";
-
-const $ = (id) => document.getElementById(id);
-
-/** An element with attributes, and children that are elements or texts (never markup). */
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children.filter((child) => child !== null && child !== ""));
-  return node;
-}
-
-const fixed = (x) => (Number.isInteger(x) ? String(x) : String(+x.toFixed(3)));
-const counted = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-
-// Characters that hide or reorder text are shown by their number: controls, bidirectional
-// overrides, spaces without width. The joiners of emoji and of Persian remain.
-const HIDDEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
-
-// A browser takes minutes to lay out a text of millions of characters, so the rest is only counted.
-const MOST_SHOWN = 2e5;
-
-function texts(text) {
-  const nodes = text.slice(0, MOST_SHOWN).split(HIDDEN).map((part, i) => {
-    const code = i % 2 && `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
-    return code ? el("span", { class: "hidden", title: "a character that is not visible" }, code) : part;
-  });
-  const left = text.length - MOST_SHOWN;
-  return left > 0 ? [...nodes, el("span", { class: "hidden" }, counted(left, "more character"))] : nodes;
-}
-
-// ------------------------------------------------------------------------------ differences
-
-const MOST_CELLS = 6e6;
-
-/** For two lists of words, for each word whether the other has it too (longest common
- *  subsequence); null if they are too long to compare. */
-function common(a, b) {
-  const flags = [new Array(a.length).fill(true), new Array(b.length).fill(true)];
-  let start = 0, m = a.length, n = b.length;
-  while (start < m && start < n && a[start] === b[start]) start++;
-  while (m > start && n > start && a[m - 1] === b[n - 1]) m--, n--;
-  const rows = m - start, columns = n - start, width = columns + 1;
-  if (rows * columns > MOST_CELLS) return null;
-  const best = new Uint16Array((rows + 1) * width);
-  for (let i = rows - 1; i >= 0; i--)
-    for (let j = columns - 1; j >= 0; j--)
-      best[i * width + j] = a[start + i] === b[start + j] ? best[(i + 1) * width + j + 1] + 1
-        : Math.max(best[(i + 1) * width + j], best[i * width + j + 1]);
-  let i = 0, j = 0;
-  while (i < rows || j < columns) {
-    if (i < rows && j < columns && a[start + i] === b[start + j]) i++, j++;
-    else if (j === columns || (i < rows && best[(i + 1) * width + j] >= best[i * width + j + 1]))
-      flags[0][start + i++] = false;
-    else flags[1][start + j++] = false;
-  }
-  return flags;
-}
-
-const words = (text) => text.match(/\s*\S+|\s+$/g) || [];
-
-/** A text as nodes; runs of words that the other text lacks are in <mark> elements. */
-function marked(parts, flags) {
-  const nodes = [];
-  for (let i = 0; i < parts.length; ) {
-    let end = i;
-    while (end < parts.length && flags[end] === flags[i]) end++;
-    const run = texts(parts.slice(i, end).join(""));
-    nodes.push(...(flags[i] ? run : [el("mark", {}, ...run)]));
-    i = end;
-  }
-  return nodes;
-}
+// The page of `python -m notus.look`: filters, the list, marks. Its data: {source, rule, of, chosen,
+// counts, sort, rows}; a row is a record of notus/look/record.py.
 
 // ------------------------------------------------------------------------------------ state
 
-let data, rows, order = [], current = null, changed = false;
+let rows, order = [], current = null, ascending = true, changed = false;
 const searched = [];
 const marks = new Map(); // row number -> {mark, note}
 const ranges = new Map(); // number's name -> [low, high]
-const drawings = new Map(); // number's name -> what redraws its histogram
-let ascending = true;
-
-const outcome = (row) => row.dropped ?? (row.unusable ? `trainer: ${row.unusable}` : "pair");
-const number = (row, name) => row.numbers[name];
+const drawings = []; // what redraws each histogram
 
 function textOf(i) {
   return (searched[i] ??= JSON.stringify([rows[i].turns, rows[i].responses, rows[i].where])
@@ -97,7 +20,7 @@ function passes(i) {
     && (!$("outcome").value || outcome(row) === $("outcome").value)
     && (!$("flag").value || row.flags.includes($("flag").value))
     && (!wanted || (wanted === "any" ? mark : wanted === "none" ? !mark : mark?.mark === wanted))
-    && [...ranges].every(([name, [low, high]]) => number(row, name) >= low && number(row, name) <= high)
+    && [...ranges].every(([name, [low, high]]) => row.numbers[name] >= low && row.numbers[name] <= high)
     && (!$("text").value || textOf(i).includes(JSON.stringify($("text").value).slice(1, -1).toLocaleLowerCase()));
 }
 
@@ -106,26 +29,27 @@ function update() {
   const name = $("sort").value, sign = ascending ? 1 : -1;
   order = rows.map((_, i) => i).filter(passes);
   if (name) order.sort((a, b) => {
-    const x = number(rows[a], name), y = number(rows[b], name);
+    const x = rows[a].numbers[name], y = rows[b].numbers[name];
     return x === undefined || y === undefined ? (x === undefined) - (y === undefined) || a - b
       : sign * (x - y) || a - b;
   });
   else if (!ascending) order.reverse();
   $("direction").textContent = ascending ? "Lowest first" : "Highest first";
   $("shown").textContent = `${order.length.toLocaleString("en")} of ${counted(rows.length, "row")} shown`;
-  if ($("numbers").open) for (const draw of drawings.values()) draw();
+  drawHistograms();
   if (!order.includes(current)) show(order[0] ?? null);
-  else reveal(), showMark();
+  else reveal(), showMark(); // what is unfolded in the row remains so
 }
 
 // ----------------------------------------------------------------- the list, drawn where it is seen
 
 const HEIGHT = 32; // of an item, in pixels; also in page.css
-const MARGIN = 20; // items that are drawn above and below those seen
+const AROUND = 20; // items that are drawn above and below those seen
 
+/** A row in the list: the start of its last turn, its mark, and the number sorted by. */
 function item(i) {
-  const row = rows[i], value = number(row, $("sort").value);
-  const asked = row.turns.length ? row.turns[row.turns.length - 1][1] : "";
+  const row = rows[i], value = row.numbers[$("sort").value];
+  const asked = row.turns.at(-1)?.[1] ?? "";
   const head = asked.slice(0, 1000).replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
   const button = el("button", { type: "button", ...(i === current ? { "aria-current": "true" } : {}) },
     el("span", { class: "head", dir: "auto" }, ...texts(head)),
@@ -138,91 +62,35 @@ function item(i) {
 
 function drawList() {
   const list = $("list"), seen = Math.ceil(list.clientHeight / HEIGHT);
-  const first = Math.max(0, Math.floor(list.scrollTop / HEIGHT) - MARGIN);
-  const drawn = order.slice(first, first + seen + 2 * MARGIN);
+  const first = Math.max(0, Math.floor(list.scrollTop / HEIGHT) - AROUND);
   const focused = list.contains(document.activeElement);
   $("items").style.paddingTop = `${first * HEIGHT}px`;
   $("items").style.height = `${order.length * HEIGHT}px`;
-  $("items").replaceChildren(...drawn.map(item));
+  $("items").replaceChildren(...order.slice(first, first + seen + 2 * AROUND).map(item));
   if (focused) $("items").querySelector("[aria-current]")?.focus({ preventScroll: true });
 }
 
-/** Draws the list with the shown row in it. */
+/** Draws the list with the shown row in it; scrolls the list, not the page. */
 function reveal() {
   const list = $("list"), top = order.indexOf(current) * HEIGHT;
   $("items").style.height = `${order.length * HEIGHT}px`;
-  if (top < list.scrollTop) list.scrollTop = top;
-  else if (top + HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + HEIGHT - list.clientHeight;
+  list.scrollTop = Math.max(top + HEIGHT - list.clientHeight, Math.min(top, list.scrollTop));
   drawList();
 }
 
 // ------------------------------------------------------------------------------------ a row
 
-function folded(title, ...children) {
-  return el("details", {}, el("summary", {}, title), ...children);
-}
-
-const prose = (text, extra = "") => el("div", { class: `prose ${extra}`, dir: "auto" }, ...texts(text));
-
-function ratings(response) {
-  const lines = response.ratings?.map(([aspect, rating, rationale]) => {
-    const head = [el("b", {}, ...texts(aspect)), " ", ...texts(rating)];
-    return rationale ? el("details", {}, el("summary", {}, ...head), prose(rationale)) : el("div", {}, ...head);
-  }) ?? [];
-  if (response.critique) lines.push(folded("Critique", prose(response.critique)));
-  return lines.length ? el("div", { class: "ratings" }, ...lines) : null;
-}
-
-function response(row, place, body) {
-  const found = row.responses[place];
-  const side = place === row.chosen ? "chosen" : place === row.rejected ? "rejected" : "other";
-  const facts = ["mean rating", "overall score", "rating"].filter((name) => name in found)
-    .map((name) => `${name} ${fixed(found[name])}`);
-  const title = side === "other" ? `response ${place + 1}` : side;
-  return el("section", { class: side, "aria-label": title },
-    el("h3", {}, title, found.model ? el("small", {}, ...texts(` ${found.model}`)) : ""),
-    el("p", { class: "facts" }, [...facts, counted([...found.text].length, "character")].join(", ")),
-    found.picks ? el("p", { class: "picks" }, ...found.picks.map((pick) => el("span", {}, pick))) : "",
-    el("div", { class: "prose", dir: "auto" }, ...body), ratings(found));
-}
-
 /** Shows row i; null for none. */
 function show(i) {
   current = i;
   reveal();
-  $("row").replaceChildren();
-  $("link").textContent = "";
   showMark();
-  if (i === null) return void $("row").append(el("p", {}, "No row passes the filters."));
   const row = rows[i];
-  $("link").textContent = row.where || `row ${i + 1}`;
+  $("row").replaceChildren(...(row ? describe(row) : [el("p", {}, "No row passes the filters.")]));
+  $("link").textContent = row ? row.where || `row ${i + 1}` : "";
+  if (!row) return;
   $("link").href = `#row=${encodeURIComponent(row.where || i)}`;
   history.replaceState(null, "", $("link").href);
-  const last = row.turns.length - 1, pair = row.chosen !== null;
-  const turn = ([role, text]) => el("section", { class: "turn", "aria-label": role }, el("h3", {}, role), prose(text));
-  const tags = [outcome(row) === "pair" ? "" : `dropped: ${outcome(row)}`, ...row.flags, row.source ?? ""];
-  $("row").append(el("p", { class: "tags" }, ...tags.filter(Boolean).map((tag) => el("span", {}, ...texts(tag)))));
-  if (last > 0) $("row").append(folded(`${counted(last, "earlier message")}: ${row.turns.slice(0, last)
-    .map(([role]) => role).join(", ")}`, ...row.turns.slice(0, last).map(turn)));
-  if (last >= 0) $("row").append(turn(row.turns[last]));
-  const both = pair ? [row.chosen, row.rejected] : [];
-  let bodies = both.map((place) => texts(row.responses[place].text));
-  if (pair) {
-    const long = both.some((place) => row.responses[place].text.length > MOST_SHOWN);
-    const [a, b] = both.map((place) => long ? [] : words(row.responses[place].text));
-    const flags = long ? null : common(a.map((w) => w.trim()), b.map((w) => w.trim()));
-    if (flags) bodies = [marked(a, flags[0]), marked(b, flags[1])];
-    else $("row").append(el("p", { class: "hint" }, "Too long to compare word by word."));
-  }
-  const others = row.responses.map((_, place) => place).filter((place) => !both.includes(place));
-  $("row").append(el("div", { class: "responses" },
-    ...both.map((place, k) => response(row, place, bodies[k])),
-    ...others.map((place) => response(row, place, texts(row.responses[place].text)))));
-  for (const [rule, reason] of Object.entries(row.rules ?? {}))
-    $("row").append(el("p", { class: "hint" }, ...texts(`${rule}: no pair (${reason})`)));
-  const numbers = Object.entries(row.numbers);
-  if (numbers.length) $("row").append(folded("Numbers", el("table", {}, ...numbers.map(([name, value]) =>
-    el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, fixed(value)))))));
 }
 
 function step(by) {
@@ -234,10 +102,9 @@ function step(by) {
 function follow() {
   const named = decodeURIComponent(location.hash.replace(/^#row=/, ""));
   const i = rows.findIndex((row, n) => (row.where || String(n)) === named);
-  if (i < 0 || i === current) return i >= 0;
+  if (i < 0 || i === current) return;
   if (!order.includes(i)) reset();
   show(i);
-  return true;
 }
 
 // ------------------------------------------------------------------------------------ marks
@@ -285,75 +152,6 @@ function save() {
   $("saved").textContent = `${counted(lines.length, "mark")} saved as marks.jsonl`;
 }
 
-// ------------------------------------------------------------------------------- histograms
-
-const BINS = 40;
-
-function histogram(name) {
-  const values = rows.map((row) => number(row, name)).filter((x) => x !== undefined);
-  const low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
-  const span = high - low || 1;
-  const bars = (found, most) => {
-    const counts = new Array(BINS).fill(0);
-    for (const x of found) counts[Math.min(BINS - 1, Math.floor((x - low) / span * BINS))]++;
-    const top = Math.sqrt(most ?? Math.max(...counts));
-    const path = counts.map((n, k) => n ? `M${k} 1V${1 - Math.sqrt(n) / top}H${k + 0.9}V1Z` : "").join("");
-    return [path, Math.max(...counts)];
-  };
-  const svgEl = (tag, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    return node;
-  };
-  const [path, most] = bars(values);
-  const svg = svgEl("svg", { viewBox: `0 0 ${BINS} 1`, preserveAspectRatio: "none", "aria-hidden": "true" });
-  const brush = svgEl("rect", { class: "brush", y: 0, height: 1, width: 0 });
-  const shown = svgEl("path", { class: "shown", d: path });
-  svg.append(svgEl("path", { d: path }), shown, brush);
-  const inputs = ["from", "to"].map((word, k) =>
-    el("input", { type: "number", step: "any", "aria-label": `${name}, ${word}`, placeholder: fixed([low, high][k]) }));
-  const set = (range) => {
-    if (range) ranges.set(name, range);
-    else ranges.delete(name);
-    update();
-  };
-  const typed = () => {
-    const [from, to] = inputs.map((input) => input.value === "" ? undefined : Number(input.value));
-    set(from === undefined && to === undefined ? null : [from ?? -Infinity, to ?? Infinity]);
-  };
-  for (const input of inputs) input.addEventListener("change", typed);
-  let anchor = null;
-  const valueAt = (event) => {
-    const box = svg.getBoundingClientRect();
-    return low + span * Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-  };
-  svg.addEventListener("pointerdown", (event) => {
-    anchor = valueAt(event);
-    svg.setPointerCapture(event.pointerId);
-  });
-  svg.addEventListener("pointermove", (event) => {
-    if (anchor !== null) drawBrush([anchor, valueAt(event)].sort((a, b) => a - b));
-  });
-  svg.addEventListener("pointerup", (event) => {
-    const range = [anchor, valueAt(event)].sort((a, b) => a - b);
-    anchor = null;
-    set(range[1] - range[0] > span / 200 ? range : null); // a click lifts the filter
-  });
-  const drawBrush = (range) => {
-    const [from, to] = (range ?? [low, low]).map((x) => (Math.min(high, Math.max(low, x)) - low) / span * BINS);
-    brush.setAttribute("x", from);
-    brush.setAttribute("width", to - from);
-  };
-  drawings.set(name, () => {
-    const range = ranges.get(name);
-    const found = order.map((i) => number(rows[i], name)).filter((x) => x !== undefined);
-    shown.setAttribute("d", bars(found, most)[0]);
-    drawBrush(range);
-    inputs.forEach((input, k) => (input.value = range && Number.isFinite(range[k]) ? fixed(range[k]) : ""));
-  });
-  return el("fieldset", {}, el("legend", {}, name), svg, ...inputs);
-}
-
 // ------------------------------------------------------------------------------------ start
 
 function options(id, all, found) {
@@ -368,20 +166,16 @@ function options(id, all, found) {
 function reset() {
   for (const id of ["text", "source", "outcome", "flag", "marked"]) $(id).value = "";
   ranges.clear();
-  for (const draw of drawings.values()) draw();
   update();
 }
 
-function start(found) {
-  data = found;
+function start(data) {
   rows = data.rows;
   $("held").textContent = `${rows.length.toLocaleString("en")} of ${counted(data.of, "row")}: ${data.chosen}.`
     + (data.rule ? ` Pairs by the rule "${data.rule}".` : "");
-  const { rows: all, pairs, dropped, ...others } = data.counts;
-  const table = [["rows", all], ["pairs", pairs], ...Object.entries(dropped).map(([k, n]) => [`dropped: ${k}`, n]),
-    ...Object.entries(others["pairs that the trainer drops"]).map(([k, n]) => [`pairs that the trainer drops: ${k}`, n])];
-  $("counts").append(...table.map(([name, n]) => el("tr", {}, el("th", { scope: "row" }, ...texts(name)),
-    el("td", {}, n.toLocaleString("en")))));
+  const counts = Object.entries(data.counts).flatMap(([name, found]) => typeof found === "number" ? [[name, found]]
+    : Object.entries(found).map(([reason, n]) => [`${name}: ${reason}`, n]));
+  $("counts").append(table(counts.map(([name, n]) => [name, n.toLocaleString("en")])));
   rows.forEach((row, i) => {
     if (row.mark) marks.set(i, row.mark);
   });
@@ -389,8 +183,6 @@ function start(found) {
   options("source", "all", rows.map((row) => row.source).filter((source) => source !== null));
   options("outcome", "all", rows.map(outcome));
   options("flag", "any row", rows.flatMap((row) => row.flags));
-  $("marked").replaceChildren(...[["", "any row"], ["any", "marked"], ["none", "not marked"], ["keep", "keep"],
-    ["drop", "drop"], ["swap", "swap"]].map(([value, text]) => el("option", { value }, text)));
   $("sort").replaceChildren(el("option", { value: "" }, "order of the file"),
     ...names.map((name) => el("option", { value: name }, name)));
   if (data.sort) $("sort").value = data.sort;
@@ -403,8 +195,8 @@ function start(found) {
   $("direction").addEventListener("click", () => { ascending = !ascending; update(); });
   $("reset").addEventListener("click", reset);
   $("numbers").addEventListener("toggle", () => {
-    if (!drawings.size) $("histograms").append(...names.map(histogram));
-    for (const draw of drawings.values()) draw();
+    if (!drawings.length) $("histograms").append(...names.map(histogram));
+    drawHistograms();
   });
   $("numbers").hidden = !names.length;
   $("previous").addEventListener("click", () => step(-1));

@@ -15,13 +15,16 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+SCRIPTS = ("elements.js", "differences.js", "row.js", "histograms.js", "page.js")
+
 
 def make_page(title: str, content: Mapping[str, Any]) -> str:
     """The page of `content`, which page.js documents."""
-    page, style, script = (
+    page, style, *scripts = (
         files("notus.look").joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "page.js")
+        for name in ("page.html", "page.css", *SCRIPTS)
     )
+    script = "\n".join(scripts)
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packed = gzip.compress(data.encode("utf-8", "replace"), mtime=0)
     policy = (

@@ -31,7 +31,7 @@ TOLERANCES = {
 
 
 class Comparison(NamedTuple):
-    """within: whether the differences are rounding. words: the largest and the mean, for people."""
+    """within: whether the differences are rounding. words: the largest, and the mean."""
 
     within: bool
     words: str
@@ -53,8 +53,8 @@ def compare(differences_R: Tensor, lengths_R: Tensor, compute_dtype: torch.dtype
     mean = sums.sum().abs() / tokens
     within = bool(sums.abs()[worst] <= allowed[worst]) and bool(mean <= mean_allowed)
     words = (
-        f"the largest difference is {float(sums[worst].abs()):.2g} nats over "
-        f"{int(lengths[worst])} tokens (rounding explains {float(allowed[worst]):.2g}), the mean "
-        f"{float(mean):.2g} nats per token over {int(tokens):,} ({float(mean_allowed):.2g})"
+        f"at most {float(sums[worst].abs()):.2g} nats apart over {int(lengths[worst])} tokens "
+        f"(rounding explains {float(allowed[worst]):.2g}), {float(mean):.2g} per token over "
+        f"{int(tokens):,} ({float(mean_allowed):.2g})"
     )
     return Comparison(within, words)

@@ -17,7 +17,7 @@ import eval as evaluation_commands
 import train
 from notus.card import card
 from notus.card.card import read_record, write_card
-from notus.card.curves import full_lines, running_mean
+from notus.card.curves import full_lines, points, running_mean
 from notus.errors import UserError
 from notus.generate.prompts import Prompt
 from notus.generate.samples import record_samples
@@ -176,6 +176,17 @@ def test_without_matplotlib_the_card_says_what_draws_the_curves(run):
     assert "pip install -e '.[report]'" in text
 
 
+def test_an_accuracy_of_ties_is_no_point():
+    lines = [{"step": n, "rewards/accuracies": n / 4, "rewards/margins": n / 2} for n in range(3)]
+    assert points(lines, "rewards/accuracies").tolist() == [[1, 2], [0.25, 0.5]]
+    held_out = [{f"eval_{name}": value for name, value in line.items()} for line in lines]
+    held_out = [line | {"step": n} for n, line in enumerate(held_out)]
+    assert points(held_out, "eval_rewards/accuracies").tolist() == [[1, 2], [0.25, 0.5]]
+    assert points(lines, "rewards/margins").tolist() == [[0, 1, 2], [0, 0.5, 1]]
+    alone = [{"step": 0, "rewards/accuracies": 0.5}]  # a log without margins
+    assert points(alone, "rewards/accuracies").tolist() == [[0], [0.5]]
+
+
 def test_running_mean_by_hand():
     values = np.array([0.0, 0.0, 6.0, 0.0, 3.0])
     assert running_mean(values, 0).tolist() == values.tolist()
@@ -311,7 +322,7 @@ def test_no_path_of_the_machine_is_published(run, tmp_path):
     (run / "evals/a.json").write_text(json.dumps(found))
     text = text_of(run)
     assert "anna" not in text and str(tmp_path) not in text
-    assert not re.findall(r"(?<![\w:/.)])/\w+", text.replace("https://", ""))
+    assert not re.findall(r"(?<![\w:/.)<])/\w+", text.replace("https://", ""))
     assert "python train.py c.json model.policy=sft" in text
     for name in ("sft", "other", "pairs", "mt.jsonl", "truthful_qa.jsonl", "prompts.jsonl"):
         assert name in text

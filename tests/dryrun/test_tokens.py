@@ -195,8 +195,8 @@ def test_report(tokenizer):
         "1 dropped: identical responses after truncation, first t:4",
         "1 with special-token text in content, read as special tokens, first t:3",
         "1 with the prompt of an earlier one",
-        "eval: 1 pairs",
-        "leakage: 1 of 3 training prompts are, or nearly are, held-out prompts (1 of 1)",
+        "eval: 1 pair",
+        "leakage: 1 of 3 training prompts are (nearly) held-out ones (1 of 1)",
         "t:3 is like e:1",
     ):
         assert line in lines, line

@@ -3,14 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
 from notus.engine import sinks
 from notus.engine.log import MetricsLog
-from notus.engine.sinks import check_installed, open_sinks, shown_name
+from notus.engine.sinks import PICTURES, begin_pictures, check_installed, open_sinks, shown_name
 from notus.errors import UserError
 
 SETTINGS = {"loss": {"name": "sigmoid", "beta": 0.1}, "data": {"eval": None, "train": ["a"]}}
@@ -70,6 +72,17 @@ def test_tensorboard_has_all_scalars_and_the_configuration(tmp_path):
     assert hparams["data.eval"].string_value == "null"
     assert hparams["data.train"].string_value == '["a"]'
     assert events.SummaryMetadata("_hparams_/session_end_info")
+    *_, layout = events.Tensors("custom_scalars__config__")
+    (overview,) = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    titles = [chart.title for chart in overview.chart]
+    assert titles == list(PICTURES) and overview.chart[0].multiline.tag == ["(train|eval)/loss"]
+
+
+def test_fine_tuning_has_no_picture_of_rewards():
+    board = SimpleNamespace(add_custom_scalars=lambda layout: found.extend(layout["Overview"]))
+    found: list[str] = []
+    begin_pictures(board, {"train": {"objective": "sft"}})
+    assert found == ["Loss", "Gradient norm"]
 
 
 def test_without_tensorboard_nothing_is_written_there(tmp_path):

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import eval as command
-from notus.config import Curation, Source, Train
+from notus.config import Curation, Source
 from notus.data.formats import Pair
 from notus.data.preferences import load_preferences
 from notus.data.tokenization import tokenize_pairs
@@ -35,7 +35,7 @@ def data(demo, tmp_path_factory):
 def expected(demo, other, data):
     """(chosen, rejected) log-probs of model and reference, transformers, one text at a time."""
     source = Source(path=str(data), curation=Curation(rule="mean-rating"))
-    pairs = load_preferences([source], seed=Train().seed).train
+    pairs = load_preferences([source], seed=42).train  # as curation draws
     tokenizer = load_tokenizer(demo / "sft")
     tokens = tokenize_pairs(
         pairs,

@@ -30,15 +30,15 @@ SHAPES = [(1, 300, 48), (130, 700, 80), (70, 512, 64), (3, 37, 16)]
 
 def inputs(S, V, D, dtype, largest_logit=8.0):
     """Random rows, weight and upstream gradient; targets with repeats and both ends."""
-    generator = torch.Generator().manual_seed(S)
-    hidden = torch.randn(S, D, generator=generator, dtype=torch.float64)
-    weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    where = {"generator": torch.Generator(DEVICE).manual_seed(S), "device": DEVICE}
+    hidden = torch.randn(S, D, dtype=torch.float64, **where)
+    weight = torch.randn(V, D, dtype=torch.float64, **where)
     hidden *= largest_logit / (hidden @ weight.T).abs().max()
-    targets = torch.randint(0, V, (S,), generator=generator)
+    targets = torch.randint(0, V, (S,), **where)
     targets[:5] = torch.tensor([0, V - 1, V // 2, V // 2, 0])[:S]
-    upstream = torch.randn(S, generator=generator)
-    leaves = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight))
-    return *leaves, targets.to(DEVICE), upstream.to(DEVICE)
+    upstream = torch.randn(S, **where)
+    leaves = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    return *leaves, targets, upstream
 
 
 def eager(hidden, weight, targets):

@@ -195,8 +195,10 @@ def test_scores_are_found_by_texts(tmp_path):
     assert ["the model contradicts the label" in r["flags"] for r in found] == [
         *(False, False, True, False)
     ]
-    own, _ = records(str(tmp_path))  # a folder of eval.py preferences
-    assert [r["numbers"]["model margin"] for r in own] == [-2.0, 3.0]
+    for name in ("pairs.jsonl", "eval_pairs.jsonl"):  # of eval.py preferences, of a run
+        Path(path).rename(path := tmp_path / name)
+        own, _ = records(str(tmp_path))
+        assert [r["numbers"]["model margin"] for r in own] == [-2.0, 3.0]
 
 
 def test_mistakes(tmp_path, capsys):
@@ -209,6 +211,8 @@ def test_mistakes(tmp_path, capsys):
     ratings = write(tmp_path / "raw.jsonl", RAW)
     assert curate([ratings, "--out", str(folder)]) == 0
     write(tmp_path / "raw.jsonl", RAW[:1])
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run/metrics.jsonl", [{"step": 1, "loss": 0.5}])
     for words, message in (
         ([path, "--rows", "0"], "--rows: found 0, expected an integer of at least 1"),
         ([path, "--curation", "{"], "--curation: not JSON"),
@@ -219,6 +223,7 @@ def test_mistakes(tmp_path, capsys):
         ([path, "--scores", path], "a.jsonl:1: no usable policy_chosen, policy_rejected; expected"),
         ([path, "--scores", other], "other.jsonl: none of its pairs is in"),
         ([str(folder)], "raw.jsonl: gives 1 rows now, and gave 4 when the folder was made"),
+        ([str(tmp_path / "run")], "run: a run without held-out pairs (data.eval); expected"),
         ([str(tmp_path / "none.jsonl")], "none.jsonl: no such file or folder"),
     ):
         assert main([*words, "--out", str(tmp_path / "page.html")]) == 2

@@ -299,6 +299,53 @@ def test_controls_have_names(page):
     page.call("Accessibility.disable")
 
 
+# The least contrast of text with the background that it is drawn on, by WCAG 2's formula.
+CONTRAST = """(() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (colour) => numbers(colour).slice(0, 3).map((x) => x / 255)
+    .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (node) => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return numbers(colour)[3] === 0 ? behind(node.parentElement) : colour;
+  };
+  const says = (node) => node.matches("input, select")
+    || [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  const shown = [...document.querySelectorAll("body *")]
+    .filter((node) => says(node) && !node.disabled && node.getClientRects().length);
+  const found = shown.map((node) => {
+    const both = [getComputedStyle(node).color, behind(node)].map(luminance).sort((a, b) => b - a);
+    return [(both[0] + 0.05) / (both[1] + 0.05), node.outerHTML.slice(0, 80)];
+  });
+  return [found.length, ...found.sort((a, b) => a[0] - b[0])[0]];
+})()"""
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out(page, scheme):
+    """At least 4.5, as WCAG AA asks, with everything unfolded and a marked row in the list."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.call("Emulation.setEmulatedMedia", features=features)
+    page.evaluate("show(50)")
+    page.key("d")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    count, least, node = page.evaluate(CONTRAST)
+    assert count > 100 and least >= 4.5, node
+    page.call("Emulation.setEmulatedMedia", features=[])
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 800, 1400])
+def test_nothing_is_wider_than_the_screen(page, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.call("Emulation.setDeviceMetricsOverride", **size)
+    page.evaluate("show(50)")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.call("Emulation.clearDeviceMetricsOverride")
+
+
 def test_texts_of_rows_are_not_in_the_page_as_they_are():
     page = make_page("a <b> {{DATA}}", {"rows": [HOSTILE]})
     assert "onerror" not in page and "a &lt;b&gt; {{DATA}}" in page
