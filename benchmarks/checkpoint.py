@@ -1,7 +1,7 @@
 """What a checkpoint costs: how long the steps wait for it, how much slower they are behind it, and
 the host memory that it takes.
 
-    torchrun --nproc_per_node 2 benchmarks/checkpoint.py [--hidden 512 --layers 8 --folder DIR]
+    torchrun --nproc_per_node 2 -m benchmarks.checkpoint [--hidden 512 --layers 8 --folder DIR]
 
 A random Mistral takes AdamW steps over random tokens, under FSDP2 as in train.py. Then, with a
 save after the first of every few steps: in the foreground (each save awaited), in the background,
@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6, help="between two saves")
     parser.add_argument("--saves", type=int, default=2)
-    parser.add_argument("--folder", help="where to write; by default a temporary folder")
+    parser.add_argument("--folder", help="in which to write a temporary folder; default: /tmp")
     options = parser.parse_args()
     ranks = distributed.start()
     torch.manual_seed(0)
-    made = [options.folder or tempfile.mkdtemp(prefix="checkpoint-")]
+    made = [tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder) if ranks.first else None]
     dist.broadcast_object_list(made, 0)
     folder = Path(made[0])
     source = folder / "source"

@@ -1,11 +1,11 @@
 """The head side by side: hidden rows and weight in, log-probs of targets out, forward and backward.
 
     pip install -e . && pip install -r benchmarks/requirements.txt
-    python benchmarks/head.py --json head.json            # one CUDA GPU, a few minutes
-    python benchmarks/head.py --usual                     # only the problem of one microbatch at 7B
-    python benchmarks/head.py --chunk-rows 4096           # instead of 2,048 rows of logits at once
-    python benchmarks/head.py --sweep                     # tile and chunk sizes of the Triton head
-    python benchmarks/head.py --toy                       # small, also on a CPU: does it work?
+    python -m benchmarks.head --json head.json            # one CUDA GPU, a few minutes
+    python -m benchmarks.head --usual                     # only the problem of one microbatch at 7B
+    python -m benchmarks.head --chunk-rows 4096           # instead of 2,048 rows of logits at once
+    python -m benchmarks.head --sweep                     # tile and chunk sizes of the Triton head
+    python -m benchmarks.head --toy                       # small, also on a CPU: does it work?
 
 Every method first has to be right, on the very inputs it is timed with: log-probs of all rows,
 hidden gradients of some rows and weight gradients of some tokens against float64. Then: median

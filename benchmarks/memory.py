@@ -1,8 +1,8 @@
 """The memory that `--dry-run` predicts beside the memory that the allocator really gave.
 
-    python benchmarks/memory.py                 # on one GPU, a quarter of Mistral-7B, ranks 1 and 8
-    python benchmarks/memory.py --layers 32     # all of it; --ranks 8 alone fits on a small GPU
-    python benchmarks/memory.py --toy           # on the CPU, seconds
+    python -m benchmarks.memory                 # on one GPU, a quarter of Mistral-7B, ranks 1 and 8
+    python -m benchmarks.memory --layers 32     # all of it; on a small GPU only --ranks 8 fits
+    python -m benchmarks.memory --toy           # on the CPU, seconds
 
 One process takes two optimiser steps of two microbatches of random tokens, through the sharding and
 the loss head of train.py, and the peak of the bytes allocated is compared with

@@ -1,7 +1,7 @@
 """Trajectory parity with TRL's DPOTrainer: same weights, tokens, order, hyper-parameters; float32.
 
     pip install -e . && pip install -r benchmarks/requirements.txt
-    python benchmarks/parity_trl.py --pairs PAIRS --tokenizer TOKENIZER [--loss NAME ...] [--lora]
+    python -m benchmarks.parity_trl --pairs PAIRS --tokenizer TOKENIZER [--loss NAME ...] [--lora]
 
 PAIRS is a preference file that notus reads (rows of plain text become one user and one assistant
 turn), or `demo` for what `python -m notus.demo` wrote. TOKENIZER is a Hugging Face folder or a
@@ -453,6 +453,8 @@ def evaluate(work: Path, path: str, count: int) -> int:
     lines = (work / "pairs.jsonl").read_text().splitlines(keepends=True)
     whole = [line for line in lines if longest_sequence(json.loads(line), tokenizer) <= MAX_LENGTH]
     whole = whole[: len(whole) // EVALUATED_AT_ONCE * EVALUATED_AT_ONCE]
+    if not whole:
+        raise UserError(f"--evaluate {count}: fewer than {EVALUATED_AT_ONCE} pairs need no cut")
     (work / "pairs.jsonl").write_text("".join(whole))
     trained = MistralForCausalLM.from_pretrained(work / "policy")
     generator = torch.Generator().manual_seed(1)

