@@ -6,6 +6,7 @@ import pytest
 from lines import write_lines
 
 import eval as command_line
+from notus.engine.history import START_KEYS
 from notus.evals.published import DPO_RUNS, METRICS
 
 ANNOTATIONS = [
@@ -140,6 +141,10 @@ def test_compare_says_what_differs_and_by_how_much(tmp_path, capsys):
 
     (tmp_path / "config.json").write_text("{}")
     assert "give --pairs" in run(capsys, "compare", tmp_path)[1]
+    start = dict.fromkeys(START_KEYS) | {"event": "start", "time": "2026-01-01T00:00:00+00:00"}
+    start["data"] = {"eval": {"pairs": 900}}
+    (tmp_path / "history.jsonl").write_text(json.dumps(start) + "\n")
+    assert "means over 900 pairs" in run(capsys, "compare", tmp_path)[1]
     code, out, _ = run(capsys, "compare", tmp_path, "--pairs", "1000")
     assert code == 0 and "(-2.2)" in out and "give --pairs" not in out
     code, _, err = run(capsys, "compare", tmp_path / "no")

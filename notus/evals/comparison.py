@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from notus.engine.history import read_history
 from notus.errors import UserError
 from notus.evals.options import NewPath, add_json_option, at_least, report
 from notus.evals.paired import compare_runs
@@ -45,7 +46,7 @@ class Difference(NamedTuple):
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     about = "compare runs with each other on the same pairs, or one run with a published one"
     parser = commands.add_parser("compare", help=about, description=about)
-    held_out = "the run's held-out pairs; needed unless data.eval is a holdout"
+    held_out = "the run's held-out pairs; needed if it recorded none"
     folders = "the output_dir of a run; of several, the first is what the others differ from"
     parser.add_argument("run_folder", metavar="RUN", type=Path, nargs="+", help=folders)
     to = "one run: the published one (notus-7b-v1)"
@@ -72,7 +73,8 @@ def compare(options: argparse.Namespace) -> None:
 def compare_published(folder: Path, to: str, pairs: int | None, file: Path | None) -> None:
     """Compare the run in `folder` with the published run `to`.
 
-    pairs: how many the run holds out, None: as configured. file: for the numbers, or None.
+    pairs: how many the run holds out, None: as configured or recorded. file: for the numbers, or
+    None.
     """
     published = DPO_RUNS[to]
     evaluations = read_evaluations(folder / "metrics.jsonl")
@@ -85,6 +87,9 @@ def compare_published(folder: Path, to: str, pairs: int | None, file: Path | Non
                 f"{folder / 'config.json'}: data.eval.holdout is {show(pairs)}; "
                 "expected an integer of at least 1"
             )
+    elif pairs is None:
+        starts = [event for event in read_history(folder) if event["event"] == "start"]
+        pairs = starts[-1]["data"].get("eval", {}).get("pairs") if starts else None
 
     last = max(evaluations)
     compared, notes = {}, []

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from notus.console import counted
 from notus.data.token_arrays import TokenizedPairs
 from notus.errors import UserError, agreed
 from notus.model.hf_config import ModelShape
@@ -153,7 +154,8 @@ def _audit(
     if not found.within:
         raise UserError(
             f"{path}: the cached reference log-probs are not those of this reference, by a sample "
-            f"of {len(sample)} pairs: {found.words}. Remove the file to have them computed again"
+            f"of {counted(len(sample), 'pairs')}: {found.words}. Remove the file to have them "
+            "computed again"
         )
     return found.words
 

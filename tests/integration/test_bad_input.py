@@ -285,7 +285,7 @@ def test_rows(place, capfd, rows, words):
 def test_unusable_pairs_are_dropped_and_counted(place, capfd):
     write_rows(GOOD_ROW, GOOD_ROW | {"rejected": GOOD_ROW["chosen"]}, GOOD_ROW | {"chosen": ""})
     assert train.main(["config.json", "--dry-run"]) == 0
-    words = ("1 pairs", "1 dropped: identical responses", "1 dropped: empty chosen response")
+    words = ("1 pair", "1 dropped: identical responses", "1 dropped: empty chosen response")
     check(capfd.readouterr().out, *words)
 
 

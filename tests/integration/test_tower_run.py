@@ -32,7 +32,7 @@ def test_two_ranks_train_it_resume_and_write_a_text_model(demo, tmp_path):
     told = run(config, runs, tmp_path, ranks=2)
     assert f"{tower}: its vision tower is left out; the language model is trained" in told
 
-    assert "step-00000001 after 1 steps" in told
+    assert "step-00000001 after 1 step" in told
     last = "checkpoints/step-00000002"
     for prefix in ("model", "optimizer"):
         expected, found = stored(output / last, prefix), stored(again / last, prefix)

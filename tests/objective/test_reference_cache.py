@@ -99,7 +99,7 @@ def test_a_cache_that_does_not_match_the_model_is_refused(setting):
     other = Counted(online.model, online.pairs, online.rows, changed=lambda x: x - 0.01)
     cached_log_probs(folder, folder, identity, other)
     (file,) = folder.glob("*.safetensors")
-    with pytest.raises(UserError, match=f"{file.name}.*not those of.*0.01 nats per token"):
+    with pytest.raises(UserError, match=f"{file.name}.*not those of.*0.01 per token"):
         cached_log_probs(folder, folder, identity, online)
 
 

@@ -39,7 +39,9 @@ def test_the_bounds_written_out():
     for difference, within in ((allowed * 0.999, True), (allowed * 1.001, False)):
         differences = torch.tensor([difference, -difference])  # the mean is 0
         found = compare(differences, torch.tensor([9, 9]), BF16)
-        assert found.within == within and f"{difference:.2g} nats over 9 tokens" in found.words
+        assert (
+            found.within == within and f"{difference:.2g} nats apart over 9 tokens" in found.words
+        )
     mean_allowed = 2e-3 * 2500 + 0.3 * 50.0
     for total, within in ((mean_allowed * 0.999, True), (mean_allowed * 1.001, False)):
         differences = torch.full((100,), total / 100)
