@@ -43,6 +43,7 @@ function marked(parts, flags) {
 
 /** Two texts as nodes; null if they are too long to compare. */
 function compare(...two) {
+  if (two.some((text) => text.length > MOST_SHOWN)) return null;
   const parts = two.map(words);
   const flags = common(...parts.map((found) => found.map((word) => word.trim())));
   return flags && parts.map((found, k) => marked(found, flags[k]));

@@ -50,7 +50,7 @@ const AROUND = 20; // items that are drawn above and below those seen
 function item(i) {
   const row = rows[i], value = row.numbers[$("sort").value];
   const asked = row.turns.at(-1)?.[1] ?? "";
-  const head = asked.replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
+  const head = asked.slice(0, 1000).replace(/\s+/g, " ").trim().slice(0, 160) || row.where || outcome(row);
   const button = el("button", { type: "button", ...(i === current ? { "aria-current": "true" } : {}) },
     el("span", { class: "head", dir: "auto" }, ...texts(head)),
     el("span", { class: "badge" }, marks.has(i) ? marks.get(i).mark ?? "note" : ""),

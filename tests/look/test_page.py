@@ -126,7 +126,7 @@ def test_the_policy_forbids_what_is_injected(browser, made):
 
 @needs_browser
 def test_a_row_with_ratings_and_differences(page):
-    page.evaluate("show(7)")
+    page.evaluate("show(7); 0")
     assert page.evaluate(
         "[...document.querySelectorAll('mark')].map(e => e.textContent.trim())"
     ) == [*("bad", "good")]
@@ -138,6 +138,15 @@ def test_a_row_with_ratings_and_differences(page):
     assert "overall-score: chosen" in picks[0] and "mean-rating: chosen" in picks[1]
     assert page.evaluate("document.querySelectorAll('#row details[open]').length") == 0
     assert "the rules disagree" in text_of(page, ".tags")
+
+
+@needs_browser
+def test_a_text_of_millions_of_characters(page):
+    """Its beginning is shown, and nothing is compared: the browser would not answer for minutes."""
+    page.evaluate("rows[7].turns[0][1] = rows[7].responses[0].text = 'xy '.repeat(4e6); show(7); 0")
+    ends = "[...document.querySelectorAll('.prose')].map(e => e.lastChild.textContent)"
+    assert page.evaluate(ends)[:2] == ["11,800,000 more characters"] * 2
+    assert "Too long to compare word by word." in text_of(page, "#row .hint")
 
 
 @needs_browser
@@ -209,7 +218,7 @@ def test_keys_and_links(browser, made, page):
 def test_marks_are_saved_and_read_by_curation(page, made, tmp_path, monkeypatch):
     """Marks of planted rows: the wrong pair is turned round, the other one left out."""
     monkeypatch.setattr(curation_report, "find_spec", lambda name: None)
-    page.evaluate("show(7)")
+    page.evaluate("show(7); 0")
     page.key("s")
     page.evaluate(
         "$('note').value = 'the critique \u201csays\u201d so';"
