@@ -77,11 +77,11 @@ def quiet_libraries() -> None:
 
 
 def width(stream: TextIO | None = None) -> float:
-    """The columns of a terminal, or those that COLUMNS gives; infinite for a pipe and a file.
+    """The columns of a terminal; infinite for a pipe and a file.
 
     stream: what is printed to, standard output by default.
     """
-    if os.environ.get("COLUMNS") or (stream or sys.stdout).isatty():
+    if (stream or sys.stdout).isatty():  # COLUMNS by itself is often inherited by mistake
         return max(40, shutil.get_terminal_size((80, 24)).columns)
     return math.inf
 

@@ -1,6 +1,7 @@
 """Helpers that several tests share: tiny models, random pairs, a slow way to score them."""
 
 import os
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -52,6 +53,19 @@ needs_interpreter = pytest.mark.skipif(
 def one_thread():
     """Small tensors: threads only get in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Call it to make standard output and error a terminal of so many columns."""
+
+    def change(columns: int) -> None:
+        for name, value in (("COLUMNS", columns), ("LINES", 24)):
+            monkeypatch.setenv(name, str(value))
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda: True)
+
+    return change
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import shutil
 import sys
 import time
 
@@ -80,17 +79,16 @@ def test_lines_wrap_below_their_text():
     ]
 
 
-def test_only_a_terminal_wraps_and_commands_remain_whole(monkeypatch, capsys):
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_only_a_terminal_wraps_and_commands_remain_whole(monkeypatch, capsys, narrow):
+    monkeypatch.setenv("COLUMNS", "80")  # of a shell, perhaps, and not of this output
     text = "error: " + "word " * 30 + "end\n  python -m notus.look " + "a " * 40 + "b"
     console.emit(text)
     assert capsys.readouterr().out == f"{text}\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    narrow(80)
     console.emit(text)
     *wrapped, command = capsys.readouterr().out.splitlines()
-    assert command == text.splitlines()[1] and len(wrapped) > 1
-    assert " ".join(" ".join(wrapped).split()) == text.splitlines()[0]
-    assert max(map(len, wrapped)) <= max(80, shutil.get_terminal_size((80, 24)).columns)
+    assert command == text.splitlines()[1] and max(map(len, wrapped)) <= 80
+    assert len(wrapped) == 3 and " ".join(" ".join(wrapped).split()) == text.splitlines()[0]
     console.emit(text, verbatim=True)
     assert capsys.readouterr().out == f"{text}\n"
 

@@ -14,8 +14,8 @@ def test_text_tables_align_numbers_to_the_right():
     ]
 
 
-def test_a_table_folds_behind_its_key_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
+def test_a_table_folds_behind_its_key_columns(narrow):
+    narrow(40)
     rows = [["a", "x", 1, "y" * 20, 22], ["b", "x", 3, "y" * 20, 4]]
     header = ("key", "other", "first", "second", "third")
     table = "\n".join(line.rstrip() for line in text_table(header, rows, keys=2).splitlines())

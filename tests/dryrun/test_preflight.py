@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 def place(demo, tmp_path, monkeypatch):
     """A working directory with the demo's data, and Mistral-7B's config.json and no weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     shutil.copytree(demo / "sft", "policy", ignore=shutil.ignore_patterns("*.safetensors"))
     about = json.loads(Path("policy/config.json").read_text())
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -60,9 +59,9 @@ def test_the_published_recipe_without_gpu_weights_or_network(place, demo, capfd)
     assert not Path("runs").exists()
 
 
-def test_what_was_chosen_and_what_would_be_faster(place, capfd, monkeypatch):
+def test_what_was_chosen_and_what_would_be_faster(place, capfd, narrow):
     """Eight short pairs on eight GPUs are one row each: a larger budget saves none."""
-    monkeypatch.setenv("COLUMNS", "80")
+    narrow(80)
     assert train.main([*place, "--gpus", "8", "--gpu", "a100-40gb"]) == 0
     report = capfd.readouterr().out.partition("\nplan\n")[2]
     assert max(map(len, report.splitlines())) <= 80

@@ -1,6 +1,7 @@
 """The commands on a terminal of 80 columns: no line is longer, unless it is a command to copy."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from runs import base_config
 
 
 @pytest.fixture
-def terminal(demo, tmp_path, monkeypatch):
+def place(demo, tmp_path, monkeypatch):
     """A working directory with the demo, a configuration of two steps, and no figures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
     for module in (card, report):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     monkeypatch.setattr(preferences, "figures", lambda *given: [])
@@ -32,7 +32,8 @@ def terminal(demo, tmp_path, monkeypatch):
     Path("short.json").write_text(json.dumps(config | {"output_dir": "runs/a"}))
 
 
-def test_no_line_is_longer_than_the_terminal(terminal, capsys):
+def test_no_line_is_longer_than_the_terminal(place, capsys, narrow):
+    narrow(80)
     said = ""
 
     def run(main, words: str, code: int = 0) -> None:
@@ -60,5 +61,5 @@ def test_no_line_is_longer_than_the_terminal(terminal, capsys):
 
     for words in ("FITS on", "2 steps of 24 pairs", "nothing left", "± s.e.", "wrote scored"):
         assert words in said, said
-    long = [line for line in said.splitlines() if len(line) > 80 and not COMMAND.match(line)]
+    long = [line for line in re.split("[\r\n]", said) if len(line) > 80 and not COMMAND.match(line)]
     assert not long, "\n".join(long)
