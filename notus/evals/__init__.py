@@ -5,7 +5,7 @@ accuracy      accuracies of groups of pairs, with intervals
 answers       answers to the prompts of MT-Bench and AlpacaEval
 benchmarks    the two benchmarks' own temperatures, lengths, seeds, file formats
 side_by_side  answers of a model and its reference on one page
-scores        results of AlpacaEval, FastChat and lm-evaluation-harness
+scores        the command eval.py score, for the files of each evaluator
 alpaca_eval   win rates from AlpacaEval's annotations
 mt_bench      MT-Bench scores from FastChat's judgments
 leaderboard   results of lm-evaluation-harness and the Open LLM Leaderboard

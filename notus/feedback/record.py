@@ -81,8 +81,7 @@ class Record(Generic[Kept]):
             if found.get(key) != value:
                 raise UserError(
                     f"{folder}: was started with {key} {json.dumps(found.get(key))[:60]}, now it "
-                    f"is {json.dumps(value)[:60]}; give the same or another --out, or remove the "
-                    "folder"
+                    f"is {json.dumps(value)[:60]}; expected the same settings, or another --out"
                 )
         for file in sorted(folder.glob(f"*{ANSWERS}")):
             self._read(file, kind)

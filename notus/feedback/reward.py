@@ -42,8 +42,9 @@ from notus.feedback.responses import (
 from notus.files import read_object
 from notus.model.attention import build_mask
 from notus.model.hf_config import ModelShape, architecture_of, read_shape
+from notus.model.hub import model_folder
 from notus.model.mistral import Decoder
-from notus.model.weights import hash_weights, load_weights, model_folder, stored_tensors
+from notus.model.weights import hash_weights, load_weights, stored_tensors
 from notus.strict import show
 
 # A classifier's class, and that of the language model with the same decoder.
