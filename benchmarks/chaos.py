@@ -1,7 +1,7 @@
 """Kills, damaged files and full disks: what they do to a run that the same command resumes.
 
-    python -m benchmarks.chaos                 # all cases: about 20 minutes on two quiet CPU cores
-    python -m benchmarks.chaos --case damage-17  # one of them, with what it printed
+    python -m benchmarks.chaos                 # all cases: 17 minutes on two quiet CPU cores
+    python -m benchmarks.chaos --case damage-17  # only one of them
 
 A tiny model trains in forks of this process. Each case is judged against the same run undisturbed:
 
@@ -16,7 +16,8 @@ A tiny model trains in forks of this process. Each case is judged against the sa
 Not judged, because nothing guards them: changed digits in metrics.jsonl and history.jsonl, and
 changes to files of final/ that are not weights. Lines of metrics.jsonl may be lost to damage or to
 a full disk, with a warning; checkpoints may be lost to a full disk, with an error. On two ranks,
-one that waits for a killed one to join a group is torchrun's to end. Exit code 1: a case failed.
+one that waits for a killed one to join a group is torchrun's to end. What a failed case printed follows its line. Exit
+code 1: a case failed.
 """
 
 import argparse
@@ -216,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--disks", type=int, default=40)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--case", help="only this one, such as kill-3, and what it printed")
+    parser.add_argument("--case", help="only this one, such as kill-3")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -232,9 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in pool.map(chaos.case, [options.case] if options.case else names):
                 found.append(case)
                 if case.failure or options.case:
-                    print(f"{case.name}: {case.failure or 'passed'} ({case.done})", flush=True)
-                if options.case:
-                    print(case.told)
+                    print(f"{case.name}: {case.failure or 'passed'} ({case.done})")
+                    print(case.told, flush=True)
     kinds = Counter(case.name.split("-")[0] for case in found)
     refused = sum(case.done.endswith(": refused") for case in found)
     failed = sum(bool(case.failure) for case in found)
