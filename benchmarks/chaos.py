@@ -16,8 +16,8 @@ A tiny model trains in forks of this process. Each case is judged against the sa
 Not judged, because nothing guards them: changed digits in metrics.jsonl and history.jsonl, and
 changes to files of final/ that are not weights. Lines of metrics.jsonl may be lost to damage or to
 a full disk, with a warning; checkpoints may be lost to a full disk, with an error. On two ranks,
-one that waits for a killed one to join a group is torchrun's to end. What a failed case printed follows its line. Exit
-code 1: a case failed.
+one that waits for a killed one to join a group is torchrun's to end. What a failed case printed
+follows its line. Exit code 1: a case failed.
 """
 
 import argparse
