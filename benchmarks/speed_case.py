@@ -1,4 +1,4 @@
-"""What both sides of the speed benchmark train: a random model, and pairs of tokens."""
+"""The training of both sides of the speed benchmark: a random model, and pairs of tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ FIRST_TOKEN = 3  # random tokens begin here: after padding and the ends of seque
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides train. steps: warm and timed ones together."""
+    """The training of both sides. steps: warm and timed ones together."""
 
     model: str
     steps: int
@@ -127,7 +127,7 @@ def write_pairs(path: Path, pairs: TokenizedPairs) -> None:
 
 
 def read_pairs(path: Path) -> TokenizedPairs:
-    """What `write_pairs` wrote."""
+    """The pairs that `write_pairs` wrote."""
     arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
     return TokenizedPairs(
         arrays["tokens"], np.zeros(len(arrays["tokens"]), bool), arrays["lengths"]

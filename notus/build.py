@@ -283,7 +283,7 @@ def _cached(
     identity: dict[str, str],
     after_part: Callable[[], object],
 ) -> CachedReference:
-    """What the reference computes, read from disk or computed once and kept there."""
+    """The reference's log-probs, read from disk or computed once and kept there."""
     pairs, ranks, shared = online.pairs, setup.ranks, setup.rows.prefix_sharing
     flat = cached_log_probs(
         reference_folder(setup),

@@ -1,4 +1,4 @@
-"""What a run must have in common with the one that it resumes.
+"""The settings and facts that a run must have in common with the one that it resumes.
 
 The settings of an earlier start and today's are compared after both have been resolved, so that a
 key which the earlier program did not have counts with its default.

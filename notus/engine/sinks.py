@@ -90,7 +90,7 @@ def _run_id(folder: Path) -> str:
 
 
 class Run(NamedTuple):
-    """What a service is told of a run. name: None if the folder's name is to serve."""
+    """A run as a service is told of it. name: None if the folder's name is to serve."""
 
     id: str
     folder: Path

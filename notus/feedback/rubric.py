@@ -179,7 +179,7 @@ def ask_overall(criterion: Criterion, prompt: str | Sequence[Message], response:
 
 
 def _answered(prompt: str | Sequence[Message]) -> str:
-    """What is answered: the user's message, or the conversation with a heading for each message."""
+    """The text to answer: the user's message, or the conversation, a heading for each message."""
     if isinstance(prompt, str):
         return f"# The user's message\n\n{prompt}"
     turns = (f"## {message['role'].title()}\n\n{message['content']}" for message in prompt)

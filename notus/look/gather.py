@@ -85,7 +85,7 @@ class Gathering:
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    """What a manifest of notus.curation says besides the settings of a source and a curation."""
+    """A manifest of notus.curation, without the settings of a source and a curation."""
 
     input: Text
     counts: dict[str, Any]
